@@ -1,0 +1,48 @@
+# demo, test, lint and bench each set up what they need, and are quick when nothing changed.
+#   make demo          train a detector, evaluate it, draw pictures into output/demo
+#   make test          run the tests
+#   make DETECTRON2=git demo    with upstream's main branch in place of Detectron2 0.5
+
+DETECTRON2 ?= release
+VENV := $(if $(filter git,$(DETECTRON2)),.venv-git,.venv)
+PYTHON := $(VENV)/bin/python
+BASE_PYTHON ?= python3
+DEMO := output/demo
+RUN := output/iou_retinanet_shapes
+SHAPES_VAL := $(or $(DETECTRON2_DATASETS),datasets)/shapes/shapes_val_200x160
+
+.PHONY: demo test lint bench cuda-compile clean
+.DELETE_ON_ERROR:
+
+# Without its stamp an environment is half made, so it is made anew: that repairs any interruption.
+$(VENV)/installed: requirements.txt tools/install_detectron2.py
+	test -e $@ || $(BASE_PYTHON) -m venv --clear $(VENV)
+	rm -f $@ $(VENV)/built
+	$(PYTHON) -m pip install --quiet -r requirements.txt
+	$(PYTHON) tools/install_detectron2.py $(if $(filter git,$(DETECTRON2)),--git)
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard iou_d2/layers/csrc/*)
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(VENV)/built
+	$(PYTHON) train_net.py --config-file configs/quick/iou_retinanet_shapes.yaml OUTPUT_DIR $(RUN)
+	$(PYTHON) tools/draw_results.py --gt $(SHAPES_VAL)/instances.json --images $(SHAPES_VAL)/images \
+		--results $(RUN)/inference/coco_instances_results.json --output $(DEMO)
+	$(PYTHON) tools/analyze.py --gt $(SHAPES_VAL)/instances.json \
+		--results $(RUN)/inference/coco_instances_results.json --output $(DEMO)
+	@echo "The model and its figures are in $(RUN), the pictures in $(DEMO)."
+
+test: $(VENV)/built
+	$(PYTHON) -m pytest tests
+
+lint: $(VENV)/installed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+bench: $(VENV)/built
+	for script in benchmarks/*.py; do $(PYTHON) $$script || exit 1; done
+
+clean:
+	rm -rf .venv .venv-git build output *.egg-info iou_d2/*.so

@@ -1,0 +1,7 @@
+"""Detectors that know how well their boxes fit, on Detectron2."""
+
+from . import retinanet  # noqa: F401  registers IoUAwareRetinaNet
+from .config import add_iou_config, load_config
+
+__version__ = "0.1.0"
+__all__ = ["add_iou_config", "load_config"]

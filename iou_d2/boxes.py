@@ -1,0 +1,45 @@
+"""Box maths on tensors.
+
+Boxes are (..., 4) XYXY in absolute pixels: x1, y1, x2, y2. Nothing here knows of models or configs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """IoU of each box with the box at the same place of the other tensor.
+
+    Half precision is computed in float32. Differentiable in both arguments.
+
+    Args:
+        boxes1, boxes2: (R, 4) XYXY.
+
+    Returns:
+        (R,) in [0, 1]; (0,) for no boxes. 0 where the union has no area: two boxes without area or
+        inverted ones, of which a negative side counts as 0.
+
+    Raises:
+        ValueError: the shapes differ or do not end in 4.
+    """
+    if boxes1.shape != boxes2.shape or boxes1.shape[-1] != 4:
+        raise ValueError(
+            f"aligned_iou takes two tensors of boxes of one shape (R, 4), not "
+            f"{tuple(boxes1.shape)} and {tuple(boxes2.shape)}."
+        )
+    boxes1, boxes2 = _at_least_float32(boxes1), _at_least_float32(boxes2)
+    top_left = torch.maximum(boxes1[..., :2], boxes2[..., :2])
+    bottom_right = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
+    union = _area(boxes1) + _area(boxes2) - intersection
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)
+
+
+def _at_least_float32(boxes: Tensor) -> Tensor:
+    return boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes

@@ -1,0 +1,106 @@
+"""Every config key that iou_d2 adds to Detectron2, and how config files and overrides are read."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+
+
+def add_iou_config(cfg: CfgNode) -> None:
+    """Add the keys of iou_d2 to `cfg`, in place."""
+    # Names of the classes, in the order of the model's outputs. train_net.py fills them in from the
+    # training data, so that a saved config names what its model predicts.
+    cfg.MODEL.CLASS_NAMES = []
+
+    # IoU-aware RetinaNet, arXiv 1912.05992.
+    cfg.MODEL.IOU_RETINANET = CfgNode()
+    # Confidence = p^ALPHA * IoU^(1 - ALPHA), in [0, 1]. 1 is plain RetinaNet, 0 ranks by the
+    # predicted IoU alone. The authors' code has 0.5.
+    cfg.MODEL.IOU_RETINANET.ALPHA = 0.5
+    # Loss between the predicted and the true IoU of a positive anchor: "bce", "l1", "l2".
+    cfg.MODEL.IOU_RETINANET.IOU_LOSS_TYPE = "bce"
+    # Factor of that loss in the total; 1 in the authors' code.
+    cfg.MODEL.IOU_RETINANET.IOU_LOSS_WEIGHT = 1.0
+    # Whether the gradient of the target, the IoU of the decoded box, reaches the box branch
+    # (Eqn. 5). True in the authors' code and in the best row of their Table 4.
+    cfg.MODEL.IOU_RETINANET.IOU_TARGET_GRADIENT = True
+
+
+def load_config(cfg: CfgNode, config_file: str, overrides: Sequence[str] = ()) -> None:
+    """Merge `config_file` (may be empty) and then KEY VALUE `overrides` into `cfg`, in place.
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError: sentences that name the file and the key; an
+            unknown key comes with the nearest valid one.
+    """
+    if config_file:
+        _check_keys(cfg, _keys(_read_yaml(cfg, config_file)), config_file)
+        try:
+            cfg.merge_from_file(config_file)
+        except ValueError as error:
+            raise ValueError(f"{config_file} cannot be merged: {error}") from error
+
+    if len(overrides) % 2:
+        raise ValueError(f"Overrides are pairs of KEY VALUE, but {list(overrides)} has no pairs.")
+    _check_keys(cfg, overrides[::2], "The command line")
+    cfg.merge_from_list(list(overrides))
+
+
+def set_class_names(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Store the names of the classes in `cfg`, and their number for every kind of head."""
+    cfg.MODEL.CLASS_NAMES = list(names)
+    cfg.MODEL.RETINANET.NUM_CLASSES = len(names)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
+
+
+def use_available_device(cfg: CfgNode) -> None:
+    """Set MODEL.DEVICE to the CPU where CUDA is asked for and is not there, and say so."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        print("CUDA is not available, so the model runs on the CPU.", flush=True)
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def _read_yaml(cfg: CfgNode, config_file: str) -> dict:
+    """The content of `config_file` over that of its bases."""
+    if not os.path.isfile(config_file):
+        raise FileNotFoundError(f"There is no config file {config_file}.")
+    try:
+        # Detectron2's own configs compute anchor sizes with !!python tags, which are "unsafe".
+        content = cfg.load_yaml_with_base(config_file, allow_unsafe=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{config_file} is based on {error.filename}, which is not there."
+        ) from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config_file} is not valid YAML: {error}") from error
+    except TypeError:  # an empty file is None to the reader, which looks for _BASE_ in it
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{config_file} holds no config keys.")
+    return content
+
+
+def _keys(node: dict, prefix: str = "") -> list[str]:
+    """Dotted names of the values in `node`, such as "MODEL.RETINANET.NUM_CLASSES"."""
+    names = []
+    for name, value in node.items():
+        if isinstance(value, dict):
+            names += _keys(value, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _check_keys(cfg: CfgNode, keys: Sequence[str], where: str) -> None:
+    valid = _keys(cfg)
+    for key in keys:
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]
+            raise KeyError(
+                f"{where} sets {key}, which is not a config key. The nearest valid key is {near}."
+            )

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import glob
+
+import pytest
+import torch
+import yaml
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from iou_d2 import add_iou_config, load_config
+from iou_d2.config import set_class_names, use_available_device
+
+
+def load(config_file: str, *overrides: str):
+    cfg = get_cfg()
+    add_iou_config(cfg)
+    load_config(cfg, config_file, overrides)
+    return cfg
+
+
+def write(folder, text: str) -> str:
+    path = folder / "some.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("SOLVER: {BASE_LR: 0.5, MAX_ITER: 7, IMS_PER_BATCH: 3}")
+    text = '_BASE_: "base.yaml"\nSOLVER: {BASE_LR: 0.25, MAX_ITER: 8}'
+    cfg = load(write(tmp_path, text), "SOLVER.MAX_ITER", "9")
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (3, 0.25, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "nearest"),
+    [
+        (
+            "MODEL: {RETINANET: {NUM_CLASES: 3}}",
+            "MODEL.RETINANET.NUM_CLASES",
+            "MODEL.RETINANET.NUM_CLASSES",
+        ),
+        (
+            "MODEL: {IOU_RETINANT: {ALPHA: 1.0}}",
+            "MODEL.IOU_RETINANT.ALPHA",
+            "MODEL.IOU_RETINANET.ALPHA",
+        ),
+        ("SOLVER: {BASELR: 1.0}", "SOLVER.BASELR", "SOLVER.BASE_LR"),
+    ],
+)
+def test_an_unknown_key_comes_with_the_nearest(tmp_path, text, wrong, nearest):
+    path = write(tmp_path, text)
+    with pytest.raises(KeyError) as raised:
+        load(path)
+    assert path in str(raised.value) and f"sets {wrong}," in str(raised.value)
+    assert f"key is {nearest}." in str(raised.value)
+    with pytest.raises(KeyError, match=f"The command line sets {wrong}, .* key is {nearest}."):
+        load("", wrong, "3")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("MODEL: {RETINANET: [3\nA: 3", "is not valid YAML"),
+        ("", "holds no config keys"),
+        ("- 1\n- 2", "holds no config keys"),
+        ('_BASE_: "nowhere.yaml"', "based on .*nowhere.yaml, which is not there"),
+        ('MODEL: {RETINANET: {NUM_CLASSES: "three"}}', "MODEL.RETINANET.NUM_CLASSES"),
+        ("MODEL: {RETINANET: 3}", "sets MODEL.RETINANET, which is not a config key"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, text, sentence):
+    path = write(tmp_path, text)
+    with pytest.raises((ValueError, FileNotFoundError, KeyError), match=f"some.yaml.*{sentence}"):
+        load(path)
+
+
+def test_a_missing_file_and_a_lonely_key_are_named():
+    with pytest.raises(FileNotFoundError, match="no config file nowhere.yaml"):
+        load("nowhere.yaml")
+    with pytest.raises(ValueError, match="SOLVER.BASE_LR"):
+        load("", "SOLVER.BASE_LR")
+
+
+def test_a_saved_config_loads_again(tmp_path):
+    cfg = load("configs/iou_retinanet_R_50_FPN_1x.yaml", "MODEL.IOU_RETINANET.ALPHA", "0.3")
+    set_class_names(cfg, ["cat", "dog"])
+    again = load(write(tmp_path, cfg.dump()))
+    assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
+    assert again.MODEL.CLASS_NAMES == ["cat", "dog"] and again.MODEL.RETINANET.NUM_CLASSES == 2
+
+
+def test_without_cuda_the_cpu_is_used_and_it_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = load("")
+    use_available_device(cfg)
+    assert cfg.MODEL.DEVICE == "cpu"
+    assert capsys.readouterr().out == "CUDA is not available, so the model runs on the CPU.\n"
+    use_available_device(cfg)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("config_file", sorted(glob.glob("configs/**/*.yaml", recursive=True)))
+def test_every_config_builds_and_trains_two_steps(config_file, make_batch, event_storage):
+    # Random weights behind the frozen statistics of a deep backbone overflow.
+    overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"]
+    cfg = load(config_file, *overrides)
+    classes = cfg.MODEL.RETINANET.NUM_CLASSES
+    model = build_model(cfg).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    before = [parameter.detach().clone() for parameter in model.head.parameters()]
+    for _ in range(2):
+        losses = model(make_batch([2, 0], classes, side=64))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.head.parameters()))
