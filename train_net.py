@@ -20,6 +20,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from detectron2.utils.logger import setup_logger
 
 from iou_d2 import add_iou_config, load_config
 from iou_d2.compat import ResumableTrainer
@@ -28,6 +29,7 @@ from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import class_names, register_dataset
 from iou_d2.data.shapes import ensure_shapes
 from iou_d2.evaluation.build import build_evaluator
+from iou_d2.solver import build_solver
 
 
 class Trainer(ResumableTrainer):
@@ -38,6 +40,10 @@ class Trainer(ResumableTrainer):
         model = super().build_model(cfg)
         model.register_forward_hook(stop_at_non_finite_loss)
         return model
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return build_solver(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -92,6 +98,7 @@ def setup(args) -> CfgNode:
     use_datasets(cfg, args.eval_only)
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="iou_d2")
     return cfg
 
 

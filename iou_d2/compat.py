@@ -1,4 +1,4 @@
-"""Where Detectron2 0.5, Detectron2 main and PyTorch differ in what iou_d2 does: the only such file."""
+"""What differs between Detectron2 0.5, Detectron2 main and PyTorch versions: the only such file."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _replace_file(path: str, write: Callable) -> None:
 class ResumableTrainer(DefaultTrainer):
     """A DefaultTrainer whose checkpoints hold all that --resume needs.
 
-    Detectron2 0.5 forgets the optimizer; main keeps it under "_trainer". Here both use main's format,
-    so that either continues a run of the other.
+    Detectron2 0.5 forgets the optimizer; main keeps it under "_trainer". Here both use main's
+    format, so that either continues a run of the other.
     """
 
     def build_hooks(self):

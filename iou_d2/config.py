@@ -17,6 +17,9 @@ def add_iou_config(cfg: CfgNode) -> None:
     # training data, so that a saved config names what its model predicts.
     cfg.MODEL.CLASS_NAMES = []
 
+    # "SGD" as in Detectron2 and the papers, or "AdamW".
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
     # IoU-aware RetinaNet, arXiv 1912.05992.
     cfg.MODEL.IOU_RETINANET = CfgNode()
     # Confidence = p^ALPHA * IoU^(1 - ALPHA), in [0, 1]. 1 is plain RetinaNet, 0 ranks by the

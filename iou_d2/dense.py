@@ -57,7 +57,7 @@ def postprocess(
 
 
 def reduce_mean(value: Tensor) -> Tensor:
-    """Mean of a scalar over all processes, without gradient; the value itself where there is one."""
+    """Mean of a scalar over all processes, without gradient."""
     value = value.detach().clone()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value)

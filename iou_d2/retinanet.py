@@ -64,8 +64,8 @@ class IoUAwareRetinaNetHead(RetinaNetHead):
         nn.init.zeros_(self.iou_pred.bias)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """L features (N, C, H, W) -> class logits (N, AK, H, W), deltas (N, 4A, H, W) and IoU logits
-        (N, A, H, W), each L tensors."""
+        """L features (N, C, H, W) -> L class logits (N, AK, H, W), L deltas (N, 4A, H, W) and
+        L IoU logits (N, A, H, W)."""
         logits, deltas, iou_logits = [], [], []
         for feature in features:
             box_feature = self.bbox_subnet(feature)

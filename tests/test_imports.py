@@ -17,7 +17,7 @@ DATA = {"numpy", "cv2", "PIL", "tqdm", "pycocotools", "iopath", "detectron2"}
 
 # Package or module of iou_d2 -> what it may import beside the standard library and itself.
 MAY_IMPORT = {
-    "__init__": METHODS | {"config", "pooler"},
+    "__init__": METHODS | {"config", "pooler", "resnet10"},
     "boxes": {"torch"},
     "layers": MATHS,
     "pooler": MATHS | {"detectron2", "layers"},
@@ -25,6 +25,8 @@ MAY_IMPORT = {
     **{method: MATHS | SHARED | {"detectron2", "layers"} for method in METHODS},
     "config": {"torch", "yaml", "detectron2"},
     "compat": {"torch", "detectron2"},
+    "solver": {"torch", "detectron2"},
+    "resnet10": {"detectron2"},
     "visualize": {"numpy", "detectron2"},
     "data": DATA,
     "evaluation": ANY_ARRAY | {"torch", "tabulate", "faster_coco_eval", "detectron2", "analysis"},

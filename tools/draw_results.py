@@ -66,7 +66,7 @@ def main() -> None:
         for index, category in enumerate(coco.loadCats(sorted(coco.getCatIds())))
     }
     found = defaultdict(list)
-    for record in load_json(arguments.results):
+    for record in load_json(arguments.results, list):
         if record["score"] >= arguments.threshold:
             found[record["image_id"]].append(record)
 

@@ -37,6 +37,7 @@ REPLACEMENTS = [
     # NumPy 1.24 took the aliases of Python's own types away.
     Replacement("data/build.py", "np.int)", "int)", 1),
     Replacement("data/build.py", "np.int\n", "int\n", 1),
+    Replacement("data/datasets/pascal_voc.py", "np.str)", "str)", 1),
     Replacement("evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", 2),
     Replacement("evaluation/sem_seg_evaluation.py", "np.int)", "int)", 2),
     Replacement("evaluation/sem_seg_evaluation.py", "np.float)", "float)", 5),

@@ -1,0 +1,22 @@
+"""What result files say about localisation: records -> curves (pure) -> plots.
+
+Works on a ground-truth JSON and a results JSON; knows no method and no config.
+"""
+
+from .curves import binned_mean, correlation, localization_table, select_localized
+from .plots import plot_ap_by_iou, plot_score_vs_iou
+from .records import Records, best_iou, load_json, make_records, read_records
+
+__all__ = [
+    "Records",
+    "best_iou",
+    "binned_mean",
+    "correlation",
+    "load_json",
+    "localization_table",
+    "make_records",
+    "plot_ap_by_iou",
+    "plot_score_vs_iou",
+    "read_records",
+    "select_localized",
+]

@@ -1,0 +1,66 @@
+"""Pictures of records and curves, written to files. Uses no global matplotlib state, no display."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .curves import binned_mean, correlation, select_localized
+from .records import Records
+
+_LABELS = {"cls_score": "class score", "confidence": "confidence", "pred_iou": "predicted IoU"}
+_MAX_POINTS = 20_000
+
+
+def plot_score_vs_iou(records: Records, path: str | os.PathLike, min_iou: float = 0.5) -> Figure:
+    """Scatter class score, confidence and, if any, predicted IoU against the true IoU.
+
+    One panel a score, over the detections with true IoU above `min_iou`, with Pearson's r and
+    Spearman's rho of all of them in the title and the mean score in each of 20 bins as a line.
+    Of more than 20,000 points an even subset is drawn. No detections: empty panels, r = nan.
+
+    Returns:
+        The figure, after it was written to `path`.
+    """
+    keep = select_localized(records, min_iou)
+    true_iou = records.true_iou[keep]
+    signals = records.signals()
+    names = [name for name in _LABELS if name in signals]
+
+    figure = Figure(figsize=(4.2 * len(names), 4.4), layout="constrained")
+    figure.suptitle(f"{len(true_iou)} detections with IoU > {min_iou:g}")
+    for axes, name in zip(figure.subplots(1, len(names)), names):
+        _scatter_panel(axes, true_iou, signals[name][keep], min_iou)
+        pearson, spearman = correlation(signals[name][keep], true_iou)
+        axes.set_title(f"{_LABELS[name]}: r = {pearson:.3f} (rho = {spearman:.3f})", fontsize=10)
+        axes.set_ylabel(_LABELS[name])
+    return _save(figure, path)
+
+
+def _scatter_panel(axes, true_iou: np.ndarray, values: np.ndarray, min_iou: float) -> None:
+    step = -(-len(true_iou) // _MAX_POINTS) or 1
+    axes.scatter(true_iou[::step], values[::step], s=6, alpha=0.25, linewidths=0)
+    edges = np.linspace(min_iou, 1, 21)
+    means = binned_mean(true_iou, values, edges)
+    axes.plot((edges[:-1] + edges[1:]) / 2, means, color="black", marker=".", label="mean")
+    axes.set(xlabel="true IoU", xlim=(min_iou, 1), ylim=(0, 1.02))
+    axes.legend(loc="lower right")
+
+
+def plot_ap_by_iou(thresholds: np.ndarray, ap: np.ndarray, path: str | os.PathLike) -> Figure:
+    """Draw AP (percent) against the IoU threshold it is counted at: both arrays (T,)."""
+    figure = Figure(figsize=(4.6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(thresholds, ap, marker="o")
+    axes.set(xlabel="IoU threshold", ylabel="AP (%)", ylim=(0, 100), title="AP by IoU threshold")
+    axes.grid(alpha=0.3)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> Figure:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120)
+    return figure

@@ -1,0 +1,92 @@
+"""Datasets by name in DATASETS.TRAIN and DATASETS.TEST, a user's own ones without any Python.
+
+coco:ANNOTATIONS.json                images in `images/` beside the JSON, or beside it
+coco:ANNOTATIONS.json:IMAGE_FOLDER
+voc:FOLDER:SPLIT                     Annotations/, JPEGImages/, ImageSets/Main/SPLIT.txt
+voc:FOLDER                           all annotations of a folder without ImageSets
+shapes_train, coco_2017_train, ...   generated shapes; Detectron2's built-in names
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from .coco import register_coco
+from .shapes import register_shapes, register_shapes_by_name
+from .voc import register_voc
+
+FORMS = "coco:ANNOTATIONS.json[:IMAGE_FOLDER] or voc:FOLDER[:SPLIT]"
+
+
+def register_dataset(name: str, clean_dir: str | os.PathLike[str]) -> str:
+    """Register a dataset where needed and return the name to keep in the config.
+
+    A user's own dataset comes back with absolute paths, so that a saved config works from any
+    folder; every other name comes back unchanged. Registering again does nothing.
+
+    Args:
+        name: see the head of this file; relative paths start at the working directory.
+        clean_dir: folder for mended copies of annotations, made only when something was mended.
+
+    Raises:
+        ValueError: an unknown name (the nearest ones are given), or broken annotations.
+        FileNotFoundError: annotations or images that are not there.
+    """
+    register_shapes()
+    if name in DatasetCatalog:
+        return name
+    if name.startswith(("coco:", "voc:")):
+        return _register_own(name, Path(clean_dir).absolute())
+    if register_shapes_by_name(name):
+        return name
+    nearest = difflib.get_close_matches(name, DatasetCatalog.list())
+    hint = f" Did you mean {', '.join(nearest)}?" if nearest else ""
+    raise ValueError(f"There is no dataset '{name}'.{hint} Data of your own is given as {FORMS}.")
+
+
+def class_names(names: Sequence[str]) -> list[str]:
+    """The class names, in order of the class index, that all registered datasets `names` share.
+
+    Raises ValueError where two of them differ, where one has no classes, and for no name at all.
+    """
+    if not names:
+        raise ValueError("No dataset is given: set DATASETS.TRAIN or DATASETS.TEST.")
+    first, *others = [_thing_classes(name) for name in names]
+    for name, classes in zip(names[1:], others):
+        if classes != first:
+            raise ValueError(
+                f"The classes of '{names[0]}' and '{name}' differ: {_difference(first, classes)}."
+            )
+    return first
+
+
+def _register_own(name: str, clean_dir: Path) -> str:
+    kind, *parts = name.split(":")
+    if len(parts) > 2 or not all(parts):
+        raise ValueError(f"'{name}' is no dataset: write {FORMS}, with paths that hold no colon.")
+    path = Path(os.path.abspath(os.path.expanduser(parts[0])))
+    if kind == "voc":
+        return register_voc(path, parts[1] if len(parts) == 2 else None, clean_dir)
+    folder = Path(os.path.abspath(os.path.expanduser(parts[1]))) if len(parts) == 2 else None
+    return register_coco(path, folder, clean_dir)
+
+
+def _thing_classes(name: str) -> list[str]:
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if not classes:
+        raise ValueError(f"The dataset '{name}' has no object classes to detect.")
+    return list(classes)
+
+
+def _difference(first: Sequence[str], second: Sequence[str]) -> str:
+    parts = [
+        ("only in the first", [c for c in first if c not in second]),
+        ("only in the second", [c for c in second if c not in first]),
+    ]
+    found = [f"{what}: {', '.join(classes)}" for what, classes in parts if classes]
+    return "; ".join(found) or f"the order is {', '.join(first)} and {', '.join(second)}"

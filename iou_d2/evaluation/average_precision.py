@@ -1,0 +1,139 @@
+"""Average precision as COCO defines it, from plain COCO dicts. Knows no Detectron2.
+
+Shapes: T = 10 IoU thresholds, R = 101 recall levels, K classes in order of their category id,
+A = 4 ranges of object area (all, small, medium, large).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+
+from iou_d2.analysis.records import check_ids
+
+IOU_THRESHOLDS = np.arange(50, 100, 5) / 100
+_AREAS = {"all": 0, "small": 1, "medium": 2, "large": 3}
+
+
+def coco_precision(
+    ground_truth: dict,
+    results: list[dict],
+    *,
+    image_ids: Iterable | None = None,
+    max_dets: int = 100,
+    backend: str | None = None,
+) -> np.ndarray:
+    """Interpolated precision, the array that every AP of COCO is a mean of.
+
+    Both back ends agree to 1e-6 (a test): "pycocotools", the official one, and "faster", the
+    package faster-coco-eval, which counts in C++. Ids may be of any kind: they are renumbered from
+    1, since pycocotools takes an annotation with id 0 for no annotation and the faster one wants
+    integers.
+
+    Args:
+        ground_truth: COCO dataset: "images", "categories", "annotations". An annotation without
+            "iscrowd" is no crowd; without "area" its area is that of its box.
+        results: COCO detections. May be empty: the precision of every class with objects is then 0.
+        image_ids: images to count on; None for all.
+        max_dets: detections of an image and class that count, best first.
+        backend: "pycocotools", "faster", or None for the faster one where it is installed.
+
+    Returns:
+        (T, R, K, A) float64 in [0, 1]; -1 for a class and area range without objects.
+
+    Raises:
+        ValueError: unknown back end, or a detection of an unknown image or category.
+        ImportError: the back end asked for is not installed.
+    """
+    coco_class, eval_class = _backend(backend)
+    check_ids(ground_truth, results)
+    number = {id_: n for n, id_ in enumerate(sorted(i["id"] for i in ground_truth["images"]), 1)}
+
+    # Both packages print their progress.
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = _index(coco_class, ground_truth, ground_truth["annotations"], number)
+        detections = _index(coco_class, ground_truth, results, number)
+        evaluation = eval_class(truth, detections, "bbox")
+        evaluation.params.maxDets = [max_dets]
+        if image_ids is not None:
+            evaluation.params.imgIds = [number[id_] for id_ in image_ids]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation.eval["precision"][..., 0]
+
+
+def _backend(name: str | None) -> tuple[type, type]:
+    """The classes COCO and COCOeval of a back end."""
+    if name not in (None, "pycocotools", "faster"):
+        raise ValueError(f'The back end should be "pycocotools" or "faster", but is {name!r}.')
+    if name is None:
+        name = "faster" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+    logging.getLogger(__name__).info(f"Counting AP with {name}.")
+    if name == "faster":
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        return COCO, COCOeval_faster
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    return COCO, COCOeval
+
+
+def _index(coco_class: type, dataset: dict, boxes: list[dict], number: dict):
+    """A COCO object of `boxes`, annotations or detections, with images numbered by `number`."""
+    coco = coco_class()
+    coco.dataset = {
+        "images": [{"id": n} for n in number.values()],
+        "categories": dataset["categories"],
+        "annotations": [
+            {
+                "id": n,
+                "image_id": number[box["image_id"]],
+                "category_id": box["category_id"],
+                "bbox": box["bbox"],
+                "area": box.get("area", box["bbox"][2] * box["bbox"][3]),
+                "iscrowd": box.get("iscrowd", 0),
+                "score": box.get("score", 0),
+            }
+            for n, box in enumerate(boxes, 1)
+        ],
+    }
+    coco.createIndex()
+    return coco
+
+
+def summarize_ap(precision: np.ndarray, class_names: list[str]) -> dict[str, float]:
+    """The AP table of the localisation papers, in percent.
+
+    Args:
+        precision: (T, R, K, A) of `coco_precision`.
+        class_names: K names in order of the category ids.
+
+    Returns:
+        AP, AP50, AP60, AP70, AP75, AP80, AP90; APs, APm, APl by area; AP-<class>. NaN where there
+        are no objects to find.
+    """
+    by_iou = ap_by_iou(precision)
+    table = {"AP": _mean(precision[..., _AREAS["all"]])}
+    for percent in (50, 60, 70, 75, 80, 90):
+        table[f"AP{percent}"] = float(by_iou[(percent - 50) // 5])
+    for area in ("small", "medium", "large"):
+        table[f"AP{area[0]}"] = _mean(precision[..., _AREAS[area]])
+    for k, name in enumerate(class_names):
+        table[f"AP-{name}"] = _mean(precision[:, :, k, _AREAS["all"]])
+    return table
+
+
+def ap_by_iou(precision: np.ndarray) -> np.ndarray:
+    """AP in percent at each of `IOU_THRESHOLDS`: (T,), NaN where there are no objects at all."""
+    return np.array([_mean(at_threshold[..., _AREAS["all"]]) for at_threshold in precision])
+
+
+def _mean(precision: np.ndarray) -> float:
+    defined = precision[precision > -1]
+    return 100 * float(defined.mean()) if defined.size else float("nan")

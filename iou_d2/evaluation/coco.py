@@ -1,0 +1,170 @@
+"""COCO evaluation of boxes, and of how well a detector's scores rank its boxes.
+
+`Instances` of a detector have `pred_boxes`, `scores` (the confidence that ranks), `pred_classes`
+and, where the method has them, `cls_scores` (class score) and `pred_ious` (predicted IoU).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_dict
+from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import create_small_table
+from tabulate import tabulate
+
+from iou_d2.analysis.curves import localization_table
+from iou_d2.analysis.records import make_records
+
+from .average_precision import coco_precision, summarize_ap
+
+
+class COCOLocalizationEvaluator(COCOEvaluator):
+    """Detectron2's COCO evaluator for boxes, with the tables of the localisation papers.
+
+    Two tasks are reported (on the main process; gathering is the parent's):
+
+    - "bbox": AP, AP50, AP60, AP70, AP75, AP80, AP90, APs, APm, APl, AP-<class>, in percent.
+    - "localization": Pearson's and Spearman's correlation of the confidence, the class score and
+      the predicted IoU with the true IoU: see `iou_d2.analysis.localization_table`.
+
+    NaN stands for what is not defined: AP without objects, a correlation over fewer than two
+    detections and, as in Detectron2, every AP of a model without any detection.
+
+    `output_dir` receives "coco_instances_results.json", whose entries also hold "cls_score" and
+    "pred_iou" where the detector gives them. A dataset without a JSON of its own (Pascal VOC) is
+    converted on each construction into "<dataset>_coco_format.json" there, never taken from an
+    earlier run, so that the numbers are those of the dataset as it is now.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str,
+        *,
+        distributed: bool = True,
+        max_dets_per_image: int = 100,
+        backend: str | None = None,
+    ):
+        """
+        Args:
+            dataset_name: a registered dataset, with "json_file" in its metadata or in Detectron2's
+                standard format.
+            output_dir: folder for the result files; made if needed.
+            distributed: gather the predictions of all processes.
+            max_dets_per_image: detections of an image and class that count, best first.
+            backend: what counts, see `coco_precision`.
+        """
+        metadata = MetadataCatalog.get(dataset_name)
+        convert = not hasattr(metadata, "json_file")
+        if convert:
+            metadata.json_file = _write_coco_json(dataset_name, output_dir)
+        try:
+            super().__init__(
+                dataset_name,
+                tasks=("bbox",),
+                distributed=distributed,
+                output_dir=output_dir,
+                use_fast_impl=False,
+            )
+        finally:
+            if convert:
+                del metadata.json_file
+        self._max_dets = max_dets_per_image
+        self._backend = backend
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Keep the "instances" of `outputs` as COCO detections, moved to the CPU."""
+        for image, output in zip(inputs, outputs):
+            instances = output["instances"].to(self._cpu_device)
+            results = instances_to_results(instances, image["image_id"])
+            self._predictions.append({"image_id": image["image_id"], "instances": results})
+
+    # The parent's `evaluate` calls this on the main process with the predictions of all of them.
+    def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
+        results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
+        self._restore_category_ids(results)
+        path = os.path.join(self._output_dir, "coco_instances_results.json")
+        with PathManager.open(path, "w") as f:
+            f.write(json.dumps(results))
+        self._logger.info(f"Saved {len(results)} detections to {path}")
+        if not self._do_evaluation:
+            self._logger.info("Annotations are not available for evaluation.")
+            return
+
+        self._results["bbox"] = self._average_precision(results, img_ids)
+        records = make_records(self._coco_api.dataset, results)
+        self._results["localization"] = localization_table(records)
+        table = create_small_table(self._results["localization"])
+        self._logger.info(f"Correlation with the true IoU, where it is over 0.5:\n{table}")
+
+    def _restore_category_ids(self, results: list[dict]) -> None:
+        """Turn class indices, in place, into the category ids of the dataset."""
+        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if mapping is None:
+            mapping = {id_: id_ for id_ in self._coco_api.cats}
+        category_ids = {index: id_ for id_, index in mapping.items()}
+        for result in results:
+            index = result["category_id"]
+            if index not in category_ids:
+                raise ValueError(
+                    f"A detection has class {index}, but the dataset {self._metadata.name!r} has "
+                    f"{len(category_ids)} classes: does the model belong to this dataset?"
+                )
+            result["category_id"] = category_ids[index]
+
+    def _average_precision(self, results: list[dict], img_ids: list | None) -> dict[str, float]:
+        precision = coco_precision(
+            self._coco_api.dataset,
+            results,
+            image_ids=img_ids,
+            max_dets=self._max_dets,
+            backend=self._backend,
+        )
+        names = [self._coco_api.cats[id_]["name"] for id_ in sorted(self._coco_api.cats)]
+        table = summarize_ap(precision, names)
+        if not results:
+            self._logger.warning("No predictions from the model!")
+            return dict.fromkeys(table, float("nan"))
+
+        overall = {key: value for key, value in table.items() if "-" not in key}
+        self._logger.info(f"Evaluation results for bbox:\n{create_small_table(overall)}")
+        by_class = [(name, table[f"AP-{name}"]) for name in names]
+        self._logger.info("AP by class:\n" + tabulate(by_class, ["category", "AP"], "pipe"))
+        return table
+
+
+def file_stem(dataset_name: str) -> str:
+    """The name as a file may have it: names of a user's own data hold paths."""
+    return re.sub(r"[^\w.-]+", "_", dataset_name)[-100:].lstrip("_.")
+
+
+def instances_to_results(instances: Instances, image_id: int | str) -> list[dict]:
+    """COCO detections of one image, on the CPU, with "cls_score" and "pred_iou" if there."""
+    results = instances_to_coco_json(instances, image_id)
+    for field, key in (("cls_scores", "cls_score"), ("pred_ious", "pred_iou")):
+        if instances.has(field):
+            for result, value in zip(results, instances.get(field).tolist()):
+                result[key] = value
+    return results
+
+
+def _write_coco_json(dataset_name: str, output_dir: str) -> str:
+    """Write a dataset of the catalog as COCO JSON into `output_dir`; returns the path."""
+    dataset = convert_to_coco_dict(dataset_name)
+    dataset.setdefault("annotations", [])  # left out by Detectron2 where there are no objects
+    PathManager.mkdirs(output_dir)
+    path = os.path.join(output_dir, f"{file_stem(dataset_name)}_coco_format.json")
+    # Every process writes the same content; none may read a half-written file of another.
+    partial = f"{path}.{os.getpid()}"
+    with open(partial, "w") as f:
+        f.write(json.dumps(dataset))
+    os.replace(partial, path)
+    return path

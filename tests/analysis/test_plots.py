@@ -1,0 +1,87 @@
+"""plots.py: what the pictures say, that they are drawn, and the command that writes them."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iou_d2.analysis import make_records, plot_ap_by_iou, plot_score_vs_iou
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import analyze
+
+
+def planted(shift_of_score=lambda iou: iou, count=30):
+    """Ground truth 100 wide, detections shifted sideways; the confidence follows the IoU."""
+    truth = {
+        "images": [{"id": i} for i in range(count)],
+        "categories": [{"id": 0, "name": "thing"}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 0, "bbox": [0, 0, 100, 100]}
+            for i in range(count)
+        ],
+    }
+    results = []
+    for i in range(count):
+        iou = (100 - i) / (100 + i)
+        results.append(
+            {
+                "image_id": i,
+                "category_id": 0,
+                "bbox": [i, 0, 100, 100],
+                "score": shift_of_score(iou),
+                "cls_score": 1 - iou,
+                "pred_iou": iou**2,
+            }
+        )
+    return truth, results
+
+
+def test_titles_hold_the_correlations(tmp_path):
+    figure = plot_score_vs_iou(make_records(*planted()), tmp_path / "scatter.png")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[0] == "class score: r = -1.000 (rho = -1.000)"
+    assert titles[1] == "confidence: r = 1.000 (rho = 1.000)"
+    assert titles[2].startswith("predicted IoU: r = 0.99")
+    points = figure.axes[1].collections[0].get_offsets()
+    assert len(points) == 30 and np.allclose(points[:, 0], points[:, 1])
+    assert (tmp_path / "scatter.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plots_of_nothing_and_of_many(tmp_path):
+    truth, results = planted()
+    figure = plot_score_vs_iou(make_records(truth, []), tmp_path / "none.png")
+    assert [axes.get_title() for axes in figure.axes] == [
+        "class score: r = nan (rho = nan)",
+        "confidence: r = nan (rho = nan)",
+    ]
+    figure = plot_score_vs_iou(make_records(truth, results * 1001), tmp_path / "many.png")
+    assert 10_000 < len(figure.axes[0].collections[0].get_offsets()) <= 20_000
+    plot_ap_by_iou(np.arange(10) / 20 + 0.5, np.full(10, np.nan), tmp_path / "nan.png")
+    assert (tmp_path / "none.png").exists() and (tmp_path / "nan.png").exists()
+
+
+def test_analyze_command(tmp_path, capsys):
+    truth, results = planted()
+    gt_path, results_path = tmp_path / "gt.json", tmp_path / "results.json"
+    gt_path.write_text(json.dumps(truth))
+    results_path.write_text(json.dumps(results))
+    arguments = ["--gt", str(gt_path), "--results", str(results_path), "--output"]
+    analyze.main([*arguments, str(tmp_path / "a" / "b")])
+    printed = capsys.readouterr().out
+    assert "| AP50     | 100.00 |" in printed
+    assert "| pearson_confidence  | 1  " in printed
+    assert "| detections          | 30 " in printed
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {
+        "score_vs_iou.png",
+        "ap_by_iou.png",
+    }
+
+    results_path.write_text("[{")
+    with pytest.raises(SystemExit, match=r"results\.json is not a valid JSON file"):
+        analyze.main([*arguments, str(tmp_path)])
+    results_path.unlink()
+    with pytest.raises(SystemExit, match=r"There is no file .*results\.json"):
+        analyze.main([*arguments, str(tmp_path)])

@@ -1,0 +1,129 @@
+"""What fails on an image while it is read names the image; unusual but good images are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import (
+    DatasetCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from iou_d2.data.mapper import CheckedDatasetMapper
+
+WIDTH, HEIGHT = 48, 32
+
+
+@pytest.fixture
+def cfg():
+    cfg = get_cfg()
+    cfg.INPUT.MIN_SIZE_TRAIN = (HEIGHT,)
+    cfg.INPUT.MIN_SIZE_TEST = HEIGHT
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.SOLVER.IMS_PER_BATCH = 1
+    cfg.DATALOADER.NUM_WORKERS = 0
+    return cfg
+
+
+def record(file: Path) -> dict:
+    box = {"bbox": [4, 5, 20, 25], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    return {
+        "file_name": str(file),
+        "image_id": 17,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "annotations": [box],
+    }
+
+
+def ramp() -> np.ndarray:
+    return np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)
+
+
+def write_cut_image(file: Path, keep: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
+    Image.fromarray(noise).save(file)
+    file.write_bytes(file.read_bytes()[:keep])
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
+def test_modes_become_bgr_of_8_bits(tmp_path, cfg, mode, is_train):
+    file = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    red = Image.new("RGB", (WIDTH, HEIGHT), (255, 0, 0))
+    grey = Image.new("L", (WIDTH, HEIGHT), 255)
+    (grey if mode in ("L", "LA", "1") else red).convert(mode).save(file)
+    mapped = CheckedDatasetMapper(cfg, is_train)(record(file))
+    assert mapped["image_id"] == 17 and mapped["file_name"] == str(file)
+    expected = [255, 255, 255] if mode in ("L", "LA", "1") else [0, 0, 255]
+    assert mapped["image"].shape == (3, HEIGHT, WIDTH)
+    assert mapped["image"].flatten(1).float().mean(1).tolist() == pytest.approx(expected, abs=1.5)
+    if is_train:
+        assert mapped["instances"].gt_boxes.tensor.tolist() == [[4, 5, 20, 25]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_is_an_error(tmp_path, cfg, dtype):
+    file = tmp_path / "deep.tif"
+    Image.fromarray(ramp().astype(dtype)).save(file)
+    with pytest.raises(RuntimeError, match=r"deep\.tif \(image_id 17\).*more than 8 bits"):
+        CheckedDatasetMapper(cfg, True)(record(file))
+
+
+def test_exif_rotation_is_applied(tmp_path, cfg):
+    file = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees, so that the stored size is height x width
+    Image.new("RGB", (HEIGHT, WIDTH)).save(file, exif=exif)
+    assert CheckedDatasetMapper(cfg, True)(record(file))["image"].shape == (3, HEIGHT, WIDTH)
+
+
+def test_exif_rotation_that_the_annotations_ignore(tmp_path, cfg):
+    file = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (WIDTH, HEIGHT)).save(file, exif=exif)
+    with pytest.raises(SizeMismatchError, match=r"turned\.jpg, got \(32, 48\), expect \(48, 32\)"):
+        CheckedDatasetMapper(cfg, True)(record(file))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif"])
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.9])
+def test_cut_images_are_named(tmp_path, cfg, suffix, keep):
+    file = tmp_path / f"cut.{suffix}"
+    write_cut_image(file, 10**9)
+    size = file.stat().st_size
+    write_cut_image(file, keep if isinstance(keep, int) else int(keep * size))
+    with pytest.raises(RuntimeError, match=rf"cut\.{suffix} \(image_id 17\) cannot be used: .+"):
+        CheckedDatasetMapper(cfg, True)(record(file))
+
+
+def test_text_and_missing_files_are_named(tmp_path, cfg):
+    file = tmp_path / "text.jpg"
+    file.write_text("<html>404</html>")
+    with pytest.raises(RuntimeError, match=r"text\.jpg .*cannot identify image"):
+        CheckedDatasetMapper(cfg, False)(record(file))
+    with pytest.raises(RuntimeError, match=r"gone\.jpg \(image_id 17\).*FileNotFoundError"):
+        CheckedDatasetMapper(cfg, False)(record(tmp_path / "gone.jpg"))
+
+
+def test_loaders_stop_with_the_name(tmp_path, cfg):
+    file = tmp_path / "cut.jpg"
+    write_cut_image(file, 500)
+    name = f"cut_{tmp_path.name}"
+    DatasetCatalog.register(name, lambda: [record(file)])
+    cfg.DATASETS.TRAIN = (name,)
+    train = build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
+    with pytest.raises(RuntimeError, match=r"cut\.jpg \(image_id 17\) cannot be used"):
+        next(iter(train))
+    cfg.DATALOADER.NUM_WORKERS = 1
+    test = build_detection_test_loader(cfg, name, mapper=CheckedDatasetMapper(cfg, is_train=False))
+    with pytest.raises(RuntimeError, match=r"cut\.jpg \(image_id 17\) cannot be used"):
+        next(iter(test))
