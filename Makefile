@@ -7,6 +7,7 @@ DETECTRON2 ?= release
 VENV := $(if $(filter git,$(DETECTRON2)),.venv-git,.venv)
 PYTHON := $(VENV)/bin/python
 BASE_PYTHON ?= python3
+CUDA_HOME ?= /usr/local/cuda
 DEMO := output/demo
 RUN := output/iou_retinanet_shapes
 SHAPES_VAL := $(or $(DETECTRON2_DATASETS),datasets)/shapes/shapes_val_400x128
@@ -14,7 +15,7 @@ SHAPES_VAL := $(or $(DETECTRON2_DATASETS),datasets)/shapes/shapes_val_400x128
 # Threads that wait actively stall one another where cores are few or shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench cuda-compile clean
 .DELETE_ON_ERROR:
 
 # Without its stamp an environment is half made, so it is made anew: that repairs any interruption.
@@ -27,6 +28,7 @@ $(VENV)/installed: requirements.txt tools/install_detectron2.py
 	touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard iou_d2/layers/csrc/*)
+	rm -rf build iou_d2/_C*.so  # an interrupted linker leaves a file that looks up to date
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -39,11 +41,22 @@ demo: $(VENV)/built
 	@echo "The model and its figures are in $(RUN), the pictures in $(DEMO)."
 
 test: $(VENV)/built
-	$(PYTHON) -m pytest tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -n 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+# The CUDA sources compile without a GPU, so that they cannot rot; the result is thrown away.
+cuda-compile: $(VENV)/installed
+	@if [ -x $(CUDA_HOME)/bin/nvcc ]; then \
+		folder=$$(mktemp -d) && trap 'rm -rf $$folder' EXIT && \
+		CUDA_HOME=$(CUDA_HOME) FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 \
+			$(PYTHON) setup.py -q build_ext -t $$folder -b $$folder && \
+		echo "The CUDA sources compile."; \
+	else \
+		echo "There is no nvcc in $(CUDA_HOME)/bin, so the CUDA sources are NOT compiled."; \
+	fi
 
 bench: $(VENV)/built
 	for script in benchmarks/*.py; do $(PYTHON) $$script || exit 1; done

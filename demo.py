@@ -173,7 +173,7 @@ def main() -> None:
     source.add_argument("--input", nargs="+", help="pictures, folders or globs")
     source.add_argument("--video-input", metavar="FILE")
     parser.add_argument("--output", required=True, metavar="FOLDER")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3)
+    parser.add_argument("--confidence-threshold", type=float, default=0.5)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     arguments = parser.parse_args()
 

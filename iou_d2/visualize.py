@@ -11,7 +11,7 @@ import numpy as np
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 
-READABLE_SIDE = 512  # pixels; smaller images are enlarged, or their labels would hide the objects
+READABLE_SIDE = 800  # pixels; smaller images are enlarged, or their labels would hide the objects
 
 
 def detection_label(name: str, score: float, pred_iou: float | None = None) -> str:

@@ -16,7 +16,7 @@ def test_labels():
 
 
 def test_boxes_change_the_picture_along_their_sides_only():
-    image = np.full((600, 700, 3), 80, dtype=np.uint8)
+    image = np.full((900, 1000, 3), 80, dtype=np.uint8)
     plain = draw_boxes(image, np.zeros((0, 4)), [], [])
     assert plain.shape == image.shape and np.abs(plain.astype(int) - 80).max() <= 1
     drawn = draw_boxes(image, np.array([[100.0, 200, 500, 550]]), [3], [""])
@@ -33,9 +33,9 @@ def test_small_pictures_are_enlarged():
 
 def test_draw_results_puts_truth_beside_predictions(tmp_path):
     (tmp_path / "images").mkdir()
-    cv2.imwrite(str(tmp_path / "images/a.png"), np.full((600, 600, 3), 90, dtype=np.uint8))
+    cv2.imwrite(str(tmp_path / "images/a.png"), np.full((800, 800, 3), 90, dtype=np.uint8))
     truth = {
-        "images": [{"id": 5, "file_name": "a.png", "height": 600, "width": 600}],
+        "images": [{"id": 5, "file_name": "a.png", "height": 800, "width": 800}],
         "categories": [{"id": 7, "name": "cat"}],
         "annotations": [
             {"id": 1, "image_id": 5, "category_id": 7, "bbox": [50, 50, 100, 100], "iscrowd": 0}
@@ -53,7 +53,7 @@ def test_draw_results_puts_truth_beside_predictions(tmp_path):
         check=True,
     )
     drawn = cv2.imread(str(tmp_path / "out/a.png")).astype(int)
-    assert drawn.shape == (600, 1208, 3)
-    left, right = drawn[:, :600], drawn[:, 608:]
+    assert drawn.shape == (800, 1608, 3)
+    left, right = drawn[:, :800], drawn[:, 808:]
     assert np.abs(left[45:55, 60:140] - 90).max() > 20 and np.abs(left[250:, 250:] - 90).max() <= 1
     assert np.abs(right[295:305, 310:490] - 90).max() > 20

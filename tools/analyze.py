@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", required=True, help="coco_instances_results.json")
     parser.add_argument("--output", required=True, help="folder for the pictures")
     parser.add_argument("--min-iou", type=float, default=0.5, help="boxes with more IoU count")
-    parser.add_argument("--max-dets", type=int, default=100, help="detections an image and class")
+    parser.add_argument("--max-dets", type=int, help="detections an image and class; all if unset")
     return parser.parse_args(argv)
 
 
@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         records = read_records(args.gt, args.results)
         ground_truth, results = load_json(args.gt, dict), load_json(args.results, list)
-        precision = coco_precision(ground_truth, results, max_dets=args.max_dets)
+        max_dets = args.max_dets or max(100, len(results))
+        precision = coco_precision(ground_truth, results, max_dets=max_dets)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
 

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--results", required=True, help="coco_instances_results.json")
     parser.add_argument("--output", required=True, type=Path, help="folder for the pictures")
     parser.add_argument("--number", type=int, default=12, help="pictures, spread over the set")
-    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score drawn")
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
     arguments = parser.parse_args()
 
     coco = COCO(arguments.gt)

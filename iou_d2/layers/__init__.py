@@ -1,0 +1,5 @@
+"""Layers that need no Detectron2: precise RoI pooling."""
+
+from .prroi_pool import HAS_EXTENSION, PrRoIPool, prroi_pool, prroi_pool_reference
+
+__all__ = ["HAS_EXTENSION", "PrRoIPool", "prroi_pool", "prroi_pool_reference"]

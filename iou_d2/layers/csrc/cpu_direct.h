@@ -1,0 +1,181 @@
+// CPU kernels that read every pixel under a RoI: the fast way for RoIs of a few hundred pixels.
+//
+// Each handles `channels` (a multiple of LANES) neighbouring channels of one RoI. `map` addresses
+// the first pixel under the RoI, `out` and `grad` its first bin.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "prroi_pool.h"
+#include "cpu_tile.h"
+
+namespace iou_d2::cpu {
+
+// The bins of one axis of a RoI: which pixels each touches, and their weights.
+template <typename T>
+struct Bins {
+  int64_t origin, extent;  // the pixels under the RoI
+  std::vector<int64_t> begin, end,
+      offset;  // of each bin: pixels counted from origin, and where its weights are
+  std::vector<T> weights;
+
+  explicit Bins(const Axis& axis) : begin(axis.bins), end(axis.bins), offset(axis.bins) {
+    origin = axis.bin_first(0);
+    extent = std::max<int64_t>(axis.bin_last(axis.bins - 1) - origin, 0);
+    for (int64_t k = 0; k < axis.bins; ++k) {
+      begin[k] = axis.bin_first(k) - origin;
+      end[k] = std::max(axis.bin_last(k) - origin, begin[k]);
+      offset[k] = static_cast<int64_t>(weights.size()) - begin[k];
+      for (int64_t i = begin[k]; i < end[k]; ++i)
+        weights.push_back(static_cast<T>(axis.weight(k, origin + i)));
+    }
+  }
+  int64_t count() const {
+    return static_cast<int64_t>(begin.size());
+  }
+  IOU_D2_INLINE T weight(int64_t k, int64_t i) const {
+    return weights[offset[k] + i];
+  }
+  // Bins [k, over(i, k)) touch pixel i, if k is the first that does; `k` only grows with i.
+  IOU_D2_INLINE int64_t over(int64_t i, int64_t& k) const {
+    while (k < count() && end[k] <= i) ++k;
+    int64_t last = k;
+    while (last < count() && begin[last] <= i) ++last;
+    return last;
+  }
+};
+
+// out[p, q] = sum_i Wy[p, i] sum_j Wx[q, j] map[i, j], reading the map once, row by row.
+template <typename T, int K>
+IOU_D2_INLINE void pool_row(Grid<const T> map, const Bins<T>& y, const Bins<T>& x, Grid<T> out,
+                            int64_t i, int64_t p0, int64_t p1, int64_t q, int64_t c) {
+  constexpr int64_t LANES = Simd<T>::LANES;
+  typename Simd<T>::Pack line[K] = {};
+  for (int64_t j = x.begin[q]; j < x.end[q]; ++j) {
+    const T w = x.weight(q, j);
+    for (int k = 0; k < K; ++k) line[k] += w * pack(map.at(i, j) + c + k * LANES);
+  }
+  for (int64_t p = p0; p < p1; ++p) {
+    const T w = y.weight(p, i);
+    for (int k = 0; k < K; ++k) pack(out.at(p, q) + c + k * LANES) += w * line[k];
+  }
+}
+
+template <typename T>
+IOU_D2_INLINE void pool(Grid<const T> map, const Bins<T>& y, const Bins<T>& x, Grid<T> out,
+                        int64_t channels) {
+  constexpr int64_t LANES = Simd<T>::LANES;
+  for (int64_t p = 0; p < y.count(); ++p) {
+    for (int64_t q = 0; q < x.count(); ++q) std::fill_n(out.at(p, q), channels, T(0));
+  }
+  for (int64_t i = 0, p0 = 0; i < y.extent; ++i) {
+    const int64_t p1 = y.over(i, p0);
+    for (int64_t q = 0; q < x.count(); ++q) {
+      int64_t c = 0;
+      for (; c + 4 * LANES <= channels; c += 4 * LANES)
+        pool_row<T, 4>(map, y, x, out, i, p0, p1, q, c);
+      for (; c < channels; c += LANES) pool_row<T, 1>(map, y, x, out, i, p0, p1, q, c);
+    }
+  }
+}
+
+// map[i, j] += sum_q Wx[q, j] sum_p Wy[p, i] grad[p, q]
+template <typename T, int K>
+IOU_D2_INLINE void spread_row(Grid<const T> grad, const Bins<T>& y, const Bins<T>& x, Grid<T> map,
+                              int64_t i, int64_t p0, int64_t p1, int64_t q, int64_t c) {
+  constexpr int64_t LANES = Simd<T>::LANES;
+  typename Simd<T>::Pack line[K] = {};
+  for (int64_t p = p0; p < p1; ++p) {
+    const T w = y.weight(p, i);
+    for (int k = 0; k < K; ++k) line[k] += w * pack(grad.at(p, q) + c + k * LANES);
+  }
+  for (int64_t j = x.begin[q]; j < x.end[q]; ++j) {
+    const T w = x.weight(q, j);
+    for (int k = 0; k < K; ++k) pack(map.at(i, j) + c + k * LANES) += w * line[k];
+  }
+}
+
+template <typename T>
+IOU_D2_INLINE void spread(Grid<const T> grad, const Bins<T>& y, const Bins<T>& x, Grid<T> map,
+                          int64_t channels) {
+  constexpr int64_t LANES = Simd<T>::LANES;
+  for (int64_t i = 0, p0 = 0; i < y.extent; ++i) {
+    const int64_t p1 = y.over(i, p0);
+    for (int64_t q = 0; q < x.count(); ++q) {
+      int64_t c = 0;
+      for (; c + 4 * LANES <= channels; c += 4 * LANES)
+        spread_row<T, 4>(grad, y, x, map, i, p0, p1, q, c);
+      for (; c < channels; c += LANES) spread_row<T, 1>(grad, y, x, map, i, p0, p1, q, c);
+    }
+  }
+}
+
+// The two pixels around edge e of an axis, counted from the RoI's first, and their hats; hat 0
+// outside the map.
+struct EdgePixels {
+  int64_t pixel[2];
+  double hats[2];
+
+  EdgePixels(const Axis& axis, int64_t origin, int64_t e) {
+    const double at = axis.edge(e);
+    const int64_t left =
+        static_cast<int64_t>(std::floor(clamp(at, -1, static_cast<double>(axis.size))));
+    for (int64_t s = 0; s < 2; ++s) {
+      const bool inside = left + s >= 0 && left + s < axis.size;
+      pixel[s] = inside ? left + s - origin : 0;
+      hats[s] = inside ? hat(at - static_cast<double>(left + s)) : 0;
+    }
+  }
+};
+
+// Adds to edges[e] the sum over the bins k across of (grad[e-1, k] - grad[e, k]) * (mean over bin k
+// of the map along edge e): what moving edge e does to the bins on its two sides, but for the bin
+// length. `map` and `grad` are addressed as (across, along), i.e. column strides run along the axis
+// whose edges move.
+template <typename T>
+IOU_D2_INLINE void edge_sums(Grid<const T> map, Grid<const T> grad, const Axis& axis,
+                             const Bins<T>& along, const Bins<T>& across, int64_t channels,
+                             double* edges) {
+  using Pack = typename Simd<T>::Pack;
+  constexpr int64_t LANES = Simd<T>::LANES;
+  if (along.extent == 0 || across.extent == 0) return;
+  const int64_t bins = along.count();
+  for (int64_t e = 0; e <= bins; ++e) {
+    const EdgePixels at(axis, along.origin, e);
+    const T hats[2] = {static_cast<T>(at.hats[0]), static_cast<T>(at.hats[1])};
+    if (hats[0] == 0 && hats[1] == 0) continue;
+    const int64_t second = hats[1] == 0 ? at.pixel[0] : at.pixel[1];
+    const int64_t first = hats[0] == 0 ? second : at.pixel[0];
+    Pack total = {};
+    for (int64_t k = 0; k < across.count(); ++k) {
+      for (int64_t c = 0; c < channels; c += LANES) {
+        Pack mean = {};
+        for (int64_t i = across.begin[k]; i < across.end[k]; ++i) {
+          const T w = across.weight(k, i);
+          mean += (w * hats[0]) * pack(map.at(i, first) + c);
+          mean += (w * hats[1]) * pack(map.at(i, second) + c);
+        }
+        if (e > 0) total += pack(grad.at(k, e - 1) + c) * mean;
+        if (e < bins) total += T(-1) * (pack(grad.at(k, e) + c) * mean);
+      }
+    }
+    edges[e] += add_lanes<T>(total);
+  }
+}
+
+// sum of grad * out over bins and channels
+template <typename T>
+IOU_D2_INLINE double inner(Grid<const T> grad, Grid<const T> out, int64_t rows, int64_t columns,
+                           int64_t channels) {
+  typename Simd<T>::Pack total = {};
+  for (int64_t p = 0; p < rows; ++p) {
+    for (int64_t q = 0; q < columns; ++q) {
+      for (int64_t c = 0; c < channels; c += Simd<T>::LANES)
+        total += pack(grad.at(p, q) + c) * pack(out.at(p, q) + c);
+    }
+  }
+  return add_lanes<T>(total);
+}
+
+}  // namespace iou_d2::cpu

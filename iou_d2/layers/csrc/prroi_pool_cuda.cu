@@ -1,0 +1,147 @@
+// The op's CUDA implementation.
+//
+// A block handles one RoI and a group of channels. Its threads first put the RoI's weights into
+// shared memory, once for all channels: a bin needs 5 numbers however long it is, since only the 2
+// pixels at either end are partly covered. Sums are in float32 for half precision. Nothing
+// synchronises the stream or copies to the host.
+#include "prroi_pool.h"
+
+#include <ATen/Context.h>
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "cuda_kernels.cuh"
+
+namespace iou_d2::cuda {
+namespace {
+
+template <typename T>
+Strided<T> strided(const at::Tensor& t) {
+  return {static_cast<T*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1),
+          t.stride(2), t.stride(3)};
+}
+
+// One call's RoIs and how its kernels are launched: x counts RoIs, y groups of channels, enough of
+// them to fill a GPU when RoIs are few and to count with 32 bits within one.
+struct Launch {
+  Shape shape;
+  at::Tensor rois;  // float64
+  double scale, shift;
+  dim3 grid;
+  cudaStream_t stream;
+
+  Launch(const Shape& s, const at::Tensor& boxes, double spatial_scale, bool aligned)
+      : shape(s),
+        rois(boxes.to(at::kDouble).contiguous()),
+        scale(spatial_scale),
+        shift(aligned ? 0.5 : 0.0) {
+    TORCH_CHECK_VALUE(
+        s.P + s.Q <= 500 && s.H < INT32_MAX - 4 && s.W < INT32_MAX - 4 && s.R <= INT32_MAX,
+        "prroi_pool: on CUDA the two output sizes may add up to 500 and map sides and RoIs to 2^31 "
+        "- 5; got ",
+        s.P, " x ", s.Q, " bins, a ", s.H, " x ", s.W, " map and ", s.R, " RoIs.");
+    const int64_t enough = std::min((2048 + s.R - 1) / s.R, (s.C + 31) / 32);
+    const int64_t widest =
+        std::max(s.W, (s.P + 1) * (s.Q + 1));  // of what a kernel counts for each channel
+    const int64_t groups =
+        std::min<int64_t>(std::max(enough, s.C / (INT32_MAX / 2 / widest) + 1), 65535);
+    grid = dim3(static_cast<unsigned>(s.R), static_cast<unsigned>(groups));
+    stream = c10::cuda::getCurrentCUDAStream();
+  }
+  template <typename A>
+  size_t shared_bytes() const {
+    return (shape.P + shape.Q) * sizeof(Bin<A>) + (shape.P + shape.Q + 2) * sizeof(Edge<A>);
+  }
+};
+
+at::Tensor forward(const at::Tensor& features, const at::Tensor& rois, double spatial_scale,
+                   int64_t P, int64_t Q, bool aligned) {
+  check_arguments(features, rois, spatial_scale, P, Q);
+  const c10::cuda::CUDAGuard guard(features.device());
+  const Shape s{
+      features.size(0), features.size(1), features.size(2), features.size(3), rois.size(0), P, Q};
+  at::Tensor out =
+      at::empty({s.R, s.C, P, Q}, features.options().memory_format(format_of(features)));
+  if (out.numel() == 0) return out;
+  const Launch launch(s, rois, spatial_scale, aligned);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, features.scalar_type(), "prroi_pool", [&] {
+        using A = at::opmath_type<scalar_t>;
+        forward_kernel<scalar_t, A>
+            <<<launch.grid, THREADS, launch.shared_bytes<A>(), launch.stream>>>(
+                strided<const scalar_t>(features), launch.rois.const_data_ptr<double>(),
+                launch.scale, launch.shift, s, features.stride(1) == 1, strided<scalar_t>(out));
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      });
+  return out;
+}
+
+at::Tensor backward_features(const at::Tensor& grad, const at::Tensor& rois, at::IntArrayRef size,
+                             bool channels_last, double spatial_scale, bool aligned) {
+  check_backward(grad, size, rois);
+  at::globalContext().alertNotDeterministic(
+      "prroi_pool_backward_features on CUDA, which adds atomically,");
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  // Half precision is summed in float32 as well.
+  at::Tensor out =
+      at::empty(size,
+                grad.options().dtype(at::toOpMathType(grad.scalar_type())).memory_format(format))
+          .zero_();
+  const Shape s{size[0], size[1], size[2], size[3], rois.size(0), grad.size(2), grad.size(3)};
+  if (out.numel() > 0 && grad.numel() > 0) {
+    const Launch launch(s, rois, spatial_scale, aligned);
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, grad.scalar_type(), "prroi_pool_backward_features", [&] {
+          using A = at::opmath_type<scalar_t>;
+          backward_features_kernel<scalar_t, A>
+              <<<launch.grid, THREADS, launch.shared_bytes<A>(), launch.stream>>>(
+                  strided<const scalar_t>(grad), launch.rois.const_data_ptr<double>(), launch.scale,
+                  launch.shift, s, channels_last, strided<A>(out));
+          C10_CUDA_KERNEL_LAUNCH_CHECK();
+        });
+  }
+  return out.to(grad.scalar_type());
+}
+
+at::Tensor backward_rois(const at::Tensor& grad, const at::Tensor& features,
+                         const at::Tensor& output, const at::Tensor& rois, double spatial_scale,
+                         bool aligned) {
+  check_backward(grad, features.sizes(), rois);
+  TORCH_CHECK_VALUE(output.sizes() == grad.sizes() && output.scalar_type() == grad.scalar_type(),
+                    "prroi_pool: the output and its gradient differ in shape or dtype.");
+  const c10::cuda::CUDAGuard guard(features.device());
+  const Shape s{features.size(0), features.size(1), features.size(2), features.size(3),
+                rois.size(0),     grad.size(2),     grad.size(3)};
+  if (grad.numel() == 0) return at::zeros(rois.sizes(), rois.options());
+  const Launch launch(s, rois, spatial_scale, aligned);
+  at::Tensor partial = at::zeros({launch.grid.y, s.R, 5}, launch.rois.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, features.scalar_type(), "prroi_pool_backward_rois", [&] {
+        using A = at::opmath_type<scalar_t>;
+        backward_rois_kernel<scalar_t, A>
+            <<<launch.grid, THREADS, launch.shared_bytes<A>(), launch.stream>>>(
+                strided<const scalar_t>(grad), strided<const scalar_t>(features),
+                strided<const scalar_t>(output), launch.rois.const_data_ptr<double>(), launch.scale,
+                launch.shift, s, features.stride(1) == 1, partial.mutable_data_ptr<double>());
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      });
+  return partial.sum(0).to(rois.scalar_type());
+}
+
+}  // namespace
+}  // namespace iou_d2::cuda
+
+TORCH_LIBRARY_IMPL(iou_d2, CUDA, m) {
+  m.impl("prroi_pool", iou_d2::cuda::forward);
+  m.impl("prroi_pool_backward_features", iou_d2::cuda::backward_features);
+  m.impl("prroi_pool_backward_rois", iou_d2::cuda::backward_rois);
+}
