@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path("iou_d2")
-METHODS = {"retinanet"}
+METHODS = {"iou_net", "retinanet"}
 MATHS = {"torch", "torchvision", "fvcore", "boxes"}
-SHARED = {"pooler", "dense"}
+SHARED = {"pooler", "dense", "postprocess", "jitter"}
 ANY_ARRAY = {"numpy", "scipy", "matplotlib", "pycocotools", "boxes"}
 DATA = {"numpy", "cv2", "PIL", "tqdm", "pycocotools", "iopath", "detectron2"}
 
@@ -19,7 +19,9 @@ DATA = {"numpy", "cv2", "PIL", "tqdm", "pycocotools", "iopath", "detectron2"}
 MAY_IMPORT = {
     "__init__": METHODS | {"config", "pooler", "resnet10"},
     "boxes": {"torch"},
-    "layers": MATHS,
+    "layers": MATHS | {"_C"},
+    **dict.fromkeys(("nms", "refine", "jitter"), MATHS),
+    "postprocess": MATHS | {"detectron2", "nms", "refine"},
     "pooler": MATHS | {"detectron2", "layers"},
     "dense": MATHS | {"detectron2", "losses", "assign", "nms", "refine", "layers"},
     **{method: MATHS | SHARED | {"detectron2", "layers"} for method in METHODS},

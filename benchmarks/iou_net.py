@@ -1,0 +1,157 @@
+"""What IoU-Net costs: its NMS beside torchvision's, and its parts beside the detector's forward.
+
+    python benchmarks/iou_net.py [--config FILE] [--height PIXELS] [--width PIXELS] [--rounds N]
+
+The rows of each table take turns; medians over rounds. "forward" is all of Faster R-CNN on one
+image; refinement moves 100 boxes by 5 steps without an early stop, which is the most it can cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from tabulate import tabulate
+from torchvision.ops import batched_nms
+
+from iou_d2 import add_iou_config, load_config
+from iou_d2.config import use_available_device
+from iou_d2.jitter import jittered_boxes
+from iou_d2.nms import iou_guided_nms
+from iou_d2.postprocess import Postprocessor
+
+DETECTIONS, CANDIDATES = 100, 1000
+
+
+def build(config_file: str):
+    cfg = get_cfg()
+    add_iou_config(cfg)
+    load_config(cfg, config_file, ["MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"])
+    use_available_device(cfg)
+    torch.manual_seed(0)
+    return build_model(cfg).eval()
+
+
+def medians(parts: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each part; the first round is not counted."""
+    times = {name: [] for name in parts}
+    for _ in range(rounds + 1):
+        for name, function in parts.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def random_boxes(count: int, height: int, width: int, objects: int = 0) -> torch.Tensor:
+    """(count, 4) all over the image, or close to `objects` places."""
+    corner = torch.rand(objects or count, 2) * torch.tensor([width, height]) * 0.8
+    size = 30 + torch.rand(objects or count, 2) * 100
+    boxes = torch.cat([corner, corner + size], dim=1)
+    if objects:
+        boxes = boxes.repeat(count // objects, 1) + torch.randn(count, 4) * 5
+    return boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+
+
+def nms_table(rounds: int, device: str) -> str:
+    rows = []
+    for count in (CANDIDATES, 10_000):
+        for classes in (1, 80):
+            for objects in (0, count // 50):
+                boxes = random_boxes(count, 800, 1333, objects).to(device)
+                scores, ranks = torch.rand(2, count, device=device)
+                labels = (torch.arange(count, device=device) % (objects or count)) % classes
+                times = medians(
+                    {
+                        "plain": lambda b=boxes, r=ranks, c=labels: batched_nms(b, r, c, 0.5),
+                        "guided": lambda b=boxes, s=scores, r=ranks, c=labels: iou_guided_nms(
+                            b, s, r, c, 0.5
+                        ),
+                    },
+                    rounds,
+                )
+                kept = len(batched_nms(boxes, ranks, labels, 0.5))
+                place = f"around {objects} objects" if objects else "anywhere"
+                ratio = times["guided"] / times["plain"]
+                rows.append([count, place, classes, kept, *times.values(), ratio])
+    names = ["boxes", "place", "classes", "kept", "batched_nms (ms)", "guided (ms)", "ratio"]
+    return tabulate(rows, names, "pipe", floatfmt=".2f")
+
+
+@torch.no_grad()
+def model_table(model, height: int, width: int, rounds: int) -> str:
+    image = {"image": torch.randint(256, (3, height, width), dtype=torch.uint8)}
+    heads, branch = model.roi_heads, model.roi_heads.iou_branch
+    plain = Postprocessor(nms="plain", refine_steps=0)
+    ascent = Postprocessor(refine_steps=5, early_stop=0.0, max_drop=-float("inf"))
+    features = model.backbone(model.preprocess_image([image]).tensor)
+    features = [features[name] for name in heads.box_in_features]
+    size = features[0].shape[2] * 4, features[0].shape[3] * 4
+
+    def instances(count: int) -> list[Instances]:
+        boxes = Boxes(random_boxes(count, *size)).to(model.device)
+        classes = torch.zeros(count, dtype=torch.int64, device=model.device)
+        scores = torch.rand(count, device=model.device)
+        return [
+            Instances(size, pred_boxes=boxes, pred_classes=classes, scores=scores, pred_ious=scores)
+        ]
+
+    def forward():
+        images = model.preprocess_image([image])
+        maps = model.backbone(images.tensor)
+        proposals, _ = model.proposal_generator(images, maps, None)
+        heads._regress(maps, proposals)
+
+    detections, candidates = instances(DETECTIONS), instances(CANDIDATES)
+    gt = random_boxes(8, *size).to(model.device)
+    parts = {
+        "forward of the detector, without its NMS": forward,
+        f"plain NMS, {CANDIDATES} boxes": lambda: plain._suppress(candidates[0]),
+        f"IoU-guided NMS, {CANDIDATES} boxes": lambda: ascent._suppress(candidates[0]),
+        f"predicted IoU, {CANDIDATES} boxes": lambda: ascent._predict(candidates, branch, features),
+        f"refinement, {DETECTIONS} boxes": lambda: ascent._ascend(detections, branch, features),
+        "jittered boxes, 1000 of one image": lambda: jittered_boxes(
+            gt, size, branch.offsets, per_gt=250, per_image=1000
+        ),
+    }
+    times = medians(parts, rounds)
+    whole = next(iter(times.values()))
+    rows = [[name, value, 100 * value / whole] for name, value in times.items()]
+    return tabulate(rows, ["part", "ms", "% of forward"], "pipe", floatfmt=".2f")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/iou_net_R_50_FPN_1x.yaml", metavar="FILE")
+    parser.add_argument("--height", type=int, default=800)
+    parser.add_argument("--width", type=int, default=1333)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+
+    model = build(arguments.config)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    print(
+        f"{arguments.config}, {arguments.height} x {arguments.width} px, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{name or platform.machine()}, median of {arguments.rounds} rounds\n"
+    )
+    print(model_table(model, arguments.height, arguments.width, arguments.rounds), flush=True)
+    print()
+    print(nms_table(arguments.rounds, str(model.device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Non-maximum suppression that knows more than one score: IoU-guided NMS and Soft-NMS.
+
+Shape letters: R boxes of one image, S kept ones. Boxes are XYXY in absolute pixels. `classes` are
+integers; boxes of different classes never meet.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms, box_iou
+
+# Pairs of boxes compared at a time: what stays in a CPU's cache, and some hundred MB on a GPU.
+_CPU_PAIRS, _GPU_PAIRS = 2**17, 2**23
+
+
+def iou_guided_nms(
+    boxes: Tensor, cls_scores: Tensor, rank_scores: Tensor, classes: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """IoU-guided NMS (arXiv 1807.11590, Algorithm 1).
+
+    The box with the highest rank score is kept, and takes the highest class score of the boxes that
+    it suppresses; and so on with the boxes that are left. Of equal rank scores the first comes
+    first. What is kept is what torchvision's `batched_nms` keeps.
+
+    Args:
+        boxes: (R, 4), finite.
+        cls_scores: (R,) class scores, which the kept boxes inherit.
+        rank_scores: (R,) what ranks the boxes, such as the predicted IoU.
+        classes: (R,).
+        threshold: an IoU over it suppresses.
+
+    Returns:
+        keep: (S,) indices of the kept boxes by falling rank score; (0,) for no boxes.
+        scores: (S,) their new class scores.
+
+    Raises:
+        ValueError: the arguments are not as many as the boxes.
+    """
+    _check_shapes(boxes, cls_scores=cls_scores, rank_scores=rank_scores, classes=classes)
+    # In this order the first suppressor is the one of the lowest index, and ties are settled.
+    order = rank_scores.sort(descending=True, stable=True).indices
+    boxes, classes, cls_scores = boxes[order].float(), classes[order], cls_scores[order]
+    falling = torch.arange(len(boxes), 0, -1, dtype=torch.float32, device=boxes.device)
+    keep = batched_nms(boxes, falling, classes, threshold)
+
+    left = torch.ones_like(classes, dtype=torch.bool)
+    left[keep] = False
+    left = left.nonzero().squeeze(1)
+    suppressor = _first_suppressors(boxes.t().contiguous(), classes, keep, left, threshold)
+    known = suppressor >= 0
+    scores = cls_scores.scatter_reduce(0, suppressor[known], cls_scores[left[known]], "amax")
+    return order[keep], scores[keep]
+
+
+def _first_suppressors(
+    sides: Tensor, classes: Tensor, keep: Tensor, left: Tensor, threshold: float
+) -> Tensor:
+    """For each box in `left`, the first box in `keep` of its class with an IoU over `threshold`.
+
+    `sides` is (4, R), twice as quick to compare as boxes that lie side by side. `keep` and `left`
+    are rising indices. -1 stands where no IoU is over the threshold: GPUs and the class offsets of
+    `batched_nms` round differently.
+    """
+    first = torch.full_like(classes, -1, dtype=torch.int64)
+    keep = keep[classes[keep].sort(stable=True).indices]
+    open_ = left[classes[left].sort(stable=True).indices]  # those without a suppressor yet
+    limit = _round_down(threshold, sides.dtype)
+    pairs = _GPU_PAIRS if sides.is_cuda else _CPU_PAIRS
+
+    while len(keep) and len(open_):
+        size = max(1, pairs // len(open_))
+        rows, keep = keep[:size], keep[size:]
+        # Both are sorted by class, so that the partners of these rows lie side by side.
+        ends = torch.stack([classes[rows[0]], classes[rows[-1]] + 1])
+        begin, end = torch.searchsorted(classes[open_], ends).tolist()
+        columns = open_[begin:end]
+        suppresses = _iou(sides[:, rows, None], sides[:, columns]) > limit
+        if ends[1] - ends[0] > 1:
+            suppresses &= classes[rows][:, None] == classes[columns]
+        found, row = suppresses.max(dim=0)  # the first of equal values
+        first[columns[found]] = rows[row[found]]
+        open_ = torch.cat([columns[~found], open_[end:]])
+    return first[left]
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    method: str,
+    *,
+    threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 0.001,
+) -> tuple[Tensor, Tensor]:
+    """Soft-NMS (arXiv 1704.04503): boxes that overlap a better one lose score instead of vanishing.
+
+    Torchvision has none, and OpenCV's `softNMSBoxes` rounds boxes to whole pixels and knows no
+    classes.
+
+    Args:
+        boxes: (R, 4).
+        scores: (R,) in [0, 1].
+        classes: (R,).
+        method: "linear": times 1 - IoU where the IoU is over `threshold`; "gaussian": times
+            exp(-IoU^2 / sigma).
+        threshold, sigma: see `method`; the values of the paper.
+        min_score: boxes that fall to it or below are dropped.
+
+    Returns:
+        keep: (S,) indices by falling new score; (0,) for no boxes.
+        scores: (S,) their new scores.
+
+    Raises:
+        ValueError: another method, or the arguments are not as many as the boxes.
+    """
+    if method not in ("linear", "gaussian"):
+        raise ValueError(f"The method of Soft-NMS is 'linear' or 'gaussian', not {method!r}.")
+    _check_shapes(boxes, scores=scores, classes=classes)
+    boxes, scores = boxes.float(), scores.clone()
+    final = torch.zeros_like(scores)
+    picks = []
+    for _ in range(len(scores)):
+        pick = scores.argmax()
+        if not scores[pick] > min_score:
+            break
+        picks.append(pick)
+        final[pick] = scores[pick]
+        iou = box_iou(boxes[pick, None], boxes).squeeze(0).nan_to_num(0.0)
+        if method == "linear":
+            factor = torch.where(iou > threshold, 1 - iou, 1.0)
+        else:
+            factor = torch.exp(-iou.square() / sigma)
+        scores *= torch.where(classes == classes[pick], factor.to(scores), 1.0)
+        scores[pick] = 0
+    keep = torch.stack(picks) if picks else classes.new_zeros(0, dtype=torch.int64)
+    return keep, final[keep]
+
+
+def _iou(sides1: Tensor, sides2: Tensor) -> Tensor:
+    """(4, A, 1), (4, B) -> (A, B), rounded as in torchvision's `nms`."""
+    x1, y1, x2, y2 = sides1
+    u1, v1, u2, v2 = sides2
+    width = (torch.minimum(x2, u2) - torch.maximum(x1, u1)).clamp_(min=0)
+    height = (torch.minimum(y2, v2) - torch.maximum(y1, v1)).clamp_(min=0)
+    inner = width.mul_(height)
+    union = ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1)).sub_(inner)
+    return inner.div_(union)
+
+
+def _round_down(value: float, dtype: torch.dtype) -> Tensor:
+    """The largest number of `dtype` that is not over `value`; torchvision compares in float64."""
+    rounded = torch.tensor(value, dtype=dtype)
+    return rounded if rounded.item() <= value else rounded.nextafter(rounded.new_tensor(-1.0))
+
+
+def _check_shapes(boxes: Tensor, **others: Tensor) -> None:
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"Boxes are (R, 4), not {tuple(boxes.shape)}.")
+    for name, value in others.items():
+        if value.shape != boxes.shape[:1]:
+            raise ValueError(
+                f"For {len(boxes)} boxes {name} is ({len(boxes)},), not {tuple(value.shape)}."
+            )
