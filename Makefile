@@ -12,8 +12,8 @@ DEMO := output/demo
 RUN := output/iou_retinanet_shapes
 SHAPES_VAL := $(or $(DETECTRON2_DATASETS),datasets)/shapes/shapes_val_400x128
 
-# Threads that wait actively stall one another where cores are few or shared.
-export OMP_WAIT_POLICY ?= PASSIVE
+# GCC's OpenMP threads spin for milliseconds while they wait, which stalls all where cores are few.
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test lint bench cuda-compile clean
 .DELETE_ON_ERROR:
