@@ -58,6 +58,9 @@ def build_cuda():
 
 def extension():
     flags = {"cxx": ["/O2"] if os.name == "nt" else ["-O3"]}
+    # at::parallel_for is a template: without this flag it compiles to a loop on one thread.
+    if "ATen parallel backend: OpenMP" in torch.__config__.parallel_info():
+        flags["cxx"].append("/openmp" if os.name == "nt" else "-fopenmp")
     if not build_cuda():
         return cpp_extension.CppExtension("iou_d2._C", SOURCES, extra_compile_args=flags)
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():

@@ -34,8 +34,7 @@ def row(run: Path) -> list[str]:
     for key in CORRELATIONS:
         value = metrics.get(f"localization/{key}")
         values.append("-" if value is None else f"{value:.3f}")
-    seconds = f"{metrics['time']:.2f}" if "time" in metrics else "-"
-    return [config["MODEL"]["META_ARCHITECTURE"], str(config["SEED"]), *values, seconds]
+    return [config["MODEL"]["META_ARCHITECTURE"], str(config["SEED"]), *values]
 
 
 def main() -> None:
@@ -44,7 +43,7 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
     runs = parser.parse_args().runs
-    names = ["r class score", "r confidence", "r predicted IoU", "s / iteration"]
+    names = ["r class score", "r confidence", "r predicted IoU"]
     headers = ["model", "seed", *AP_KEYS, *names]
     print(tabulate([row(run) for run in runs], headers, "github", disable_numparse=True))
 

@@ -13,6 +13,10 @@
 #include "cpu_direct.h"
 #include "cpu_table.h"
 
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
+#error "Compile with OpenMP: at::parallel_for is a loop on one thread without it."
+#endif
+
 namespace iou_d2::cpu {
 
 template <typename T>
