@@ -56,8 +56,8 @@ def _replace_file(path: str, write: Callable) -> None:
 class ResumableTrainer(DefaultTrainer):
     """A DefaultTrainer whose checkpoints hold all that --resume needs.
 
-    Detectron2 0.5 forgets the optimizer; main keeps it under "_trainer". Here both use main's
-    format, so that either continues a run of the other.
+    Detectron2 0.5 forgets the optimizer; main keeps it under "_trainer". Here both keep it so. The
+    two group the parameters differently, so a run resumes on the version that began it.
     """
 
     def build_hooks(self):
@@ -84,7 +84,13 @@ class ResumableTrainer(DefaultTrainer):
                 "The checkpoint holds no optimizer state: it was written by Detectron2 0.5's own "
                 "trainer. Start from its weights with MODEL.WEIGHTS and without --resume."
             )
-        self.optimizer.load_state_dict(state["_trainer"]["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["_trainer"]["optimizer"])
+        except ValueError as error:
+            raise ValueError(
+                "The optimizer of the checkpoint has other parameters than this one. Resume with "
+                "the config and the Detectron2 version (0.5 or main) that began the run."
+            ) from error
         if hasattr(self._trainer, "grad_scaler") and "grad_scaler" in state["_trainer"]:
             self._trainer.grad_scaler.load_state_dict(state["_trainer"]["grad_scaler"])
 

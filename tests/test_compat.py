@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,19 @@ def test_nothing_is_saved_where_no_folder_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     AtomicCheckpointer(nn.Linear(2, 3)).save("model_1")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimizer_of_other_parameters_is_refused_with_a_way_out():
+    trainer = ResumableTrainer.__new__(ResumableTrainer)
+    trainer._hooks = []
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    one_group = torch.optim.SGD(weights, lr=0.1)
+    two_groups = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=0.1)
+    trainer._trainer = SimpleNamespace(optimizer=one_group)
+    with pytest.raises(ValueError, match="Detectron2 version .* that began the run"):
+        trainer.load_state_dict(
+            {"iteration": 3, "_trainer": {"optimizer": two_groups.state_dict()}}
+        )
 
 
 def test_a_checkpoint_without_optimizer_is_refused_with_a_way_out():
