@@ -118,7 +118,8 @@ def test_a_killed_run_resumes_with_iteration_learning_rate_and_momentum(
     environment, tmp_path, monkeypatch
 ):
     arguments = (*TINY, "SOLVER.MAX_ITER", "400", "SOLVER.CHECKPOINT_PERIOD", "3")
-    arguments += ("SOLVER.STEPS", "(2,)", "OUTPUT_DIR", str(tmp_path))
+    arguments += ("SOLVER.STEPS", "(2,)", "OUTPUT_DIR", str(tmp_path), "SOLVER.OPTIMIZER", "SGD")
+    arguments += ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")
     killed = subprocess.Popen(
         command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
