@@ -20,7 +20,7 @@ export GOMP_SPINCOUNT ?= 10000
 
 # Without its stamp an environment is half made, so it is made anew: that repairs any interruption.
 $(VENV)/installed: requirements.txt tools/install_detectron2.py
-	@echo "Setting up $(VENV): about two minutes and 6 GB of disk."
+	@echo "Setting up $(VENV): two to three minutes and 6 GB of disk."
 	test -e $@ || $(BASE_PYTHON) -m venv --clear $(VENV)
 	rm -f $@ $(VENV)/built
 	$(PYTHON) -m pip install --quiet -r requirements.txt

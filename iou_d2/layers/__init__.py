@@ -1,4 +1,4 @@
-"""Layers that need no Detectron2: precise RoI pooling."""
+"""Compiled layers, written on torch alone: precise RoI pooling."""
 
 from .prroi_pool import HAS_EXTENSION, PrRoIPool, prroi_pool, prroi_pool_reference
 
