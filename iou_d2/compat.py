@@ -112,6 +112,7 @@ def _join_group(rank: int, processes: int, rendezvous: str, function: Callable, 
     else:
         comm._LOCAL_PROCESS_GROUP = dist.new_group(list(range(processes)))
     function(rank, *arguments)
+    dist.barrier()  # a process that leaves early takes the connections of the others with it
     dist.destroy_process_group()
 
 

@@ -1,16 +1,13 @@
 """Two gloo processes that see half of the images each report what one process reports."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
+from iou_d2.compat import spawn_cpu
 from iou_d2.evaluation import COCOLocalizationEvaluator
 
 
@@ -41,26 +38,18 @@ def evaluate(folder, rank, processes):
     return outcome
 
 
+def evaluate_part(rank, folder):
+    with open(f"{folder}/{rank}.json", "w") as f:
+        json.dump(evaluate(folder, rank, processes=2), f)
+
+
 def test_two_processes(random_coco, tmp_path):
     truth, results = random_coco(seed=1, images=15, classes=2)
     (tmp_path / "gt.json").write_text(json.dumps(truth))
     (tmp_path / "results.json").write_text(json.dumps(results))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)], env=environment)
-        for rank in range(2)
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    spawn_cpu(evaluate_part, 2, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert second == {}
     for task, expected in evaluate(tmp_path, rank=0, processes=1).items():
         assert first[task] == pytest.approx(expected, nan_ok=True)
     assert first["bbox"]["AP"] > 5 and first["localization"]["detections"] > 10
-
-
-if __name__ == "__main__":
-    folder, rank = sys.argv[1], int(sys.argv[2])
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    with open(f"{folder}/{rank}.json", "w") as f:
-        json.dump(evaluate(folder, rank, processes=2), f)
-    dist.destroy_process_group()
