@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 
@@ -18,6 +19,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import setup_logger
@@ -102,6 +104,12 @@ def setup(args) -> CfgNode:
     return cfg
 
 
+def log_results(cfg: CfgNode, results: dict) -> None:
+    """Append the results of an evaluation to metrics.json, where training logs its own."""
+    with open(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), "a") as file:
+        file.write(json.dumps(flatten_results_dict(results)) + "\n")
+
+
 def main(args):
     cfg = setup(args)
     if not args.eval_only:
@@ -115,6 +123,7 @@ def main(args):
     )
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
+        log_results(cfg, results)
         verify_results(cfg, results)
     return results
 

@@ -34,7 +34,9 @@ def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     bottom_right = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
     intersection = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
     union = _area(boxes1) + _area(boxes2) - intersection
-    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+    # Without the choice, which lets no gradient through, that of two lines would be infinite.
+    iou = intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+    return torch.where(union > 0, iou, torch.zeros_like(iou))
 
 
 def _area(boxes: Tensor) -> Tensor:

@@ -33,7 +33,21 @@ def add_iou_config(cfg: CfgNode) -> None:
     # (Eqn. 5). True in the authors' code and in the best row of their Table 4.
     cfg.MODEL.IOU_RETINANET.IOU_TARGET_GRADIENT = True
 
+    _add_box_losses(cfg)
     _add_iou_net(cfg)
+    _add_vfnet(cfg)
+    _add_unitbox(cfg)
+
+
+def _add_box_losses(cfg: CfgNode) -> None:
+    """The losses of boxes. They are chosen by Detectron2's keys BBOX_REG_LOSS_TYPE of
+    MODEL.RETINANET (BoxLossRetinaNet, IoUAwareRetinaNet), MODEL.RPN (BoxLossRPN) and
+    MODEL.ROI_BOX_HEAD (BoxLossROIHeads, BoxLossCascadeROIHeads, IoU-Net): "smooth_l1", "l2" (of the
+    deltas), "iou" (1 - IoU), "unitbox" (-ln IoU), "giou", "diou" or "ciou".
+    """
+    # Factor of that loss in RetinaNet, as Detectron2's BBOX_REG_LOSS_WEIGHT of the other two. With
+    # the IoU losses 2 is usual here (ATSS); for the box head 10, and 12 for "ciou" (mmdetection).
+    cfg.MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
 
 
 def _add_iou_net(cfg: CfgNode) -> None:
@@ -71,6 +85,80 @@ def _add_iou_net(cfg: CfgNode) -> None:
     node.SCORE_TIMES_IOU = False
 
 
+def _add_vfnet(cfg: CfgNode) -> None:
+    """VarifocalNet, arXiv 2008.13367, and its rivals ATSS (1912.02424) and FCOS (1904.01355).
+
+    What every dense detector has is read from MODEL.RETINANET: IN_FEATURES, NUM_CLASSES, NUM_CONVS,
+    PRIOR_PROB, SCORE_THRESH_TEST, TOPK_CANDIDATES_TEST, NMS_THRESH_TEST.
+    """
+    cfg.MODEL.VFNET = node = CfgNode()
+    # "VFNetHead"; without refinement "StarHead"; without star convolutions "PointHead" and, with a
+    # quality branch, "QualityHead" (ATSS, FCOS).
+    node.HEAD = "VFNetHead"
+    # Groups of the towers' GroupNorm, and whether their last convolution is a deformable one.
+    node.NUM_GROUPS = 32
+    node.DEFORMABLE_TOWER = False
+    # Which points learn an object: "atss" or "fcos".
+    node.ASSIGNER = "atss"
+    # Where a cell has its point, in cells: 0 the top left corner, 0.5 the centre. None is 0 for
+    # ATSS and 0.5 for FCOS, as in all published weights.
+    node.POINT_OFFSET = None
+    # ATSS: side of a point's anchor in strides, 8 in all papers.
+    node.ANCHOR_SCALE = 8.0
+    # FCOS: positive points lie within so many strides of an object's centre (1.5 in its authors'
+    # later code), or anywhere in it with 0 (the paper, VarifocalNet's code).
+    node.CENTER_SAMPLING_RADIUS = 0.0
+    # For each level the unit of distances, in pixels, which for FCOS is also the longest one that
+    # the level learns; the last level learns all longer ones.
+    node.REGRESS_RANGES = [64, 128, 256, 512, 1024]
+    # Loss of the classes: "varifocal", "quality_focal" or "focal".
+    node.CLS_LOSS = "varifocal"
+    # What weighs the box losses and is learnt by class scores or by a quality branch: "iou" of the
+    # predicted box with its object, or the "centerness" of a point in its object (ATSS, FCOS).
+    node.QUALITY = "iou"
+    # Loss of the boxes: "iou", "unitbox", "giou", "diou", "ciou".
+    node.BOX_LOSS = "giou"
+    # Factors of the losses of the initial and of the final box. A head that does not refine has
+    # the final box only. Authors' code; 2 in ATSS.
+    node.BOX_LOSS_WEIGHTS = [1.5, 2.0]
+    # Whether NMS suppresses boxes of other classes too.
+    node.CLASS_AGNOSTIC_NMS = False
+
+
+def _add_unitbox(cfg: CfgNode) -> None:
+    """UnitBox, arXiv 1608.01471, and the backbone of the paper."""
+    cfg.MODEL.VGG = CfgNode()
+    # Features of VGG-16: "conv1" to "conv5" at strides 1 to 16, "pool1" to "pool5" at 2 to 32.
+    cfg.MODEL.VGG.OUT_FEATURES = ["conv4", "conv5"]
+
+    cfg.MODEL.UNITBOX = node = CfgNode()
+    # Each class has a confidence map of its own; the paper has faces alone.
+    node.NUM_CLASSES = 1
+    # Features that the branches read: "after stage 4" and "after stage 5", of which the paper does
+    # not say whether that is before pooling.
+    node.CONFIDENCE_FEATURE = "conv4"
+    node.BOX_FEATURE = "conv5"
+    # Positive pixels: those in the "box" of an object (Algorithm 1) or in the "ellipse" inscribed
+    # in it (the confidence of Fig. 2).
+    node.REGION = "ellipse"
+    # "unitbox" is -ln IoU, "l2" its rival in the paper; also "iou", "giou", "diou", "ciou",
+    # "smooth_l1". Distances are in pixels.
+    node.BOX_LOSS = "unitbox"
+    # Factors of the losses, means over pixels. The paper gives none.
+    node.BOX_LOSS_WEIGHT = 1.0
+    node.CONFIDENCE_LOSS_WEIGHT = 1.0
+    # "nms" over the pixels whose confidence peaks (ours), or "ellipses" fitted to the regions of
+    # confident pixels (the paper).
+    node.INFERENCE = "nms"
+    # The least confidence of a detection, how many pixels a class go on to NMS, and the IoU over
+    # which it suppresses.
+    node.SCORE_THRESH_TEST = 0.05
+    node.TOPK_CANDIDATES_TEST = 1000
+    node.NMS_THRESH_TEST = 0.5
+    # Confidence over which a pixel belongs to a region. The paper gives none.
+    node.REGION_THRESH_TEST = 0.5
+
+
 def load_config(cfg: CfgNode, config_file: str, overrides: Sequence[str] = ()) -> None:
     """Merge `config_file` (may be empty) and then KEY VALUE `overrides` into `cfg`, in place.
 
@@ -96,6 +184,7 @@ def set_class_names(cfg: CfgNode, names: Sequence[str]) -> None:
     cfg.MODEL.CLASS_NAMES = list(names)
     cfg.MODEL.RETINANET.NUM_CLASSES = len(names)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
+    cfg.MODEL.UNITBOX.NUM_CLASSES = len(names)
 
 
 def use_available_device(cfg: CfgNode) -> None:

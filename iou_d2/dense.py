@@ -33,12 +33,20 @@ def select_candidates(scores: Tensor, threshold: float, topk: int) -> Selection:
 
 
 def detections_of_image(
-    levels: Sequence[Instances], nms_threshold: float, max_detections: int
+    levels: Sequence[Instances],
+    nms_threshold: float,
+    max_detections: int,
+    class_agnostic: bool = False,
 ) -> Instances:
-    """Candidates of all levels of one image -> class-wise NMS -> the `max_detections` best."""
+    """Candidates of all levels of one image -> NMS, class-wise or not -> the `max_detections`
+    best."""
     candidates = Instances.cat(list(levels))
+    classes = candidates.pred_classes
     keep = batched_nms(
-        candidates.pred_boxes.tensor, candidates.scores, candidates.pred_classes, nms_threshold
+        candidates.pred_boxes.tensor,
+        candidates.scores,
+        torch.zeros_like(classes) if class_agnostic else classes,
+        nms_threshold,
     )
     return candidates[keep[:max_detections]]
 

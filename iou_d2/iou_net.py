@@ -16,11 +16,12 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN
-from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads, build_box_head
+from detectron2.modeling.roi_heads import build_box_head
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from .dense import reduce_mean
+from .faster_rcnn import BoxLossCascadeROIHeads, BoxLossROIHeads
 from .jitter import jitter_offsets, jittered_boxes
 from .pooler import PrRoIPooler, from_roi_pooler
 from .postprocess import Postprocessor, select_boxes
@@ -229,7 +230,7 @@ class _IoUNetHeads:
 
 
 @ROI_HEADS_REGISTRY.register()
-class IoUNetROIHeads(_IoUNetHeads, StandardROIHeads):
+class IoUNetROIHeads(_IoUNetHeads, BoxLossROIHeads):
     """StandardROIHeads with an IoU branch; masks and keypoints are those of the refined boxes."""
 
     def _regress(self, features: dict[str, Tensor], proposals: list[Instances]):
@@ -243,7 +244,7 @@ class IoUNetROIHeads(_IoUNetHeads, StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class IoUNetCascadeROIHeads(_IoUNetHeads, CascadeROIHeads):
+class IoUNetCascadeROIHeads(_IoUNetHeads, BoxLossCascadeROIHeads):
     """CascadeROIHeads with an IoU branch."""
 
     def _regress(self, features: dict[str, Tensor], proposals: list[Instances]):

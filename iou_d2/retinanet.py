@@ -1,6 +1,6 @@
-"""IoU-aware RetinaNet (Wu et al., arXiv 1912.05992).
+"""RetinaNet with any loss of its boxes, and IoU-aware RetinaNet (Wu et al., arXiv 1912.05992).
 
-RetinaNet with one more 3x3 conv beside the box regression, which predicts for every anchor the IoU
+The latter has one more 3x3 conv beside the box regression, which predicts for every anchor the IoU
 of its decoded box with the ground truth. Detections are ranked by p^alpha * IoU^(1 - alpha).
 
 Shape letters: N images, K classes, A anchors a cell, L levels, R the anchors of an image (HWA; of
@@ -24,6 +24,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from .box_losses import box_regression_loss, check_kind
 from .boxes import aligned_iou
 from .dense import detections_of_image, postprocess, reduce_mean, select_candidates
 
@@ -53,6 +54,61 @@ def iou_prediction_loss(iou_logits: Tensor, target: Tensor, loss_type: str) -> T
     raise ValueError(f"The IoU loss type is 'bce', 'l1' or 'l2', not {loss_type!r}.")
 
 
+@META_ARCH_REGISTRY.register()
+class BoxLossRetinaNet(RetinaNet):
+    """RetinaNet with the box loss that MODEL.RETINANET.BBOX_REG_LOSS_TYPE names."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        box_reg_loss_type: str = "smooth_l1",
+        box_reg_loss_weight: float = 1.0,
+        **kwargs,
+    ):
+        """
+        Args:
+            box_reg_loss_type: one of `box_losses.KINDS`.
+            box_reg_loss_weight: factor of that loss.
+            kwargs: those of Detectron2's RetinaNet.
+        """
+        # Detectron2 0.5 knows two types only. Its own term is always smooth L1, and replaced.
+        super().__init__(**kwargs)
+        check_kind(box_reg_loss_type, "MODEL.RETINANET.BBOX_REG_LOSS_TYPE")
+        self.box_loss_type = box_reg_loss_type
+        self.box_loss_weight = box_reg_loss_weight
+
+    @classmethod
+    def from_config(cls, cfg):
+        arguments = super().from_config(cfg)
+        arguments["box_reg_loss_weight"] = cfg.MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT
+        return arguments
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        logits: list[Tensor],
+        gt_labels: list[Tensor],
+        deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """{"loss_cls": ..., "loss_box_reg": ...}, both divided by Detectron2's running mean of the
+        number of positive anchors. Arguments as in `IoUAwareRetinaNet.iou_loss`."""
+        losses = super().losses(anchors, logits, gt_labels, deltas, gt_boxes)
+        labels = torch.stack(gt_labels)  # (N, R)
+        positive = (labels >= 0) & (labels != self.num_classes)
+        loss = box_regression_loss(
+            torch.cat(deltas, dim=1)[positive],
+            Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)[positive],
+            torch.stack(gt_boxes)[positive],
+            self.box2box_transform,
+            self.box_loss_type,
+            self.smooth_l1_beta,
+        )
+        losses["loss_box_reg"] = self.box_loss_weight * loss / self.loss_normalizer
+        return losses
+
+
 class IoUAwareRetinaNetHead(RetinaNetHead):
     """RetinaNetHead and the IoU conv, `iou_pred`, on the last feature of the box tower."""
 
@@ -76,7 +132,7 @@ class IoUAwareRetinaNetHead(RetinaNetHead):
 
 
 @META_ARCH_REGISTRY.register()
-class IoUAwareRetinaNet(RetinaNet):
+class IoUAwareRetinaNet(BoxLossRetinaNet):
     """RetinaNet whose confidence knows how well a box fits.
 
     Only `label_anchors` and `losses` of Detectron2's RetinaNet are used, which mean the same in 0.5
@@ -99,7 +155,7 @@ class IoUAwareRetinaNet(RetinaNet):
             iou_loss_type: "bce", "l1" or "l2".
             iou_loss_weight: factor of the IoU loss.
             iou_target_gradient: let the gradient of the target reach the box branch.
-            kwargs: those of Detectron2's RetinaNet; `head` is an IoUAwareRetinaNetHead.
+            kwargs: those of BoxLossRetinaNet; `head` is an IoUAwareRetinaNetHead.
         """
         super().__init__(**kwargs)
         if not 0 <= alpha <= 1:

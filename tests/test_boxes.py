@@ -56,6 +56,14 @@ def test_aligned_iou_gradient_is_finite_and_right():
     )
 
 
+def test_aligned_iou_of_equal_lines_has_a_finite_gradient():
+    lines = torch.tensor([[5.0, 0, 5, 10], [0, 3, 8, 3], [2, 2, 2, 2]], requires_grad=True)
+    iou = aligned_iou(lines, lines.detach())
+    iou.sum().backward()
+    assert iou.tolist() == [0, 0, 0]
+    assert lines.grad.isfinite().all()
+
+
 def test_aligned_iou_takes_half_precision_at_image_scale():
     boxes = torch.tensor([[0.0, 0, 1000, 1000]], dtype=torch.float16)
     assert aligned_iou(boxes, boxes).item() == 1.0

@@ -9,16 +9,28 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path("iou_d2")
-METHODS = {"iou_net", "retinanet"}
+METHODS = {"iou_net", "retinanet", "unitbox", "vfnet"}
 MATHS = {"torch", "torchvision", "fvcore", "boxes"}
-SHARED = {"pooler", "dense", "postprocess", "jitter"}
+SHARED = {
+    "box_losses",
+    "pooler",
+    "dense",
+    "deform",
+    "faster_rcnn",
+    "pixels",
+    "point_heads",
+    "postprocess",
+    "jitter",
+}
 ANY_ARRAY = {"numpy", "scipy", "matplotlib", "pycocotools", "boxes"}
 DATA = {"numpy", "cv2", "PIL", "tqdm", "pycocotools", "iopath", "detectron2"}
 
 # Package or module of iou_d2 -> what it may import beside the standard library and itself.
 MAY_IMPORT = {
-    "__init__": METHODS | {"config", "pooler", "resnet10"},
+    "__init__": METHODS | SHARED | {"config", "point_detector", "resnet10", "vgg"},
     "boxes": {"torch"},
+    **dict.fromkeys(("assign", "box_losses", "losses"), MATHS),
+    "faster_rcnn": {"torch", "detectron2", "box_losses"},
     "layers": MATHS | {"_C"},
     **dict.fromkeys(("nms", "refine", "jitter"), MATHS),
     "postprocess": MATHS | {"detectron2", "nms", "refine"},
@@ -26,8 +38,16 @@ MAY_IMPORT = {
     "dense": MATHS | {"detectron2", "losses", "assign", "nms", "refine", "layers"},
     **{method: MATHS | SHARED | {"detectron2", "layers"} for method in METHODS},
     "config": {"torch", "yaml", "detectron2"},
+    "convert": {"torch"},
+    "deform": MATHS | {"detectron2"},
     "compat": {"torch", "detectron2"},
+    "point_heads": {"torch", "detectron2", "deform"},
+    "point_detector": MATHS
+    | {"detectron2", "assign", "box_losses", "dense", "losses", "point_heads"},
+    "pixels": {"torch", "cv2", "numpy", "detectron2", "dense"},
+    "safe_load": {"numpy", "torch"},
     "solver": {"torch", "detectron2"},
+    "vgg": {"torch", "torchvision", "detectron2"},
     "resnet10": {"detectron2"},
     "visualize": {"numpy", "detectron2"},
     "data": DATA,

@@ -108,7 +108,7 @@ def test_detections_under_the_score_threshold_are_dropped(tool, data):
 
 
 def test_what_is_wrong_is_named(tool, data, tmp_path):
-    with pytest.raises(ValueError, match="StandardROIHeads has no IoU branch"):
+    with pytest.raises(ValueError, match="BoxLossROIHeads has no IoU branch"):
         run(tool, data, config="configs/quick/faster_rcnn_shapes.yaml")
     truth = json.loads((data / "shapes/instances.json").read_text())
     truth["categories"][0]["name"] = "hexagon"

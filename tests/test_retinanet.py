@@ -7,13 +7,16 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
+from iou_d2.box_losses import KINDS
 from iou_d2.compat import spawn_cpu
 from iou_d2.retinanet import confidence, iou_prediction_loss
 
 IOU_AWARE = "configs/iou_retinanet_R_50_FPN_1x.yaml"
 PLAIN = "configs/retinanet_R_50_FPN_1x.yaml"
+STOCK = ("MODEL.META_ARCHITECTURE", "RetinaNet")
 
 
 def loss_by_hand(logits, targets, kind):
@@ -25,6 +28,18 @@ def loss_by_hand(logits, targets, kind):
         else:
             total += abs(p - target) if kind == "l1" else (p - target) ** 2
     return total
+
+
+def iou_by_hand(delta, anchor, target):
+    """IoU of the decoded box with its target, in Python floats."""
+    dx, dy, dw, dh = delta
+    w, h = anchor[2] - anchor[0], anchor[3] - anchor[1]
+    cx, cy = anchor[0] + w / 2 + dx * w, anchor[1] + h / 2 + dy * h
+    w, h = w * math.exp(dw), h * math.exp(dh)
+    inner = max(0, min(cx + w / 2, target[2]) - max(cx - w / 2, target[0])) * max(
+        0, min(cy + h / 2, target[3]) - max(cy - h / 2, target[1])
+    )
+    return inner / (w * h + (target[2] - target[0]) * (target[3] - target[1]) - inner)
 
 
 @pytest.mark.parametrize("kind", ["bce", "l1", "l2"])
@@ -60,7 +75,7 @@ def pair(small_cfg):
 
     def build(alpha: float):
         torch.manual_seed(0)
-        plain = build_model(small_cfg(PLAIN)).eval()
+        plain = build_model(small_cfg(PLAIN, *STOCK)).eval()
         # Raise the scores, so that random weights detect something.
         torch.nn.init.constant_(plain.head.cls_score.bias, -2.5)
         torch.nn.init.normal_(plain.head.cls_score.weight, std=0.3)
@@ -155,21 +170,99 @@ def test_iou_loss_equals_a_loop_over_positive_anchors(small_cfg, make_batch, eve
                 if 0 <= labels[image][offset + index] < model.num_classes:
                     cell, a = divmod(index, per_cell)
                     y, x = divmod(cell, delta.shape[3])
-                    dx, dy, dw, dh = delta[image, 4 * a : 4 * a + 4, y, x].double().tolist()
-                    x1, y1, x2, y2 = anchors[level].tensor[index].double().tolist()
-                    w, h = x2 - x1, y2 - y1
-                    cx, cy = x1 + w / 2 + dx * w, y1 + h / 2 + dy * h
-                    w, h = w * math.exp(dw), h * math.exp(dh)
-                    g = gt_boxes[image][offset + index].double().tolist()
-                    inner = max(0, min(cx + w / 2, g[2]) - max(cx - w / 2, g[0])) * max(
-                        0, min(cy + h / 2, g[3]) - max(cy - h / 2, g[1])
+                    iou = iou_by_hand(
+                        delta[image, 4 * a : 4 * a + 4, y, x].double().tolist(),
+                        anchors[level].tensor[index].double().tolist(),
+                        gt_boxes[image][offset + index].double().tolist(),
                     )
-                    iou = inner / (w * h + (g[2] - g[0]) * (g[3] - g[1]) - inner)
                     total += loss_by_hand([iou_logit[image, a, y, x].item()], [iou], "bce")
                     positives += 1
             offset += cells * per_cell
     assert positives > 10
     assert found == pytest.approx(total / positives, rel=1e-4)
+
+
+@pytest.mark.parametrize("objects", [[3, 2], [0, 4], [0, 0]], ids=str)
+@pytest.mark.parametrize("kind", ["smooth_l1", "giou"])
+def test_losses_and_gradients_equal_detectron2s(
+    small_cfg, make_batch, event_storage, kind, objects
+):
+    settings = "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", kind
+    settings = *settings, "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", "0.2"
+    models = []
+    for overrides in ((), STOCK):
+        torch.manual_seed(0)
+        models.append(build_model(small_cfg(PLAIN, *settings, *overrides)).train())
+    ours, stock = models
+    assert type(ours) is not type(stock)
+    for _ in range(2):  # the normaliser is a running mean
+        found, expected = (model(make_batch(objects)) for model in models)
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0)
+    found["loss_box_reg"].backward()
+    expected["loss_box_reg"].backward()
+    for a, b in zip(ours.head.parameters(), stock.head.parameters()):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("objects", [[3, 0], [0, 0]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config_file", [PLAIN, IOU_AWARE])
+def test_every_box_loss_trains_a_step(
+    small_cfg, make_batch, event_storage, config_file, kind, objects
+):
+    model = build_model(small_cfg(config_file, "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", kind)).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = model.head.bbox_pred.weight.clone()
+    for _ in range(2):
+        losses = model(make_batch(objects))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert (losses["loss_box_reg"] > 0) == (sum(objects) > 0)
+    assert torch.equal(before, model.head.bbox_pred.weight) == (sum(objects) == 0)
+
+
+def test_box_loss_equals_a_loop_over_positive_anchors(small_cfg, event_storage):
+    torch.manual_seed(0)
+    settings = "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "iou"
+    settings = *settings, "MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT", "2.0"
+    model = build_model(small_cfg(PLAIN, *settings))
+    corner = torch.rand(17, 2) * 80
+    anchors = torch.cat([corner, corner + 10 + torch.rand(17, 2) * 30], dim=1)
+    levels = [12, 5]  # anchors of two levels, for two images
+    deltas = torch.randn(2, 17, 4) * 0.3
+    labels = torch.randint(-1, 4, (2, 17))  # 3 is the background
+    targets = anchors + torch.randn(2, 17, 4)
+    total, positives = 0.0, 0
+    for image in range(2):
+        for i in range(17):
+            if labels[image, i] in (0, 1, 2):
+                arguments = deltas[image, i], anchors[i], targets[image, i]
+                total += 1 - iou_by_hand(*(x.double().tolist() for x in arguments))
+                positives += 1
+    losses = model.losses(
+        [Boxes(x) for x in anchors.split(levels)],
+        [torch.randn(2, size, 3) for size in levels],
+        list(labels),
+        list(deltas.split(levels, dim=1)),
+        list(targets),
+    )
+    normalizer = 0.9 * 100 + 0.1 * positives
+    assert positives > 5
+    assert losses["loss_box_reg"].item() == pytest.approx(2 * total / normalizer, rel=1e-5)
+
+
+def test_an_unknown_box_loss_is_named(small_cfg):
+    key = "MODEL.RETINANET.BBOX_REG_LOSS_TYPE"
+    for config_file in (PLAIN, IOU_AWARE):
+        with pytest.raises(ValueError, match=f"{key} is one of smooth_l1, l2, iou, .* is 'huber'"):
+            build_model(small_cfg(config_file, key, "huber"))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +275,8 @@ def test_wrong_settings_are_named(small_cfg, key, value, sentence):
 
 
 def test_zoo_weights_load_and_only_the_iou_conv_is_new(small_cfg, tmp_path):
-    plain, aware = build_model(small_cfg(PLAIN)), build_model(small_cfg(IOU_AWARE))
+    plain = build_model(small_cfg(PLAIN, *STOCK))
+    aware = build_model(small_cfg(IOU_AWARE))
     weights = {name: value.numpy() for name, value in plain.state_dict().items()}
     path = tmp_path / "model_final.pkl"
     # The format of Detectron2's model zoo.

@@ -24,6 +24,8 @@ def read_metrics(run: Path) -> dict[str, float]:
     metrics = {}
     for line in path.read_text().splitlines():
         metrics.update(json.loads(line))
+    if "bbox/AP" not in metrics:
+        raise ValueError(f"{path} holds no bbox/AP: has the run been evaluated?")
     return metrics
 
 
@@ -34,7 +36,7 @@ def row(run: Path) -> list[str]:
     for key in CORRELATIONS:
         value = metrics.get(f"localization/{key}")
         values.append("-" if value is None else f"{value:.3f}")
-    return [config["MODEL"]["META_ARCHITECTURE"], str(config["SEED"]), *values]
+    return [run.resolve().name, str(config["SEED"]), *values]
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
     runs = parser.parse_args().runs
     names = ["r class score", "r confidence", "r predicted IoU"]
-    headers = ["model", "seed", *AP_KEYS, *names]
+    headers = ["run", "seed", *AP_KEYS, *names]
     print(tabulate([row(run) for run in runs], headers, "github", disable_numparse=True))
 
 

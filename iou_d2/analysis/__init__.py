@@ -3,8 +3,9 @@
 Works on a ground-truth JSON and a results JSON; knows no method and no config.
 """
 
+from .comparison import metric_by_iteration, recall_by_false_positives
 from .curves import binned_mean, correlation, localization_table, select_localized
-from .plots import plot_ap_by_iou, plot_score_vs_iou
+from .plots import plot_ap_by_iou, plot_curves, plot_score_vs_iou
 from .records import Records, best_iou, load_json, make_records, read_records
 
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "load_json",
     "localization_table",
     "make_records",
+    "metric_by_iteration",
     "plot_ap_by_iou",
+    "plot_curves",
     "plot_score_vs_iou",
     "read_records",
+    "recall_by_false_positives",
     "select_localized",
 ]

@@ -60,6 +60,27 @@ def plot_ap_by_iou(thresholds: np.ndarray, ap: np.ndarray, path: str | os.PathLi
     return _save(figure, path)
 
 
+def plot_curves(
+    curves: dict[str, tuple[np.ndarray, np.ndarray]],
+    path: str | os.PathLike,
+    *,
+    x_label: str,
+    y_label: str,
+    x_scale: str = "linear",
+    marker: str = "",
+) -> Figure:
+    """Draw curves by name, each two arrays x and y of one shape, and write them to `path`."""
+    figure = Figure(figsize=(5.2, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=name, marker=marker)
+    axes.set(xlabel=x_label, ylabel=y_label, xscale=x_scale)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return _save(figure, path)
+
+
 def _save(figure: Figure, path: str | os.PathLike) -> Figure:
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=120)

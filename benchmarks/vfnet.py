@@ -1,0 +1,187 @@
+"""What VarifocalNet costs beside ATSS and RetinaNet with the same ResNet-50 and FPN.
+
+    OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/vfnet.py [--size HxW] [--rounds N]
+
+The models take turns in one process. Prints the median seconds of a training step (forward,
+backward, SGD) and of the inference of an image, both of one image; the ratio to RetinaNet; the peak
+memory of a training step, each in a process of its own; and which share of VarifocalNet's step the
+assignment of points and the star convolutions take when they run alone. The weights are random, so
+that nothing is detected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+
+from iou_d2 import add_iou_config, load_config
+from iou_d2.assign import level_points
+from iou_d2.config import use_available_device
+from iou_d2.vfnet import star_offsets
+
+BACKBONE = (
+    *("MODEL.BACKBONE.NAME", "build_deformable_resnet_fpn_p6p7_backbone"),
+    *("MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.WEIGHTS", ""),
+)
+CONFIGS = {
+    "RetinaNet": "configs/retinanet_R_50_FPN_1x.yaml",
+    "ATSS": "configs/atss_R_50_FPN_1x.yaml",
+    "VFNet": "configs/vfnet_R_50_FPN_1x.yaml",
+}
+
+
+def build(config_file: str):
+    cfg = get_cfg()
+    add_iou_config(cfg)
+    load_config(cfg, config_file, BACKBONE)
+    use_available_device(cfg)
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def random_batch(height: int, width: int, objects: int = 8) -> list[dict]:
+    torch.manual_seed(0)
+    size = torch.tensor([width, height])
+    corner = torch.rand(objects, 2) * size * 0.6
+    truth = Instances((height, width))
+    truth.gt_boxes = Boxes(torch.cat([corner, corner + 0.05 * size + corner * 0.5], dim=1))
+    truth.gt_classes = torch.randint(80, (objects,))
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    return [{"image": image, "instances": truth, "height": height, "width": width}]
+
+
+def seconds(function: Callable) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def training_step(model, optimizer, batch: list[dict]) -> None:
+    with EventStorage():
+        losses = model(batch)
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
+
+
+def in_turn(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round; a first round is not counted."""
+    times = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def training_runs(models: dict, batch: list[dict]) -> dict[str, Callable]:
+    def run(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        return lambda: training_step(model.train(), optimizer, batch)
+
+    return {name: run(model) for name, model in models.items()}
+
+
+def inference_runs(models: dict, batch: list[dict]) -> dict[str, Callable]:
+    def run(model):
+        return lambda: model.eval()(batch)
+
+    return {name: run(model) for name, model in models.items()}
+
+
+def parts_of_vfnet(model, batch: list[dict]) -> dict[str, Callable]:
+    """The assignment of points and the star convolutions, forward and backward, of one step."""
+    height, width = batch[0]["image"].shape[1:]
+    channels = model.head.cls_star.weight.shape[1]
+    features = [
+        torch.randn(1, channels, -(-height // s), -(-width // s), device=model.device)
+        for s in model.strides
+    ]
+    points = level_points(features, model.strides, model.assigner.point_offset)
+    truths = [x["instances"].to(model.device) for x in batch]
+
+    def star_convolutions():
+        for feature in features:
+            feature = feature.detach().requires_grad_()
+            distances = torch.full_like(feature[:, :4], 8.5).requires_grad_()
+            offsets = star_offsets(distances)
+            for star in (model.head.cls_star, model.head.refine_star):
+                star(feature, offsets).sum().backward(retain_graph=True)
+
+    return {
+        "assignment": lambda: model.match(points, [(height, width)], truths),
+        "star convolutions": star_convolutions,
+    }
+
+
+def peak_megabytes(config_file: str, size: tuple[int, int]) -> float:
+    """Of a training step; on the CPU with what the process takes to start."""
+    model = build(config_file)
+    training_step(model.train(), torch.optim.SGD(model.parameters(), lr=1e-6), random_batch(*size))
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def table(size: tuple[int, int], rounds: int) -> None:
+    # First, for a process starts with the peak of the one that starts it.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = [pool.apply(peak_megabytes, (path, size)) for path in CONFIGS.values()]
+
+    batch = random_batch(*size)
+    models = {name: build(config_file) for name, config_file in CONFIGS.items()}
+    training = in_turn(training_runs(models, batch), rounds)
+    with torch.no_grad():
+        inference = in_turn(inference_runs(models, batch), rounds)
+    parts = in_turn(parts_of_vfnet(models["VFNet"], batch), rounds)
+    step = statistics.median(training["VFNet"])
+    del models
+
+    rows = []
+    for name, peak in zip(CONFIGS, peaks):
+        row = [name]
+        for times in (training, inference):
+            ratio = statistics.median(a / b for a, b in zip(times[name], times["RetinaNet"]))
+            row += [f"{statistics.median(times[name]):.3f}", f"{ratio:.2f}"]
+        rows.append([*row, f"{peak:.0f}"])
+    headers = ["{}x{}".format(*size), "step (s)", "ratio", "inference (s)", "ratio", "peak (MB)"]
+    print(tabulate(rows, headers, disable_numparse=True))
+    for name, times in parts.items():
+        print(f"{name}: {statistics.median(times):.4f} s, {statistics.median(times) / step:.1%}")
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", nargs="*", default=["480x640", "800x1333"], metavar="HxW")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{device or platform.machine()}, float32, 1 image, median of {arguments.rounds} rounds\n"
+    )
+    for size in arguments.size:
+        height, width = map(int, size.split("x"))
+        table((height, width), arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

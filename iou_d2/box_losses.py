@@ -1,0 +1,125 @@
+"""The losses of box regression: smooth L1 and L2 on deltas, and the IoU family on boxes.
+
+Shape letters: R boxes, P positive anchors or proposals. Boxes are XYXY in absolute pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from fvcore.nn import smooth_l1_loss
+from torch import Tensor
+from torchvision.ops import (
+    complete_box_iou_loss,
+    distance_box_iou_loss,
+    generalized_box_iou_loss,
+)
+
+from .boxes import aligned_iou
+
+IOU_KINDS = ("iou", "unitbox", "giou", "diou", "ciou")
+KINDS = ("smooth_l1", "l2", *IOU_KINDS)
+
+# -ln IoU grows no further below this IoU, where it is 13.8.
+MIN_IOU = 1e-6
+
+
+def box_iou_loss(boxes: Tensor, targets: Tensor, kind: str) -> Tensor:
+    """Loss of each box against its target, not reduced: the caller weights and sums.
+
+    Half precision is computed in float32. An inverted box counts as the line or point at its
+    centre. "giou", "diou" and "ciou" pull it to the target, as they do any box without overlap;
+    "iou" and "unitbox" have no gradient there. A target without area gives no gradient to any.
+
+    Args:
+        boxes, targets: (R, 4) XYXY.
+        kind: "iou" is 1 - IoU; "unitbox" -ln IoU (arXiv 1608.01471), with an IoU of at least
+            `MIN_IOU`; "giou" arXiv 1902.09630; "diou" and "ciou" arXiv 1911.08287.
+
+    Returns:
+        (R,); (0,) for no boxes.
+
+    Raises:
+        ValueError: another kind; the shapes differ or do not end in 4.
+    """
+    if boxes.shape != targets.shape or boxes.shape[-1] != 4:
+        raise ValueError(
+            f"box_iou_loss takes two tensors of boxes of one shape (R, 4), not "
+            f"{tuple(boxes.shape)} and {tuple(targets.shape)}."
+        )
+    boxes, targets = _upright(boxes), _upright(targets)
+    # Of two boxes without area, the derivative of the IoU is infinite.
+    has_area = (targets[..., 2:] > targets[..., :2]).all(dim=-1, keepdim=True)
+    boxes = torch.where(has_area, boxes, boxes.detach())
+    if kind == "iou":
+        return 1 - aligned_iou(boxes, targets)
+    if kind == "unitbox":
+        return -aligned_iou(boxes, targets).clamp(min=MIN_IOU).log()
+    if kind == "giou":
+        return generalized_box_iou_loss(boxes, targets)
+    if kind == "diou":
+        return distance_box_iou_loss(boxes, targets)
+    if kind == "ciou":
+        return _ciou_loss(boxes, targets)
+    raise ValueError(f"The kind of an IoU loss is one of {', '.join(IOU_KINDS)}, not {kind!r}.")
+
+
+def box_regression_loss(
+    deltas: Tensor, anchors: Tensor, targets: Tensor, transform, kind: str, beta: float = 0.0
+) -> Tensor:
+    """Sum over positive anchors or proposals of the loss of their boxes, in float32 at least.
+
+    Args:
+        deltas: (P, 4) predictions.
+        anchors: (P, 4) XYXY, from which the deltas lead to boxes.
+        targets: (P, 4) XYXY, the ground truth of each.
+        transform: Detectron2's Box2BoxTransform, or what has its `get_deltas` and `apply_deltas`.
+        kind: "smooth_l1" or "l2", the squared error, of the deltas; else that of the decoded boxes,
+            see `box_iou_loss`.
+        beta: of smooth L1; 0 is L1.
+
+    Returns:
+        A scalar; 0, with gradients, where P is 0.
+
+    Raises:
+        ValueError: another kind.
+    """
+    deltas = _at_least_float32(deltas)
+    if kind not in ("smooth_l1", "l2"):
+        return box_iou_loss(transform.apply_deltas(deltas, anchors), targets, kind).sum()
+    target_deltas = transform.get_deltas(anchors, targets)
+    if kind == "smooth_l1":
+        return smooth_l1_loss(deltas, target_deltas, beta, reduction="sum")
+    return F.mse_loss(deltas, target_deltas, reduction="sum")
+
+
+def check_kind(kind: str, key: str) -> None:
+    """Raises a ValueError that names the config `key` where `kind` is none of `KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"{key} is one of {', '.join(KINDS)}, but it is {kind!r}.")
+
+
+def _ciou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """CIoU; DIoU where a box has no aspect ratio, at which torchvision's CIoU is NaN."""
+    sides = torch.cat([boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]], -1)
+    has_ratio = (sides > 0).all(dim=-1)
+    square = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=boxes.dtype, device=boxes.device)
+    complete = complete_box_iou_loss(
+        torch.where(has_ratio[..., None], boxes, square),
+        torch.where(has_ratio[..., None], targets, square),
+    )
+    return torch.where(has_ratio, complete, distance_box_iou_loss(boxes, targets))
+
+
+def _upright(boxes: Tensor) -> Tensor:
+    """In float32 at least, an inverted side becomes one of length 0 at its middle. Other boxes
+    stay as they are to the last bit."""
+    boxes = _at_least_float32(boxes)
+    low, high = boxes[..., :2], boxes[..., 2:]
+    middle = (low + high) / 2
+    inverted = high < low
+    return torch.cat([torch.where(inverted, middle, low), torch.where(inverted, middle, high)], -1)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,84 @@
+"""The convolutions of torchvision's VGG-16 (arXiv 1409.1556) as a Detectron2 backbone."""
+
+from __future__ import annotations
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
+
+_CHANNELS = (64, 128, 256, 512, 512)
+# Name of a feature -> what it is: all that the backbone can put out.
+_SHAPES = {
+    f"{layer}{stage}": ShapeSpec(channels=channels, stride=2 ** (stage - (layer == "conv")))
+    for stage, channels in enumerate(_CHANNELS, start=1)
+    for layer in ("conv", "pool")
+}
+
+
+class VGG16(Backbone):
+    """VGG-16 without its fully connected layers.
+
+    Stage i of 1 to 5 gives "conv<i>", its last ReLU at stride 2^(i - 1), and "pool<i>", which is
+    that after max-pooling, at stride 2^i. Parameters have torchvision's names: "features.0.weight".
+    """
+
+    def __init__(self, out_features: list[str], freeze_at: int = 0):
+        """
+        Args:
+            out_features: names of the features, such as ["conv4", "conv5"]. Stages after the last
+                of them are not built.
+            freeze_at: so many of the first stages keep their weights.
+
+        Raises:
+            ValueError: a feature that VGG-16 does not have, or none at all.
+        """
+        super().__init__()
+        if not out_features or not set(out_features) <= set(_SHAPES):
+            raise ValueError(
+                f"MODEL.VGG.OUT_FEATURES takes names from {', '.join(_SHAPES)}, "
+                f"but it is {list(out_features)}."
+            )
+        self._out_features = list(out_features)
+        ends = [index for index, layer in enumerate(cfgs["D"], start=1) if layer == "M"]
+        stages = max(int(name[-1]) for name in out_features)
+        self.features = make_layers(cfgs["D"][: ends[stages - 1]])
+        stage = 1
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                stage += 1
+            if isinstance(layer, nn.Conv2d):
+                # As torchvision does outside of make_layers.
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+                layer.requires_grad_(stage > freeze_at)
+
+    @property
+    def size_divisibility(self) -> int:
+        """The largest stride: pooling rounds sizes down, so others would lose a border."""
+        return max(_SHAPES[name].stride for name in self._out_features)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {name: _SHAPES[name] for name in self._out_features}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W), H and W multiples of `size_divisibility` -> features by name."""
+        features, x, stage = {}, images, 1
+        for layer in self.features:
+            if not isinstance(layer, nn.MaxPool2d):
+                x = layer(x)
+                continue
+            features[f"conv{stage}"] = x
+            if set(self._out_features) <= set(features):
+                break
+            features[f"pool{stage}"] = x = layer(x)
+            stage += 1
+        return {name: features[name] for name in self._out_features}
+
+
+@BACKBONE_REGISTRY.register()
+def build_vgg16_backbone(cfg, input_shape: ShapeSpec) -> VGG16:
+    """VGG-16 for images of three channels; reads MODEL.VGG and MODEL.BACKBONE.FREEZE_AT."""
+    if input_shape.channels != 3:
+        raise ValueError(f"VGG-16 takes images of 3 channels, not of {input_shape.channels}.")
+    return VGG16(cfg.MODEL.VGG.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
