@@ -171,9 +171,8 @@ class FCOSAssigner:
                 f"FCOS has ranges for {len(self.ranges)} levels and got points of {len(points)}."
             )
         points, gt_boxes = _checked(points, strides, gt_boxes)
-        everywhere = torch.cat(points)
-        if len(everywhere) == 0 or len(gt_boxes) == 0:
-            return everywhere.new_full((len(everywhere),), -1, dtype=torch.int64)
+        if len(gt_boxes) == 0:
+            return gt_boxes.new_full((sum(map(len, points)),), -1, dtype=torch.int64)
         # The first box that takes a point is then the smallest.
         by_area = (gt_boxes[:, 2:] - gt_boxes[:, :2]).prod(dim=1).argsort(stable=True)
         first = torch.cat(

@@ -127,9 +127,13 @@ class TwoTowerHead(nn.Module):
 
     def forward(self, features: list[Tensor]) -> list[PointPrediction]:
         """L features (N, C, H, W) -> L predictions."""
-        return [self.predict(feature, level) for level, feature in enumerate(features)]
+        return [
+            self.predict(self.cls_tower(feature), self.box_tower(feature), level)
+            for level, feature in enumerate(features)
+        ]
 
-    def predict(self, feature: Tensor, level: int) -> PointPrediction:
+    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
+        """What the outputs of the towers, (N, C, H, W), say of one level."""
         raise NotImplementedError
 
 
@@ -143,10 +147,7 @@ class PointHead(TwoTowerHead):
         self.box_pred = conv3x3(channels, 4)
         self.box_scales = level_scales(len(strides))
 
-    def predict(self, feature: Tensor, level: int) -> PointPrediction:
-        return self.predict_boxes(self.cls_tower(feature), self.box_tower(feature), level)
-
-    def predict_boxes(self, cls_feature: Tensor, box_feature: Tensor, level: int):
+    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
         distances = exp_distances(
             self.box_pred(box_feature), self.box_scales[level], self.units[level]
         )
@@ -163,6 +164,6 @@ class QualityHead(PointHead):
         super().__init__(channels=channels, **kwargs)
         self.quality_pred = conv3x3(channels, 1)
 
-    def predict_boxes(self, cls_feature: Tensor, box_feature: Tensor, level: int):
-        prediction = super().predict_boxes(cls_feature, box_feature, level)
+    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
+        prediction = super().predict(cls_feature, box_feature, level)
         return prediction._replace(quality_logits=self.quality_pred(box_feature))

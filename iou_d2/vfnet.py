@@ -105,8 +105,7 @@ class StarHead(TwoTowerHead):
         self.initial_scales = level_scales(len(strides))
         self.cls_star = StarConv(channels)
 
-    def predict(self, feature: Tensor, level: int) -> PointPrediction:
-        cls_feature, box_feature = self.cls_tower(feature), self.box_tower(feature)
+    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
         initial = exp_distances(
             self.initial_pred(self.initial_conv(box_feature)),
             self.initial_scales[level],

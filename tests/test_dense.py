@@ -38,6 +38,8 @@ def test_detections_of_image_suppresses_within_a_class_and_across_levels():
     assert torch.allclose(found.scores, torch.tensor([0.9, 0.5]))
     assert found.pred_classes.tolist() == [0, 1]
     assert len(detections_of_image([empty, empty], 0.5, 2)) == 0
+    agnostic = detections_of_image([first, second, empty], 0.5, 9, class_agnostic=True)
+    assert torch.allclose(agnostic.scores, torch.tensor([0.9, 0.1]))
 
 
 def test_reduce_mean_of_one_process_is_the_value_without_gradient():

@@ -141,9 +141,8 @@ def test_a_region_inside_another_one_is_found_by_itself():
 
 
 def test_an_arc_is_found_at_its_centroid_as_its_ellipse_is_centred_outside():
-    arc = {
-        (round(20 - 20 * math.cos(t / 50)), 11 + round(20 * math.sin(t / 50))) for t in range(26)
-    }
+    angles = [t / 100 for t in range(-78, 79)]
+    arc = {(round(20 - 20 * math.cos(t)), 15 + round(20 * math.sin(t))) for t in angles}
     logits, distances = regions(*["." * 30] * 8)
     for row, column in arc:
         logits[0, row, column] = 6

@@ -202,6 +202,18 @@ def test_losses_are_finite_and_reach_every_parameter(name, objects, build, make_
     assert losses["loss_cls"] > 0
 
 
+def test_a_positive_point_stays_one_however_bad_its_box(build, make_batch):
+    model, seen = build("vfnet_vfl").train(), []
+    torch.nn.init.constant_(model.head.box_pred.bias, -30.0)
+    model.cls_loss = lambda logits, targets: seen.append(targets) or logits.sum()
+    batch = make_batch([3])
+    model(batch)
+    _, points = predict(model, batch)
+    matches = model.assigner(points, model.strides, batch[0]["instances"].gt_boxes.tensor)
+    assert (seen[0] > 0).sum() == (matches >= 0).sum() > 0
+    assert seen[0].max().item() == pytest.approx(1e-6)
+
+
 @pytest.mark.parametrize("kind", ["iou", "unitbox", "giou", "diou", "ciou"])
 @pytest.mark.parametrize("cls_loss", ["varifocal", "quality_focal", "focal"])
 def test_losses_are_parts(kind, cls_loss, build, make_batch):

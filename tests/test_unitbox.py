@@ -301,9 +301,12 @@ def test_half_precision_is_finite(small_cfg, make_batch, dtype):
     model = build_model(small_cfg(QUICK)).train()
     with torch.autocast("cpu", dtype=dtype):
         losses = model(make_batch([3, 0], 1))
+        maps = model.head(torch.ones(1, 32, 8, 8), torch.ones(1, 32, 4, 4), (64, 64))
     sum(losses.values()).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    # Half precision does not tell pixels apart beyond 256 or 2048 pixels.
+    assert all(x.dtype == torch.float32 for x in maps)
 
 
 class ReportingCheckpointer(DetectionCheckpointer):
@@ -348,12 +351,14 @@ def losses_with_ddp(rank: int, cfg, batches, folder) -> None:
     model = build_model(cfg).train()
     model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    history = []
     for _ in range(2):
         losses = model(batches[rank])
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-    torch.save({k: v.item() for k, v in losses.items()}, f"{folder}/losses{rank}.pth")
+        history.append({name: loss.item() for name, loss in losses.items()})
+    torch.save(history, f"{folder}/losses{rank}.pth")
     torch.save(model.module.head.box.weight, f"{folder}/weight{rank}.pth")
 
 
@@ -362,6 +367,14 @@ def test_two_processes_of_which_one_has_no_object(small_cfg, make_batch, tmp_pat
     spawn_cpu(losses_with_ddp, 2, small_cfg(QUICK), batches, str(tmp_path))
     losses = [torch.load(tmp_path / f"losses{rank}.pth") for rank in range(2)]
     weights = [torch.load(tmp_path / f"weight{rank}.pth") for rank in range(2)]
-    assert all(math.isfinite(value) for loss in losses for value in loss.values())
-    assert losses[0]["loss_box"] > 0 and losses[1]["loss_box"] == 0
+    assert all(math.isfinite(x) for of_rank in losses for step in of_rank for x in step.values())
+    assert losses[0][1]["loss_box"] > 0 and losses[1][1]["loss_box"] == 0
     assert torch.equal(weights[0], weights[1])
+
+    torch.manual_seed(0)
+    alone = build_model(small_cfg(QUICK)).train()(batches[0])
+    # The two processes together have as many positive pixels as the first, on average half of them.
+    assert losses[0][0]["loss_box"] == pytest.approx(2 * alone["loss_box"].item(), rel=1e-4)
+    assert losses[0][0]["loss_confidence"] == pytest.approx(
+        alone["loss_confidence"].item(), rel=1e-4
+    )

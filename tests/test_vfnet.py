@@ -162,6 +162,15 @@ def test_distances_of_both_stages(head):
         torch.testing.assert_close(prediction.distances[1].double(), refined, rtol=1e-5, atol=1e-3)
 
 
+def test_class_scores_look_through_the_star_of_the_initial_box(head):
+    head = head(VFNetHead)
+    prediction = head(FEATURES)[1]
+    offsets = star_offsets(prediction.distances[0] / 16)
+    star = deform_conv(head.cls_tower(FEATURES[1]), offsets, head.cls_star.weight, padding=1)
+    expected = head.cls_pred(star.clamp(min=0))
+    torch.testing.assert_close(prediction.logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def gradient_of_the_initial_box(head, part: str) -> float:
     prediction = head(FEATURES)[0]
     output = {

@@ -1,6 +1,7 @@
 """plots.py: what the pictures say, that they are drawn, and the command that writes them."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -85,3 +86,30 @@ def test_analyze_command(tmp_path, capsys):
     results_path.unlink()
     with pytest.raises(SystemExit, match=r"There is no file .*results\.json"):
         analyze.main([*arguments, str(tmp_path)])
+
+
+def test_without_classes_a_wrong_class_is_no_error_and_the_better_of_two_boxes_stays(
+    tmp_path, capsys
+):
+    truth = {
+        "images": [{"id": "a"}],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 5, "name": "dog"}],
+        "annotations": [{"id": 1, "image_id": "a", "category_id": 3, "bbox": [0, 0, 10, 10]}],
+    }
+    results = [
+        {"image_id": "a", "category_id": 5, "bbox": [0, 0, 10, 10], "score": 0.9},
+        {"image_id": "a", "category_id": 3, "bbox": [0, 0, 10, 7], "score": 0.8},
+    ]
+    merged, found = analyze.merge_classes(truth, results)
+    assert [x["name"] for x in merged["categories"]] == ["object"]
+    assert found == [{**results[0], "category_id": 1}]
+    assert analyze.merge_classes(truth, []) == (merged, [])
+
+    gt_path, results_path = tmp_path / "gt.json", tmp_path / "results.json"
+    gt_path.write_text(json.dumps(truth))
+    results_path.write_text(json.dumps(results))
+    arguments = ["--gt", str(gt_path), "--results", str(results_path), "--output", str(tmp_path)]
+    analyze.main(arguments)
+    assert re.search(r"\| AP90 +\| +0.00 \|", capsys.readouterr().out)
+    analyze.main([*arguments, "--class-agnostic"])
+    assert re.search(r"\| AP90 +\| +100.00 \|", capsys.readouterr().out)
