@@ -171,7 +171,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", nargs="*", default=["480x640", "800x1333"], metavar="HxW")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     print(

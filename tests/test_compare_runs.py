@@ -51,7 +51,7 @@ def runs(tmp_path_factory):
         model = build_model(cfg)
         torch.save({"model": model.state_dict()}, run / "model_final.pth")
         (run / "inference/coco_instances_results.json").write_text(json.dumps(results))
-        lines = [{"iteration": 99, "bbox/AP": 10 + seed}, {"iteration": 199, "bbox/AP": 20.5}]
+        lines = [{"iteration": 99, "bbox/AP": 10 + seed}, {"iteration": 2500, "bbox/AP": 20.5}]
         (run / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
     return [folder / "first", folder / "second"]
 
@@ -73,7 +73,7 @@ def test_curves_and_tables(tool, runs, tmp_path, capsys):
         ["second", *["-"] * 5],
     ]
     assert table(printed, "AP at iteration") == [
-        ["AP at iteration", "100", "200"],
+        ["AP at iteration", "100", "2500"],
         ["first", "10", "20.5"],
         ["second", "11", "20.5"],
     ]

@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 from iou_d2.assign import level_points
 from iou_d2.compat import spawn_cpu
 from iou_d2.point_detector import centerness, iou_quality
+from iou_d2.point_heads import exp_distances
 
 NAMES = ("vfnet", "vfnet_star", "vfnet_vfl", "vfnet_raw", "atss", "atss_iou", "fcos")
 CONFIGS = {name: f"configs/{name}_R_50_FPN_1x.yaml" for name in NAMES}
@@ -254,6 +255,20 @@ def test_distances_that_overflow_give_boxes_inside_the_image(build, make_batch):
         boxes = model(make_batch([0]))[0]["instances"].pred_boxes.tensor
     assert len(boxes) > 0
     assert torch.equal(boxes, torch.tensor([[0.0, 0.0, 96.0, 96.0]]).expand_as(boxes))
+
+
+def test_boxes_in_the_padding_are_no_detections(build, make_batch):
+    model = build("vfnet_vfl").eval()
+    torch.nn.init.constant_(model.head.box_pred.bias, -3.0)
+    predictions, points = predict(model, make_batch([0], side=70))
+    for level, prediction in zip(points, predictions):
+        found = model.candidates(level, prediction, 0, (70, 70))
+        assert (found.pred_boxes.area() > 0).all() and len(found) > 0
+
+
+def test_distances_beyond_half_precision():
+    raw, scale = torch.tensor([12.0], dtype=torch.float16), torch.tensor(1.0)
+    assert exp_distances(raw, scale, 24).item() == pytest.approx(24 * math.exp(12), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vfnet", "fcos"])

@@ -3,8 +3,8 @@
     python tools/analyze.py --gt instances.json --results coco_instances_results.json --output out
 
 Prints AP by IoU and the correlation of each score with the true IoU; writes score_vs_iou.png and
-ap_by_iou.png. With --class-agnostic all objects are of one class, so that AP says how well boxes are
-found and ranked, and nothing about their classes.
+ap_by_iou.png. With --class-agnostic all objects are of one class, so that AP says how well boxes
+are found and ranked, and nothing about their classes.
 """
 
 from __future__ import annotations

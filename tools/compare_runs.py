@@ -79,7 +79,8 @@ def recall_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def iteration_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
     lines = (run / "metrics.json").read_text().splitlines()
-    return metric_by_iteration(map(json.loads, lines), "bbox/AP")
+    max_iter = setup(run).SOLVER.MAX_ITER
+    return metric_by_iteration(map(json.loads, lines), "bbox/AP", max_iter)
 
 
 def side_curve(run: Path, sides: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +141,6 @@ def main(argv: list[str] | None = None) -> None:
             args.output / "ap_by_side.png",
             x_label="shorter side of the test images, pixels",
             y_label="AP (%)",
-            x_scale="log",
             marker="o",
         )
         print_table("AP at side", curves, sides)

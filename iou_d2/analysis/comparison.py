@@ -76,13 +76,16 @@ def _match(iou: np.ndarray, crowd: np.ndarray, min_iou: float) -> np.ndarray:
     return outcome
 
 
-def metric_by_iteration(lines: Iterable[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
+def metric_by_iteration(
+    lines: Iterable[dict], metric: str, max_iter: int
+) -> tuple[np.ndarray, np.ndarray]:
     """A metric from the lines of a metrics.json: (E,) iterations done, rising, and (E,) values.
 
-    A run that was resumed may have logged an iteration twice: the last one counts.
+    Detectron2 counts iterations from 0 while it trains, and logs what comes after the last one as
+    `max_iter`. A run that was resumed may have logged an iteration twice: the last value counts.
     """
     values = {
-        line["iteration"] + 1: line[metric]
+        min(line["iteration"] + 1, max_iter): line[metric]
         for line in lines
         if "iteration" in line and metric in line
     }

@@ -77,7 +77,7 @@ def plot_curves(
     axes.set(xlabel=x_label, ylabel=y_label, xscale=x_scale)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend()
     return _save(figure, path)
 
 

@@ -119,9 +119,10 @@ def test_metric_by_iteration():
         {"iteration": 199, "AP": 9.0},
         {"iteration": 199, "AP": 5.0},  # logged again after a resume
         {"iteration": 149, "AP": 4.0},
+        {"iteration": 250, "AP": 6.0},  # after the last one
         {"AP": 7.0},  # an evaluation alone
     ]
-    iterations, values = metric_by_iteration(lines, "AP")
-    assert iterations.tolist() == [100, 150, 200] and values.tolist() == [3, 4, 5]
-    iterations, values = metric_by_iteration([], "AP")
+    iterations, values = metric_by_iteration(lines, "AP", max_iter=250)
+    assert iterations.tolist() == [100, 150, 200, 250] and values.tolist() == [3, 4, 5, 6]
+    iterations, values = metric_by_iteration([], "AP", max_iter=250)
     assert iterations.shape == values.shape == (0,)
