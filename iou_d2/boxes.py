@@ -34,9 +34,10 @@ def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     bottom_right = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
     intersection = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
     union = _area(boxes1) + _area(boxes2) - intersection
-    # Without the choice, which lets no gradient through, that of two lines would be infinite.
+    # Without the choice, which lets no gradient through, that of two lines would be infinite. NaN
+    # is not 0 and stays.
     iou = intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
-    return torch.where(union > 0, iou, torch.zeros_like(iou))
+    return torch.where(union == 0, torch.zeros_like(iou), iou)
 
 
 def _area(boxes: Tensor) -> Tensor:
