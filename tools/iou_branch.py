@@ -91,14 +91,20 @@ def report(jittered: Tensor, detected: Tensor) -> str:
         row = [f"{low:.1f} - {low + 0.1:.1f}"]
         for values in (jittered, detected):
             chosen = values[(values[:, 1] >= low) & (values[:, 1] < low + 0.1), 0]
-            row += [len(chosen), f"{chosen.mean():.3f} +- {chosen.std():.3f}"]
+            spread = f"{chosen.mean():.3f} +- {chosen.std():.3f}" if len(chosen) > 1 else "-"
+            row += [len(chosen), spread]
         rows.append(row)
     table = tabulate(rows, ["true IoU", "jittered", "predicted", "detected", "predicted"], "pipe")
     lines = [table, ""]
     for name, values in (("jittered", jittered), ("detected", detected)):
+        if len(values) < 2:
+            lines.append(f"{name}: {len(values)} boxes, too few to tell")
+            continue
         error = (values[:, 0] - values[:, 1]).square().mean().sqrt()
         correlation = torch.corrcoef(values[:, :2].t())[0, 1]
         lines.append(f"{name}: Pearson's r {correlation:.3f}, root mean square error {error:.3f}")
+    if not len(detected):
+        return "\n".join(lines)
     before, after = detected[:, 1], detected[:, 2]
     lines.append(
         f"refinement: mean IoU {before.mean():.3f} -> {after.mean():.3f}, share over 0.9 "
