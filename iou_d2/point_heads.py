@@ -133,7 +133,7 @@ class TwoTowerHead(nn.Module):
         ]
 
     def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
-        """What the outputs of the towers, (N, C, H, W), say of one level."""
+        """What the outputs of the towers, (N, C, H, W), say of one level: each head has its own."""
         raise NotImplementedError
 
 
