@@ -64,6 +64,38 @@ def box_iou_loss(boxes: Tensor, targets: Tensor, kind: str) -> Tensor:
     raise ValueError(f"The kind of an IoU loss is one of {', '.join(IOU_KINDS)}, not {kind!r}.")
 
 
+def box_side_loss(
+    boxes: Tensor,
+    targets: Tensor,
+    kind: str,
+    unit: Tensor | float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    """Loss of each box whose sides are predicted as distances from a point, not reduced.
+
+    The errors of the distances are those of the coordinates, since the point is the same.
+
+    Args:
+        boxes, targets: (R, 4) XYXY.
+        kind: "smooth_l1" or "l2", the squared error, each summed over the four sides; else an IoU
+            loss, see `box_iou_loss`.
+        unit: of the errors of "smooth_l1" and "l2", in pixels: one for all or (R, 1).
+        beta: of smooth L1, in that unit.
+
+    Returns:
+        (R,) in float32 at least; (0,) for no boxes.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in ("smooth_l1", "l2"):
+        return box_iou_loss(boxes, targets, kind)
+    error = (_at_least_float32(boxes) - _at_least_float32(targets)) / unit
+    if kind == "l2":
+        return error.square().sum(dim=-1)
+    return smooth_l1_loss(error, torch.zeros_like(error), beta).sum(dim=-1)
+
+
 def box_regression_loss(
     deltas: Tensor, anchors: Tensor, targets: Tensor, transform, kind: str, beta: float = 0.0
 ) -> Tensor:

@@ -116,7 +116,8 @@ def _add_vfnet(cfg: CfgNode) -> None:
     # What weighs the box losses and is learnt by class scores or by a quality branch: "iou" of the
     # predicted box with its object, or the "centerness" of a point in its object (ATSS, FCOS).
     node.QUALITY = "iou"
-    # Loss of the boxes: "iou", "unitbox", "giou", "diou", "ciou".
+    # Loss of the boxes: "iou", "unitbox", "giou", "diou", "ciou"; "smooth_l1" and "l2" are those
+    # of the distances in strides, with MODEL.RETINANET.SMOOTH_L1_LOSS_BETA.
     node.BOX_LOSS = "giou"
     # Factors of the losses of the initial and of the final box. A head that does not refine has
     # the final box only. Authors' code; 2 in ATSS.

@@ -1,4 +1,5 @@
-"""What the dense detectors share: from the scores of every point to the detections of an image.
+"""What the dense detectors share: their input, and the way from the scores of every point to the
+detections of an image.
 
 Shape letters: N images, K classes, A anchors a cell, L levels, R the anchors of one level (HWA).
 """
@@ -12,8 +13,17 @@ import torch
 import torch.distributed as dist
 from detectron2.layers import batched_nms
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from torch import Tensor
+
+
+def normalized_images(
+    batched_inputs: list[dict], mean: Tensor, std: Tensor, size_divisibility: int
+) -> ImageList:
+    """The N images of Detectron2's standard input on the device of `mean`, normalised by channel
+    and padded with 0 to one size that `size_divisibility` divides."""
+    images = [(x["image"].to(mean.device) - mean) / std for x in batched_inputs]
+    return ImageList.from_tensors(images, size_divisibility)
 
 
 class Selection(NamedTuple):

@@ -46,6 +46,7 @@ class PixelNMS:
     nms_threshold: float
     max_detections: int
 
+    @torch.no_grad()
     def __call__(self, logits: Tensor, distances: Tensor) -> Instances:
         """Maps (K, H, W) and (4, H, W) of one image -> its detections, best first."""
         peaks = logits == F.max_pool2d(logits, kernel_size=3, stride=1, padding=1)
@@ -68,6 +69,7 @@ class EllipseFit:
     threshold: float
     max_detections: int
 
+    @torch.no_grad()
     def __call__(self, logits: Tensor, distances: Tensor) -> Instances:
         """Maps (K, H, W) and (4, H, W) of one image -> its detections, best first."""
         by_class = []

@@ -23,11 +23,18 @@ from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
 from .assign import ATSSAssigner, FCOSAssigner, level_points
-from .box_losses import box_iou_loss
+from .box_losses import box_side_loss, check_kind
 from .boxes import aligned_iou
-from .dense import detections_of_image, postprocess, reduce_mean, select_candidates
+from .dense import (
+    detections_of_image,
+    normalized_images,
+    postprocess,
+    reduce_mean,
+    select_candidates,
+)
 from .losses import focal_loss, quality_focal_loss, varifocal_loss
 from .point_heads import POINT_HEAD_REGISTRY, PointPrediction
+from .visualize import is_time_to_draw, visualize_training
 
 CLASS_LOSSES = {
     "varifocal": varifocal_loss,
@@ -78,6 +85,7 @@ class PointDetector(nn.Module):
         cls_loss: Callable,
         quality: Callable,
         box_loss: str = "giou",
+        smooth_l1_beta: float = 0.1,
         box_loss_weights: Sequence[float] = (1.5, 2.0),
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
@@ -86,6 +94,8 @@ class PointDetector(nn.Module):
         max_detections_per_image: int = 100,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        vis_period: int = 0,
+        input_format: str = "BGR",
     ):
         """
         Args:
@@ -95,13 +105,16 @@ class PointDetector(nn.Module):
                 `point_offset` places the points.
             cls_loss: (logits, targets) -> sum, see losses.py.
             quality: (points, boxes, ground truth) -> (P,), without gradient.
-            box_loss: kind of `box_iou_loss`.
+            box_loss: see `box_side_loss`; lengths, and `smooth_l1_beta`, are in strides.
             box_loss_weights: factors of the box losses of the stages; a head of one stage takes
                 the last.
             test_topk_candidates: what a level of an image sends to NMS at most.
             class_agnostic_nms: let a box suppress those of other classes.
+            vis_period: iterations between two pictures of the training; 0 draws none.
+            input_format: what the channels of the images are.
         """
         super().__init__()
+        check_kind(box_loss, "MODEL.VFNET.BOX_LOSS")
         self.backbone = backbone
         self.head = head
         self.head_in_features = list(head_in_features)
@@ -111,12 +124,15 @@ class PointDetector(nn.Module):
         self.cls_loss = cls_loss
         self.quality = quality
         self.box_loss = box_loss
+        self.smooth_l1_beta = smooth_l1_beta
         self.box_loss_weights = tuple(box_loss_weights)
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
         self.class_agnostic_nms = class_agnostic_nms
         self.max_detections_per_image = max_detections_per_image
+        self.vis_period = vis_period
+        self.input_format = input_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
@@ -136,6 +152,7 @@ class PointDetector(nn.Module):
             "cls_loss": _named(CLASS_LOSSES, node.CLS_LOSS, "CLS_LOSS"),
             "quality": _named(QUALITIES, node.QUALITY, "QUALITY"),
             "box_loss": node.BOX_LOSS,
+            "smooth_l1_beta": dense.SMOOTH_L1_LOSS_BETA,
             "box_loss_weights": node.BOX_LOSS_WEIGHTS,
             "test_score_thresh": dense.SCORE_THRESH_TEST,
             "test_topk_candidates": dense.TOPK_CANDIDATES_TEST,
@@ -144,6 +161,8 @@ class PointDetector(nn.Module):
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "vis_period": cfg.VIS_PERIOD,
+            "input_format": cfg.INPUT.FORMAT,
         }
 
     @property
@@ -158,6 +177,9 @@ class PointDetector(nn.Module):
         points = level_points(features, self.strides, self.assigner.point_offset)
         predictions = self.head(features)
         if self.training:
+            if is_time_to_draw(self.vis_period):
+                detected = self.detect(points, predictions, 0, images.image_sizes[0])
+                visualize_training(batched_inputs[0], detected, self.input_format)
             gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
             return self.losses(points, predictions, images.image_sizes, gt_instances)
         results = [
@@ -167,10 +189,8 @@ class PointDetector(nn.Module):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalised images, padded to one size."""
-        images = [
-            (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
-        ]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+        divisor = self.backbone.size_divisibility
+        return normalized_images(batched_inputs, self.pixel_mean, self.pixel_std, divisor)
 
     def losses(
         self,
@@ -192,6 +212,8 @@ class PointDetector(nn.Module):
         gt_boxes = torch.cat([x.gt_boxes.tensor for x in gt_instances])[matches]  # (P, 4)
         gt_classes = torch.cat([x.gt_classes for x in gt_instances])[matches]
         centers = torch.cat(points).repeat(len(gt_instances), 1)[positive]  # (P, 2)
+        strides = [x.new_full((len(x), 1), stride) for x, stride in zip(points, self.strides)]
+        strides = torch.cat(strides).repeat(len(gt_instances), 1)[positive]  # (P, 1)
 
         losses = {}
         stages = list(zip(*(prediction.distances for prediction in predictions)))
@@ -199,9 +221,10 @@ class PointDetector(nn.Module):
             boxes = boxes_around(centers, _flatten(stage, 4)[positive])
             # A positive point stays one, however bad its box is.
             quality = self.quality(centers, boxes, gt_boxes).clamp(min=1e-6)
-            loss = (quality * box_iou_loss(boxes, gt_boxes, self.box_loss)).sum()
+            loss = box_side_loss(boxes, gt_boxes, self.box_loss, strides, self.smooth_l1_beta)
             name = "loss_box_initial" if len(losses) + 1 < len(stages) else "loss_box"
-            losses[name] = weight * loss / reduce_mean(quality.sum()).clamp(min=1)
+            divisor = reduce_mean(quality.sum()).clamp(min=1)
+            losses[name] = weight * (quality * loss).sum() / divisor
 
         count = reduce_mean(positive.sum().float()).clamp(min=1)
         logits = _flatten([x.logits for x in predictions], self.num_classes)
@@ -240,6 +263,7 @@ class PointDetector(nn.Module):
             seen += len(truth)
         return torch.cat(matches)
 
+    @torch.no_grad()
     def detect(
         self,
         points: list[Tensor],

@@ -21,12 +21,12 @@ from detectron2.modeling.meta_arch.retinanet import (
     permute_to_N_HWA_K,
 )
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .box_losses import box_regression_loss, check_kind
 from .boxes import aligned_iou
 from .dense import detections_of_image, postprocess, reduce_mean, select_candidates
+from .visualize import is_time_to_draw, visualize_training
 
 
 def confidence(probability: Tensor, iou: Tensor, alpha: float) -> Tensor:
@@ -202,10 +202,10 @@ class IoUAwareRetinaNet(BoxLossRetinaNet):
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
         losses = self.losses(anchors, logits, gt_labels, deltas, gt_boxes)
         losses["loss_iou"] = self.iou_loss(anchors, gt_labels, gt_boxes, deltas, iou_logits)
-        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+        if is_time_to_draw(self.vis_period):
             with torch.no_grad():
                 results = self.detect(anchors, logits, deltas, iou_logits, images.image_sizes)
-            self.visualize_training(batched_inputs, results)
+            visualize_training(batched_inputs[0], results[0], self.input_format)
         return losses
 
     def iou_loss(

@@ -20,12 +20,13 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from .box_losses import KINDS, box_iou_loss
-from .dense import postprocess, reduce_mean
+from .box_losses import box_side_loss, check_kind
+from .dense import normalized_images, postprocess, reduce_mean
 from .pixels import EllipseFit, PixelNMS, boxes_of, distances_of
+from .visualize import is_time_to_draw, visualize_training
 
 # Share of positive pixels that an untrained confidence branch predicts.
 PRIOR_CONFIDENCE = 0.01
@@ -64,20 +65,6 @@ def assign_pixels(boxes: Tensor, image_size: tuple[int, int], region: str) -> Te
 def _centers_between(low: float, high: float) -> slice:
     """The pixels whose centres lie in [low, high)."""
     return slice(max(0, math.ceil(low - 0.5)), max(0, math.ceil(high - 0.5)))
-
-
-def box_regression_loss(distances: Tensor, targets: Tensor, kind: str) -> Tensor:
-    """Distances and targets (P, 4) -> the loss of each pixel (P,).
-
-    `kind` is "l2" or "smooth_l1", each the sum over the four distances in pixels, or an IoU loss:
-    see `box_iou_loss`.
-    """
-    if kind == "l2":
-        return (distances - targets).square().sum(dim=1)
-    if kind == "smooth_l1":
-        return F.smooth_l1_loss(distances, targets, reduction="none").sum(dim=1)
-    origin = distances.new_zeros(2)
-    return box_iou_loss(boxes_of(origin, distances), boxes_of(origin, targets), kind)
 
 
 class UnitBoxHead(nn.Module):
@@ -132,6 +119,8 @@ class UnitBox(nn.Module):
         confidence_loss_weight: float = 1.0,
         pixel_mean: tuple[float, ...],
         pixel_std: tuple[float, ...],
+        vis_period: int = 0,
+        input_format: str = "BGR",
     ):
         """
         Args:
@@ -139,15 +128,16 @@ class UnitBox(nn.Module):
             head: takes the two features that `head_in_features` names: confidence, box.
             detect: a PixelNMS or an EllipseFit.
             region: the positive pixels of an object, see `assign_pixels`.
-            box_loss: see `box_regression_loss`.
+            box_loss: see `box_side_loss`; lengths are in pixels.
             box_loss_weight, confidence_loss_weight: factors of the two losses.
             pixel_mean, pixel_std: of the channels of the input.
+            vis_period: iterations between two pictures of the training; 0 draws none.
+            input_format: what the channels of the input are.
         """
         super().__init__()
         if region not in ("box", "ellipse"):
             raise ValueError(f"MODEL.UNITBOX.REGION is 'box' or 'ellipse', but it is {region!r}.")
-        if box_loss not in KINDS:
-            raise ValueError(f"MODEL.UNITBOX.BOX_LOSS is one of {KINDS}, but it is {box_loss!r}.")
+        check_kind(box_loss, "MODEL.UNITBOX.BOX_LOSS")
         self.backbone = backbone
         self.head = head
         self.head_in_features = head_in_features
@@ -156,6 +146,8 @@ class UnitBox(nn.Module):
         self.box_loss = box_loss
         self.box_loss_weight = box_loss_weight
         self.confidence_loss_weight = confidence_loss_weight
+        self.vis_period = vis_period
+        self.input_format = input_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
@@ -182,6 +174,8 @@ class UnitBox(nn.Module):
             "confidence_loss_weight": node.CONFIDENCE_LOSS_WEIGHT,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "vis_period": cfg.VIS_PERIOD,
+            "input_format": cfg.INPUT.FORMAT,
         }
 
     @property
@@ -195,16 +189,11 @@ class UnitBox(nn.Module):
                 state_dict[f"{prefix}backbone.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise the images and pad them to one size."""
-        images = [
-            (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
-        ]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
-
     def forward(self, batched_inputs: list[dict]):
         """Losses by name while training; else one {"instances": Instances} an image."""
-        images = self.preprocess_image(batched_inputs)
+        images = normalized_images(
+            batched_inputs, self.pixel_mean, self.pixel_std, self.backbone.size_divisibility
+        )
         features = self.backbone(images.tensor)
         size = images.tensor.shape[-2:]
         logits, distances = self.head(*(features[name] for name in self.head_in_features), size)
@@ -214,6 +203,8 @@ class UnitBox(nn.Module):
             for i, (height, width) in enumerate(images.image_sizes)
         ]
         if self.training:
+            if is_time_to_draw(self.vis_period):
+                visualize_training(batched_inputs[0], self.detect(*maps[0]), self.input_format)
             losses = self.losses(maps, [x["instances"].to(self.device) for x in batched_inputs])
             # DistributedDataParallel waits for every parameter, also behind features not in use.
             losses["loss_box"] += 0 * sum(x.float().mean() for x in features.values())
@@ -244,11 +235,11 @@ class UnitBox(nn.Module):
             confidence_loss += F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
 
             points = torch.stack([columns, rows], dim=1) + 0.5
-            box_loss += box_regression_loss(
-                distances[:, rows, columns].t(),
-                distances_of(points, truth.gt_boxes.tensor[owner]),
-                self.box_loss,
-            ).sum()
+            expected = distances_of(points, truth.gt_boxes.tensor[owner])
+            # As boxes around the origin distances keep all their digits.
+            origin = points.new_zeros(2)
+            boxes = boxes_of(origin, distances[:, rows, columns].t())
+            box_loss += box_side_loss(boxes, boxes_of(origin, expected), self.box_loss).sum()
             positives += len(rows)
 
         pixels = sum(logits[0].numel() for logits, _ in maps)

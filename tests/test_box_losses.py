@@ -13,6 +13,7 @@ from iou_d2.box_losses import (
     MIN_IOU,
     box_iou_loss,
     box_regression_loss,
+    box_side_loss,
     check_kind,
 )
 
@@ -269,6 +270,58 @@ def test_an_unknown_kind_is_named():
         check_kind("huber", "SOME.KEY")
     for kind in KINDS:
         check_kind(kind, "SOME.KEY")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_box_side_loss_equals_a_loop(kind):
+    generator = np.random.default_rng(8)
+    targets = random_boxes(generator, 50)
+    boxes = targets + generator.uniform(-0.9, 0.9, (50, 4))
+    units = generator.choice([0.25, 1.0, 8.0], (50, 1))
+    expected = []
+    for box, target, (unit,) in zip(boxes, targets, units):
+        errors = [abs(x - y) / unit for x, y in zip(box, target)]
+        if kind == "l2":
+            expected.append(sum(e * e for e in errors))
+        elif kind == "smooth_l1":
+            expected.append(sum(e * e if e < 0.5 else e - 0.25 for e in errors))
+        else:
+            expected.append(loss_of_pair(box, target, kind))
+    boxes, targets, units = (torch.from_numpy(x) for x in (boxes, targets, units))
+    found = box_side_loss(boxes, targets, kind, units, beta=0.5)
+    # torchvision adds 1e-7 to what it divides by.
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_box_side_loss_is_in_pixels_with_a_beta_of_one_unless_told():
+    boxes, target = torch.tensor([[0.5, 0.0, 13.0, 10.0]]), torch.tensor([TARGET])
+    assert box_side_loss(boxes, target, "smooth_l1").tolist() == [0.125 + 2.5]
+    assert box_side_loss(boxes, target, "l2").tolist() == [9.25]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_box_side_loss_of_nothing_has_gradients(kind):
+    nothing = torch.zeros(0, 4, requires_grad=True)
+    loss = box_side_loss(nothing, nothing.detach(), kind, torch.ones(0, 1))
+    assert loss.shape == (0,)
+    loss.sum().backward()
+    assert nothing.grad.shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_box_side_loss_of_half_precision(kind, dtype):
+    targets = torch.tensor([[0.0, 0.0, 1000.0, 1200.0], TARGET], dtype=dtype)
+    boxes = (targets + 300).requires_grad_()
+    loss = box_side_loss(boxes, targets, kind)
+    loss.sum().backward()
+    assert loss.dtype == torch.float32 and torch.isfinite(loss).all()
+    assert torch.isfinite(boxes.grad).all()
+
+
+def test_box_side_loss_names_an_unknown_kind():
+    with pytest.raises(ValueError, match="not 'huber'"):
+        box_side_loss(torch.zeros(1, 4), torch.zeros(1, 4), "huber")
 
 
 def regression_by_hand(deltas, anchors, targets, weights, kind, beta):

@@ -3,7 +3,12 @@ from __future__ import annotations
 import torch
 from detectron2.structures import Boxes, Instances
 
-from iou_d2.dense import detections_of_image, reduce_mean, select_candidates
+from iou_d2.dense import (
+    detections_of_image,
+    normalized_images,
+    reduce_mean,
+    select_candidates,
+)
 
 
 def test_select_candidates_equals_sorted_list():
@@ -46,3 +51,14 @@ def test_reduce_mean_of_one_process_is_the_value_without_gradient():
     value = torch.tensor(3.0, requires_grad=True)
     mean = reduce_mean(value)
     assert mean.item() == 3.0 and not mean.requires_grad
+
+
+def test_normalized_images_are_padded_behind_their_pixels():
+    mean, std = torch.tensor([1.0, 2, 3]).view(3, 1, 1), torch.tensor([1.0, 2, 4]).view(3, 1, 1)
+    inputs = [{"image": torch.full((3, *size), 7, dtype=torch.uint8)} for size in ((5, 9), (8, 3))]
+    images = normalized_images(inputs, mean, std, 16)
+    assert images.tensor.shape == (2, 3, 16, 16) and images.image_sizes == [(5, 9), (8, 3)]
+    expected = torch.zeros(2, 3, 16, 16)
+    for index, (height, width) in enumerate(images.image_sizes):
+        expected[index, :, :height, :width] = torch.tensor([6.0, 2.5, 1.0]).view(3, 1, 1)
+    assert torch.equal(images.tensor, expected)

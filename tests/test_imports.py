@@ -20,6 +20,7 @@ SHARED = {
     "pixels",
     "point_heads",
     "postprocess",
+    "visualize",
     "jitter",
 }
 ANY_ARRAY = {"numpy", "scipy", "matplotlib", "pycocotools", "boxes"}
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "compat": {"torch", "detectron2"},
     "point_heads": {"torch", "detectron2", "deform"},
     "point_detector": MATHS
-    | {"detectron2", "assign", "box_losses", "dense", "losses", "point_heads"},
+    | {"detectron2", "assign", "box_losses", "dense", "losses", "point_heads", "visualize"},
     "pixels": {"torch", "cv2", "numpy", "detectron2", "dense"},
     "safe_load": {"numpy", "torch"},
     "solver": {"torch", "detectron2"},

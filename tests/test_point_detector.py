@@ -9,6 +9,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from iou_d2.assign import level_points
+from iou_d2.box_losses import KINDS
 from iou_d2.compat import spawn_cpu
 from iou_d2.point_detector import centerness, iou_quality
 from iou_d2.point_heads import exp_distances
@@ -76,7 +77,17 @@ def class_loss(name: str, p: float, q: float) -> float:
     return -0.75 * p**2 * math.log(1 - p)
 
 
-def losses_by_hand(name: str, model, batch) -> dict[str, float]:
+def box_loss(kind: str, box: list[float], gt: list[float], stride: int) -> float:
+    errors = [abs(x - y) / stride for x, y in zip(box, gt)]
+    if kind == "l2":
+        return sum(e * e for e in errors)
+    if kind == "smooth_l1":
+        return sum(e * e / 0.4 if e < 0.2 else e - 0.1 for e in errors)
+    iou, giou = iou_and_giou(box, gt)
+    return 1 - giou if kind == "giou" else 1 - iou
+
+
+def losses_by_hand(name: str, model, batch, kind: str = "giou") -> dict[str, float]:
     predictions, points = predict(model, batch)
     stages = len(predictions[0].distances)
     box, weights = [0.0] * stages, [0.0] * stages
@@ -84,18 +95,18 @@ def losses_by_hand(name: str, model, batch) -> dict[str, float]:
     for image, sample in enumerate(batch):
         truth = sample["instances"]
         matches = model.assigner(points, model.strides, truth.gt_boxes.tensor).tolist()
-        for prediction, level in zip(predictions, points):
+        for prediction, level, stride in zip(predictions, points, model.strides):
             for index, cell, point in cells(prediction, level):
                 match, q = matches[index], 0.0
                 gt = truth.gt_boxes.tensor[match].tolist() if match >= 0 else None
                 for stage in range(stages if gt else 0):
-                    iou, giou = iou_and_giou(decode(prediction, stage, image, cell, point), gt)
-                    q = max(iou, 1e-6)
+                    decoded = decode(prediction, stage, image, cell, point)
+                    q = max(iou_and_giou(decoded, gt)[0], 1e-6)
                     if name in ("atss", "fcos"):
                         x, y = point.tolist()
                         sides = [x - gt[0], gt[2] - x], [y - gt[1], gt[3] - y]
                         q = math.sqrt(math.prod(min(s) / max(s) for s in sides))
-                    box[stage] += q * (1 - giou)
+                    box[stage] += q * box_loss(kind, decoded, gt, stride)
                     weights[stage] += q
                 positives += match >= 0
                 for k, logit in enumerate(prediction.logits[(image, slice(None), *cell)].tolist()):
@@ -119,6 +130,17 @@ def test_losses_equal_loops(name, build, make_batch):
     model = build(name).train()
     batch = make_batch([3, 0, 5])
     expected = losses_by_hand(name, model, batch)
+    found = {name: loss.item() for name, loss in model(batch).items()}
+    assert found == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "l2", "iou"])
+@pytest.mark.parametrize("name", ["vfnet", "fcos"])
+def test_losses_of_other_kinds_equal_loops(name, kind, build, make_batch):
+    beta = ("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", "0.2")
+    model = build(name, "MODEL.VFNET.BOX_LOSS", kind, *beta).train()
+    batch = make_batch([3, 0, 5])
+    expected = losses_by_hand(name, model, batch, kind)
     found = {name: loss.item() for name, loss in model(batch).items()}
     assert found == pytest.approx(expected, rel=2e-4)
 
@@ -215,12 +237,23 @@ def test_a_positive_point_stays_one_however_bad_its_box(build, make_batch):
     assert seen[0].max().item() == pytest.approx(1e-6)
 
 
-@pytest.mark.parametrize("kind", ["iou", "unitbox", "giou", "diou", "ciou"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cls_loss", ["varifocal", "quality_focal", "focal"])
 def test_losses_are_parts(kind, cls_loss, build, make_batch):
     overrides = ("MODEL.VFNET.BOX_LOSS", kind, "MODEL.VFNET.CLS_LOSS", cls_loss)
     losses = build("vfnet", *overrides).train()(make_batch([3]))
     assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
+
+
+@pytest.mark.parametrize("name", ["vfnet", "atss"])
+def test_pictures_of_the_training_change_no_loss(name, build, make_batch):
+    plain, drawing, batch = build(name), build(name, "VIS_PERIOD", "2"), make_batch([3, 1])
+    with EventStorage() as storage:
+        losses = [model.train()(batch) for model in (plain, drawing)]
+        assert losses[0] == losses[1] and len(storage._vis_data) == 1
+        storage.step()
+        drawing(batch)
+    assert len(storage._vis_data) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -303,6 +336,7 @@ def test_an_image_is_matched_as_if_it_were_alone(name, build):
     ("key", "value", "sentence"),
     [
         ("CLS_LOSS", "vfl", "one of .*'varifocal'.*, not 'vfl'"),
+        ("BOX_LOSS", "l3", "one of .*giou.*, but it is 'l3'"),
         ("QUALITY", "giou", "one of .*'iou'.*, not 'giou'"),
         ("ASSIGNER", "max_iou", "'atss' or 'fcos', not 'max_iou'"),
         ("REGRESS_RANGES", "[64, 128]", "has 2 entries for 5 levels"),
