@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 
@@ -11,19 +10,12 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
+import compare_runs
 from iou_d2 import add_iou_config, load_config
 from iou_d2.config import set_class_names
 from iou_d2.data.shapes import ShapesSpec, write_shapes
 
 CONFIG = "configs/quick/unitbox_shapes.yaml"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("compare_runs", "tools/compare_runs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +55,8 @@ def table(printed: str, header: str) -> list[list[str]]:
     ]
 
 
-def test_curves_and_tables(tool, runs, tmp_path, capsys):
-    tool.main([*map(str, runs), "--output", str(tmp_path / "a/b"), "--sides", "96", "32"])
+def test_curves_and_tables(runs, tmp_path, capsys):
+    compare_runs.main([*map(str, runs), "--output", str(tmp_path / "a/b"), "--sides", "96", "32"])
     printed = capsys.readouterr().out
     names = {"recall_by_false_positives.png", "ap_by_iteration.png", "ap_by_side.png"}
     assert {path.name for path in (tmp_path / "a/b").iterdir()} == names
@@ -82,23 +74,25 @@ def test_curves_and_tables(tool, runs, tmp_path, capsys):
     assert all(0 <= float(value) < 50 for row in rows for value in row[1:])
 
 
-def test_results_at_a_side_are_those_of_the_resized_images_and_kept(tool, runs, tmp_path):
-    cfg = tool.setup(runs[0])
+def test_results_at_a_side_are_those_of_the_resized_images_and_kept(runs, tmp_path, monkeypatch):
+    cfg = compare_runs.setup(runs[0])
     cfg.MODEL.UNITBOX.SCORE_THRESH_TEST = 0.0
     seen = []
-    tool.inference_on_dataset = lambda model, loader, evaluator: seen.append(
-        [tuple(batch[0]["image"].shape) for batch in loader]
-    )
+
+    def look(model, loader, evaluator):
+        seen.append([tuple(batch[0]["image"].shape) for batch in loader])
+
+    monkeypatch.setattr(compare_runs, "inference_on_dataset", look)
     folder = tmp_path / "side"
     folder.mkdir()
-    path = folder / tool.RESULTS
+    path = folder / compare_runs.RESULTS
     path.write_text("[]")
     weights = runs[0] / "model_final.pth"
     now = weights.stat().st_mtime
     os.utime(path, (now - 5, now - 5))  # older than the weights
-    assert tool.detect_at_side(cfg, 40, folder) == []
+    assert compare_runs.detect_at_side(cfg, 40, folder) == []
     assert seen == [[(3, 40, 40)] * 4]
     os.utime(path, (now + 5, now + 5))
-    tool.detect_at_side(cfg, 40, folder)
+    compare_runs.detect_at_side(cfg, 40, folder)
     assert len(seen) == 1
     assert cfg.INPUT.MIN_SIZE_TEST == 128

@@ -3,8 +3,6 @@ bit. Small networks of random weights."""
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 import torchvision
@@ -15,38 +13,9 @@ from detectron2.modeling import build_backbone, build_model
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from checkpoint_helpers import CONFIG, DEFORMABLE, SMALL, assert_same, read
+from convert_checkpoint import main as convert
 from iou_d2 import add_iou_config, load_config
-
-CONFIG = "configs/vfnet_R_50_FPN_1x.yaml"
-SMALL = [
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
-    *("MODEL.RESNETS.NUM_GROUPS", "4", "MODEL.RESNETS.WIDTH_PER_GROUP", "2"),
-    *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.VFNET.NUM_GROUPS", "4"),
-    *("MODEL.RETINANET.NUM_CLASSES", "3"),
-]
-DEFORMABLE = [
-    *("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False,True,True,True]"),
-    *("MODEL.RESNETS.DEFORM_MODULATED", "True", "MODEL.VFNET.DEFORMABLE_TOWER", "True"),
-]
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("convert", "tools/convert_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_same(state, wanted):
-    """Bit for bit, and the same names."""
-    assert state.keys() == wanted.keys()
-    for name, x in wanted.items():
-        assert state[name].dtype == x.dtype and torch.equal(state[name], x), name
 
 
 def randomize(model):
@@ -134,16 +103,14 @@ def detectron2_resnet(path, depth, groups=1, deformable=False):
     ("depth", "groups", "suffix"),
     [(18, 1, "pth"), (50, 1, "pth"), (50, 1, "pkl"), (50, 4, "pth"), (50, 8, "pkl")],
 )
-def test_a_torchvision_resnet_is_the_same_in_detectron2(
-    tool, tmp_path, capsys, depth, groups, suffix
-):
+def test_a_torchvision_resnet_is_the_same_in_detectron2(tmp_path, capsys, depth, groups, suffix):
     if depth == 18:
         model = randomize(ResNet(BasicBlock, (2, 2, 2, 2), num_classes=7))
     else:
         model = torchvision_resnet(groups)
     source, ours, back = (tmp_path / name for name in ("a.pth", f"b.{suffix}", "c.pth"))
     torch.save(model.state_dict(), source)
-    tool.main([str(source), str(ours), "--from", "torchvision", "--to", "detectron2"])
+    convert([str(source), str(ours), "--from", "torchvision", "--to", "detectron2"])
     printed = capsys.readouterr().out
     assert "Left over" not in printed and "INPUT.FORMAT RGB" in printed
 
@@ -153,18 +120,18 @@ def test_a_torchvision_resnet_is_the_same_in_detectron2(
         for mine, theirs in zip(resnet(x).values(), features(model, x)):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
-    tool.main([str(ours), str(back), "--from", "detectron2", "--to", "torchvision"])
+    convert([str(ours), str(back), "--from", "detectron2", "--to", "torchvision"])
     assert_same(read(back), model.state_dict())
     model.load_state_dict(read(back))
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
-def test_a_deformable_resnext_of_mmdetection_is_the_same_in_detectron2(tool, tmp_path, order):
+def test_a_deformable_resnext_of_mmdetection_is_the_same_in_detectron2(tmp_path, order):
     model = torchvision_resnet(groups=4, deformable=True)
     state = {f"backbone.{n}": x for n, x in model.state_dict().items() if n[:3] != "fc."}
     source, ours, back = (str(tmp_path / name) for name in ("a.pth", "b.pth", "c.pth"))
     torch.save({"state_dict": state, "meta": {}}, source)
-    tool.main([source, ours, "--from", "mmdet", "--to", "detectron2", "--format", order])
+    convert([source, ours, "--from", "mmdet", "--to", "detectron2", "--format", order])
 
     x = torch.randn(1, 3, 64, 96)
     resnet = detectron2_resnet(ours, 50, groups=4, deformable=True)
@@ -173,7 +140,7 @@ def test_a_deformable_resnext_of_mmdetection_is_the_same_in_detectron2(tool, tmp
         for name, theirs in zip(mine, features(model, x)):
             torch.testing.assert_close(mine[name], theirs, rtol=1e-4, atol=1e-4)
 
-    tool.main([ours, back, "--from", "detectron2", "--to", "mmdet", "--format", order])
+    convert([ours, back, "--from", "detectron2", "--to", "mmdet", "--format", order])
     assert_same(read(back)["state_dict"], state)
 
 
@@ -220,13 +187,13 @@ def vfnet(overrides):
     ("overrides", "order", "suffix"),
     [(SMALL, "RGB", "pkl"), (SMALL + DEFORMABLE, "RGB", "pth"), (SMALL + DEFORMABLE, "BGR", "pkl")],
 )
-def test_vfnet_there_and_back_bit_for_bit(tool, tmp_path, capsys, overrides, order, suffix):
+def test_vfnet_there_and_back_bit_for_bit(tmp_path, capsys, overrides, order, suffix):
     state = vfnet(overrides).state_dict()
     ours, theirs, back = (str(tmp_path / name) for name in ("a.pth", "b.pth", f"c.{suffix}"))
     names = ["ship", "car", "plane"]
     torch.save({"model": state, "class_names": names, "iteration": 9}, ours)
     with_config = ["--config-file", CONFIG, "--opts", *overrides, "INPUT.FORMAT", order]
-    tool.main([ours, theirs, "--from", "detectron2", "--to", "mmdet", *with_config])
+    convert([ours, theirs, "--from", "detectron2", "--to", "mmdet", *with_config])
     assert "Left over" not in capsys.readouterr().out
     content = read(theirs)
     assert set(content["state_dict"]) == mmdet_vfnet_names(deformable=overrides is not SMALL)
@@ -236,7 +203,7 @@ def test_vfnet_there_and_back_bit_for_bit(tool, tmp_path, capsys, overrides, ord
         first, state["backbone.bottom_up.stem.conv1.weight"].flip(1 if order == "BGR" else ())
     )
 
-    tool.main([theirs, back, "--from", "mmdet", "--to", "detectron2", *with_config])
+    convert([theirs, back, "--from", "mmdet", "--to", "detectron2", *with_config])
     printed = capsys.readouterr().out
     assert not any(word in printed for word in ("Left over", "not filled", "Not in the model"))
     # The test config has the mean and deviation of RGB; for BGR they are the other way round.

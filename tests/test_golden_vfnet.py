@@ -7,8 +7,6 @@ with random weights and two images of 256x320: `state_dict`, `images_bgr_uint8`,
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -16,6 +14,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
+from convert_checkpoint import main as convert
 from iou_d2 import add_iou_config, load_config
 from iou_d2.convert import translate
 
@@ -38,12 +37,9 @@ def golden():
 @pytest.fixture
 def model(golden, tmp_path):
     """Our model with their weights, by way of the converter."""
-    spec = importlib.util.spec_from_file_location("convert", "tools/convert_checkpoint.py")
-    converter = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(converter)
     theirs, ours = str(tmp_path / "mmdet.pth"), str(tmp_path / "detectron2.pth")
     torch.save({"state_dict": golden["state_dict"]}, theirs)
-    converter.main(
+    convert(
         [theirs, ours, "--from", "mmdet", "--to", "detectron2"]
         + ["--config-file", CONFIG, "--opts", *SMALL]
     )

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 
 import pytest
 
+from install_detectron2 import NO_C_MODULE, Replacement, mend
+
 SCRIPT = "tools/install_detectron2.py"
-spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
-install = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(install)
 
 
 def test_replacements_are_made(tmp_path):
     (tmp_path / "a.py").write_text("np.int) np.int32 np.int)")
-    install.mend(tmp_path, [install.Replacement("a.py", "np.int)", "int)", 2)])
+    mend(tmp_path, [Replacement("a.py", "np.int)", "int)", 2)])
     assert (tmp_path / "a.py").read_text() == "int) np.int32 int)"
 
 
@@ -22,13 +20,13 @@ def test_replacements_are_made(tmp_path):
 def test_another_number_of_places_stops_with_a_sentence(tmp_path, count):
     (tmp_path / "a.py").write_text("old old")
     with pytest.raises(SystemExit, match=f"a.py of .* has 'old' at 2 places where {count} were"):
-        install.mend(tmp_path, [install.Replacement("a.py", "old", "new", count)])
+        mend(tmp_path, [Replacement("a.py", "old", "new", count)])
     assert (tmp_path / "a.py").read_text() == "old old"
 
 
 def test_missing_operators_say_what_is_missing_and_where_to_get_it():
     module = {}
-    exec(install.NO_C_MODULE, module)
+    exec(NO_C_MODULE, module)
     with pytest.raises(RuntimeError, match="_C.nms_rotated is a compiled .*github.com.*detectron2"):
         module["__getattr__"]("nms_rotated")(1, 2)
     with pytest.raises(AttributeError):

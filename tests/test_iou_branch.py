@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
+import iou_branch
 from iou_d2 import add_iou_config, load_config
 from iou_d2.data.shapes import ShapesSpec, write_shapes
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("iou_branch", "tools/iou_branch.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +29,11 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_the_report_of_planted_values(tool):
+def test_the_report_of_planted_values():
     true = torch.linspace(0.505, 0.995, 50)
     jittered = torch.stack([true, true], dim=1)
     detected = torch.stack([1 - true, true, torch.full_like(true, 0.95)], dim=1)
-    lines = tool.report(jittered, detected).splitlines()
+    lines = iou_branch.report(jittered, detected).splitlines()
     assert lines[2].split("|")[1:4] == [" 0.5 - 0.6  ", "         10 ", " 0.550 +- 0.030 "]
     assert lines[-3] == "jittered: Pearson's r 1.000, root mean square error 0.000"
     error = (2 * true - 1).square().mean().sqrt()
@@ -50,15 +41,15 @@ def test_the_report_of_planted_values(tool):
     assert lines[-1] == "refinement: mean IoU 0.750 -> 0.950, share over 0.9 0.200 -> 1.000"
 
 
-def test_an_untrained_branch_knows_nothing(tool, run, capsys):
-    tool.main([str(run)])
+def test_an_untrained_branch_knows_nothing(run, capsys):
+    iou_branch.main([str(run)])
     jittered, detected = capsys.readouterr().out.splitlines()[-2:]
     correlation = float(jittered.split()[3].rstrip(","))
     assert jittered.startswith("jittered: Pearson's r") and abs(correlation) < 0.5
     assert detected == "detected: 0 boxes, too few to tell"
 
 
-def test_only_boxes_on_an_object_of_their_class_count(tool):
+def test_only_boxes_on_an_object_of_their_class_count():
     class Heads:
         box_in_features = ()
         iou_branch = None
@@ -81,6 +72,6 @@ def test_only_boxes_on_an_object_of_their_class_count(tool):
     heads = Heads()
     heads.postprocessor = refine = Refine()
     truth = Instances((50, 50), gt_boxes=Boxes([[0, 0, 10, 8.0]]), gt_classes=torch.tensor([1]))
-    values = tool.on_detected(heads, {}, [], truth)
+    values = iou_branch.on_detected(heads, {}, [], truth)
     assert values.tolist() == [pytest.approx([0.9, 0.8, 0.625])]
     assert heads.postprocessor is refine

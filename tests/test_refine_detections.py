@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
+import refine_detections
 from iou_d2 import add_iou_config, load_config
 from iou_d2.data.shapes import ShapesSpec, write_shapes
 
@@ -18,14 +18,6 @@ OFF = (
     *("MODEL.IOU_NET.NMS", "plain", "MODEL.ROI_HEADS.NMS_THRESH_TEST", "1.0"),
     *("MODEL.IOU_NET.REFINE_STEPS", "0", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
 )
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("refine", "tools/refine_detections.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +51,8 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(tool, data, *overrides, config=CONFIG, weights=None, gt="shapes/instances.json"):
-    tool.main(
+def run(data, *overrides, config=CONFIG, weights=None, gt="shapes/instances.json"):
+    refine_detections.main(
         [
             *("--config-file", config, "--gt", str(data / gt)),
             *("--images", str(data / "shapes/images"), "--results", str(data / "results.json")),
@@ -76,8 +68,8 @@ def by_place(results):
     return sorted(results, key=lambda x: -x["score"])
 
 
-def test_all_off_gives_the_detections_back_with_their_predicted_iou(tool, data, capsys):
-    refined = by_place(run(tool, data, *OFF))
+def test_all_off_gives_the_detections_back_with_their_predicted_iou(data, capsys):
+    refined = by_place(run(data, *OFF))
     results = by_place(json.loads((data / "results.json").read_text()))
     assert len(refined) == len(results)
     for a, b in zip(results, refined):
@@ -88,9 +80,9 @@ def test_all_off_gives_the_detections_back_with_their_predicted_iou(tool, data, 
     assert before == after and float(before[0]) > 5
 
 
-def test_refinement_moves_boxes_uphill(tool, data, capsys):
-    still = by_place(run(tool, data, *OFF))
-    moved = by_place(run(tool, data, *OFF, *("MODEL.IOU_NET.REFINE_STEPS", "5")))
+def test_refinement_moves_boxes_uphill(data, capsys):
+    still = by_place(run(data, *OFF))
+    moved = by_place(run(data, *OFF, *("MODEL.IOU_NET.REFINE_STEPS", "5")))
     assert len(still) == len(moved)
     assert sum(b["pred_iou"] > a["pred_iou"] for a, b in zip(still, moved)) > len(still) / 2
     assert any(a["bbox"] != b["bbox"] for a, b in zip(still, moved))
@@ -100,27 +92,27 @@ def test_refinement_moves_boxes_uphill(tool, data, capsys):
         assert left + width <= 100.001 and top + height <= 100.001
 
 
-def test_detections_under_the_score_threshold_are_dropped(tool, data):
+def test_detections_under_the_score_threshold_are_dropped(data):
     threshold = 0.895
-    refined = run(tool, data, *OFF, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(threshold))
+    refined = run(data, *OFF, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(threshold))
     results = json.loads((data / "results.json").read_text())
     assert len(refined) == sum(x["score"] > threshold for x in results) < len(results)
 
 
-def test_what_is_wrong_is_named(tool, data, tmp_path):
+def test_what_is_wrong_is_named(data, tmp_path):
     with pytest.raises(ValueError, match="BoxLossROIHeads has no IoU branch"):
-        run(tool, data, config="configs/quick/faster_rcnn_shapes.yaml")
+        run(data, config="configs/quick/faster_rcnn_shapes.yaml")
     truth = json.loads((data / "shapes/instances.json").read_text())
     truth["categories"][0]["name"] = "hexagon"
     (data / "other.json").write_text(json.dumps(truth))
     with pytest.raises(ValueError, match="knows the classes .* ground truth has .*hexagon"):
-        run(tool, data, gt="other.json")
+        run(data, gt="other.json")
     truth["images"][0]["file_name"] = "missing.png"
     truth["categories"][0]["name"] = "ellipse"
     (data / "other.json").write_text(json.dumps(truth))
     with pytest.raises(RuntimeError, match="missing.png"):
-        run(tool, data, gt="other.json")
+        run(data, gt="other.json")
     truth["categories"] = truth["categories"][:1]
     (data / "other.json").write_text(json.dumps(truth))
     with pytest.raises(ValueError, match="categor"):
-        run(tool, data, gt="other.json")
+        run(data, gt="other.json")

@@ -2,16 +2,12 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from iou_d2.analysis import make_records, plot_ap_by_iou, plot_score_vs_iou
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import analyze
+from iou_d2.analysis import make_records, plot_ap_by_iou, plot_score_vs_iou
 
 
 def planted(shift_of_score=lambda iou: iou, count=30):
