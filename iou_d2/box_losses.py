@@ -22,14 +22,18 @@ KINDS = ("smooth_l1", "l2", *IOU_KINDS)
 
 # -ln IoU grows no further below this IoU, where it is 13.8.
 MIN_IOU = 1e-6
+# A shorter side has no aspect ratio for CIoU, whose gradient grows with its inverse. In pixels.
+MIN_RATIO_SIDE = 1e-3
 
 
 def box_iou_loss(boxes: Tensor, targets: Tensor, kind: str) -> Tensor:
     """Loss of each box against its target, not reduced: the caller weights and sums.
 
     Half precision is computed in float32. An inverted box counts as the line or point at its
-    centre. "giou", "diou" and "ciou" pull it to the target, as they do any box without overlap;
-    "iou" and "unitbox" have no gradient there. A target without area gives no gradient to any.
+    centre. "giou", "diou" and "ciou" pull it to the target, as they do any box without overlap,
+    "giou" only while it is outside of it; "iou" and "unitbox" have no gradient there. A target
+    without area gives no gradient to any. Gradients are small but for those of "unitbox", which
+    grow with 1 / IoU.
 
     Args:
         boxes, targets: (R, 4) XYXY.
@@ -132,9 +136,9 @@ def check_kind(kind: str, key: str) -> None:
 
 
 def _ciou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """CIoU; DIoU where a box has no aspect ratio, at which torchvision's CIoU is NaN."""
+    """CIoU; DIoU where a box has no aspect ratio: at sides of 0 torchvision's CIoU is NaN."""
     sides = torch.cat([boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]], -1)
-    has_ratio = (sides > 0).all(dim=-1)
+    has_ratio = (sides > MIN_RATIO_SIDE).all(dim=-1)
     square = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=boxes.dtype, device=boxes.device)
     complete = complete_box_iou_loss(
         torch.where(has_ratio[..., None], boxes, square),

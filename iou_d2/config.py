@@ -151,12 +151,12 @@ def _add_unitbox(cfg: CfgNode) -> None:
     # "nms" over the pixels whose confidence peaks (ours, the better one on faces and on shapes), or
     # "ellipses" fitted to the regions of confident pixels (the paper).
     node.INFERENCE = "nms"
-    # The least confidence of a detection, how many pixels a class go on to NMS, and the IoU over
-    # which it suppresses.
+    # Of "nms": the least confidence of a detection, how many pixels a class go on to NMS, and the
+    # IoU over which it suppresses.
     node.SCORE_THRESH_TEST = 0.05
     node.TOPK_CANDIDATES_TEST = 1000
     node.NMS_THRESH_TEST = 0.5
-    # Confidence over which a pixel belongs to a region. The paper gives none.
+    # Of "ellipses": confidence over which a pixel belongs to a region. The paper gives none.
     node.REGION_THRESH_TEST = 0.5
 
 

@@ -114,12 +114,14 @@ def _ellipse_center(region: np.ndarray, centroid: np.ndarray) -> tuple[int, int]
 
 
 def _read_boxes(distances: Tensor, pixels: Tensor, scores: Tensor, index: int) -> Instances:
-    """Instances of class `index` with the boxes (4, H, W) at flat indices of pixels."""
+    """Instances of class `index` with the boxes (4, H, W) at flat indices of pixels, but for those
+    that are empty or not finite."""
     height, width = distances.shape[1:]
     points = torch.stack([pixels % width, pixels // width], dim=1) + 0.5
-    return Instances(
+    found = Instances(
         (height, width),
         pred_boxes=Boxes(boxes_of(points, distances.flatten(1)[:, pixels].t())),
         scores=scores,
         pred_classes=torch.full_like(pixels, index),
     )
+    return found[found.pred_boxes.nonempty() & found.pred_boxes.tensor.isfinite().all(dim=1)]

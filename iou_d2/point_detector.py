@@ -217,6 +217,11 @@ class PointDetector(nn.Module):
 
         losses = {}
         stages = list(zip(*(prediction.distances for prediction in predictions)))
+        if len(self.box_loss_weights) < len(stages):
+            raise ValueError(
+                f"MODEL.VFNET.BOX_LOSS_WEIGHTS is {list(self.box_loss_weights)}, but the head has "
+                f"boxes of {len(stages)} stages."
+            )
         for stage, weight in zip(stages, self.box_loss_weights[-len(stages) :]):
             boxes = boxes_around(centers, _flatten(stage, 4)[positive])
             # A positive point stays one, however bad its box is.

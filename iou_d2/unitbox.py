@@ -227,6 +227,11 @@ class UnitBox(nn.Module):
         """
         confidence_loss = box_loss = positives = 0
         for (logits, distances), truth in zip(maps, gt_instances):
+            if (truth.gt_classes >= len(logits)).any():
+                raise ValueError(
+                    f"A ground truth has the class {truth.gt_classes.max()}, but "
+                    f"MODEL.UNITBOX.NUM_CLASSES is {len(logits)}."
+                )
             owner = assign_pixels(truth.gt_boxes.tensor, logits.shape[1:], self.region)
             rows, columns = torch.nonzero(owner >= 0, as_tuple=True)  # (P,)
             owner = owner[rows, columns]

@@ -194,9 +194,23 @@ def test_without_area_values_and_gradients_are_finite(kind, dtype):
 
 @pytest.mark.parametrize("kind", IOU_KINDS)
 def test_a_box_without_width_opens_towards_its_target(kind):
-    """As after a ReLU of distances: where IoU kinds have a gradient, it is the one that widens."""
+    """As after a ReLU of distances. The others have no gradient around a centre that fits."""
     _, gradient = with_gradient([[5.0, 0.0, 5.0, 10.0]], [TARGET], kind)
-    assert gradient[0, 0] >= 0 and gradient[0, 2] <= 0
+    if kind in ("iou", "giou"):
+        assert gradient[0, 0] > 0 and gradient[0, 2] < 0
+    else:
+        assert torch.equal(gradient, torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("kind", IOU_KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_almost_empty_boxes_have_finite_losses_and_small_gradients(kind, dtype):
+    for exponent in range(-30, 1):
+        side = 10.0**exponent
+        boxes = [[0.0, 0.0, side, side], [0.0, 0.0, side, 1.0], [0.0, 0.0, 100.0, side]]
+        loss, gradient = with_gradient(boxes, [[0.0, 0.0, 100.0, 1.0]] * 3, kind, dtype)
+        assert torch.isfinite(loss).all()
+        assert kind == "unitbox" or gradient.abs().max() < 100, side
 
 
 @pytest.mark.parametrize("kind", IOU_KINDS)

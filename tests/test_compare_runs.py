@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -76,23 +77,33 @@ def test_curves_and_tables(runs, tmp_path, capsys):
 
 def test_results_at_a_side_are_those_of_the_resized_images_and_kept(runs, tmp_path, monkeypatch):
     cfg = compare_runs.setup(runs[0])
-    cfg.MODEL.UNITBOX.SCORE_THRESH_TEST = 0.0
-    seen = []
+    cfg.INPUT.MAX_SIZE_TEST = 30  # of the run, and not of a side
+    folder, seen = tmp_path / "side", []
 
     def look(model, loader, evaluator):
         seen.append([tuple(batch[0]["image"].shape) for batch in loader])
+        (folder / compare_runs.RESULTS).write_text("[]")
 
-    monkeypatch.setattr(compare_runs, "inference_on_dataset", look)
-    folder = tmp_path / "side"
     folder.mkdir()
-    path = folder / compare_runs.RESULTS
-    path.write_text("[]")
-    weights = runs[0] / "model_final.pth"
-    now = weights.stat().st_mtime
-    os.utime(path, (now - 5, now - 5))  # older than the weights
-    assert compare_runs.detect_at_side(cfg, 40, folder) == []
-    assert seen == [[(3, 40, 40)] * 4]
-    os.utime(path, (now + 5, now + 5))
+    monkeypatch.setattr(compare_runs, "inference_on_dataset", look)
+    for _ in range(2):
+        assert compare_runs.detect_at_side(cfg, 40, folder) == []
+        assert seen == [[(3, 40, 40)] * 4]
+
+    cfg.MODEL.UNITBOX.SCORE_THRESH_TEST = 0.3
     compare_runs.detect_at_side(cfg, 40, folder)
-    assert len(seen) == 1
+    assert len(seen) == 2
+    old = (runs[0] / "model_final.pth").stat().st_mtime - 5
+    os.utime(folder / compare_runs.RESULTS, (old, old))
+    compare_runs.detect_at_side(cfg, 40, folder)
+    assert len(seen) == 3
     assert cfg.INPUT.MIN_SIZE_TEST == 128
+
+
+def test_runs_of_one_name_are_told_apart(runs, tmp_path, capsys):
+    for folder, run in zip("ab", runs):
+        shutil.copytree(run, tmp_path / folder / "run")
+    places = [str(tmp_path / folder / "run") for folder in "ab"]
+    compare_runs.main([*places, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert [row[0] for row in table(printed, "recall at false positives")[1:]] == places

@@ -83,6 +83,18 @@ def test_a_pixel_that_is_not_a_number_is_no_detection(detect):
 
 
 @BOTH
+def test_boxes_that_are_empty_or_not_finite_take_no_place(detect):
+    objects = [((10.0 * i, 2.0, 10.0 * i + 7, 9.0), 0) for i in range(5)]
+    logits, distances = perfect_maps(objects, 1, (12, 52))
+    logits += torch.linspace(1, 0, 52)  # the more to the left, the better
+    distances[2:, :, :10] = 0
+    distances[0, :, 10:20] = math.nan
+    distances[3, :, 20:30] = math.inf
+    limited = type(detect)(**{**vars(detect), "max_detections": 2})
+    assert [row[1] for row in rows_of(limited(logits, distances))] == [30, 40]
+
+
+@BOTH
 def test_only_the_best_are_kept(detect):
     objects = [((10.0 * i, 2.0, 10.0 * i + 7 + i, 9.0), 0) for i in range(4)]
     logits, distances = perfect_maps(objects, 1, (12, 48))

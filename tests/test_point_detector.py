@@ -347,6 +347,13 @@ def test_wrong_settings_are_named(build, key, value, sentence):
         build("vfnet", f"MODEL.VFNET.{key}", value)
 
 
+def test_a_weight_for_each_stage_is_asked_for(build, make_batch):
+    weights = ("MODEL.VFNET.BOX_LOSS_WEIGHTS", "[2.0]")
+    with pytest.raises(ValueError, match=r"BOX_LOSS_WEIGHTS is \[2.0\], but .* of 2 stages"):
+        build("vfnet", *weights).train()(make_batch([3]))
+    assert build("atss", *weights).train()(make_batch([3]))["loss_box"] > 0
+
+
 def test_the_assigner_of_a_config(build):
     atss, fcos = build("atss").assigner, build("fcos").assigner
     assert (atss.topk, atss.anchor_scale, atss.point_offset) == (9, 3.0, 0.0)

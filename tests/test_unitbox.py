@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from iou_d2.compat import spawn_cpu
+from iou_d2.pixels import EllipseFit, PixelNMS
 from iou_d2.unitbox import UnitBoxHead, assign_pixels
 
 QUICK = "configs/quick/unitbox_shapes.yaml"
@@ -261,6 +262,25 @@ def test_wrong_settings_are_named(small_cfg, key, value, sentence):
         build_model(small_cfg(QUICK, f"MODEL.UNITBOX.{key}", value))
 
 
+def test_settings_of_inference_are_those_of_the_config(small_cfg):
+    settings = (
+        *("MODEL.UNITBOX.SCORE_THRESH_TEST", "0.11", "MODEL.UNITBOX.TOPK_CANDIDATES_TEST", "77"),
+        *("MODEL.UNITBOX.NMS_THRESH_TEST", "0.44", "MODEL.UNITBOX.REGION_THRESH_TEST", "0.22"),
+        *("TEST.DETECTIONS_PER_IMAGE", "33"),
+    )
+    nms = build_model(small_cfg(QUICK, *settings)).detect
+    assert nms == PixelNMS(0.11, 77, 0.44, 33)
+    ellipses = build_model(small_cfg(QUICK, *settings, "MODEL.UNITBOX.INFERENCE", "ellipses"))
+    assert ellipses.detect == EllipseFit(0.22, 33)
+
+
+def test_a_class_beyond_those_of_the_config_is_named(small_cfg, make_batch):
+    batch = make_batch([3], classes=1)
+    batch[0]["instances"].gt_classes[1] = 4
+    with pytest.raises(ValueError, match="class 4, but MODEL.UNITBOX.NUM_CLASSES is 1"):
+        build_model(small_cfg(QUICK)).train()(batch)
+
+
 @pytest.mark.parametrize("inference", ["nms", "ellipses"])
 def test_pictures_of_the_training_change_no_loss(inference, small_cfg, make_batch):
     batch, losses = make_batch([3, 1]), []
@@ -291,7 +311,8 @@ def test_another_fpn_and_images_of_odd_sizes(small_cfg):
     inputs = make_inputs([(71, 33), (50, 101)], [[[1.0, 1.0, 30.0, 70.0]], []], [[0], []])
     assert all(torch.isfinite(loss) for loss in model(inputs).values())
     with torch.no_grad():
-        assert [len(x["instances"].image_size) for x in model.eval()(inputs)] == [2, 2]
+        sizes = [x["instances"].image_size for x in model.eval()(inputs)]
+    assert sizes == [(71, 33), (50, 101)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -361,7 +382,7 @@ def losses_with_ddp(rank: int, cfg, batches, folder) -> None:
 
 
 def test_two_processes_of_which_one_has_no_object(small_cfg, make_batch, tmp_path):
-    batches = [make_batch([3], 1), make_batch([0], 1)]
+    batches = [make_batch([3], 1), make_batch([0], 1, side=160)]
     spawn_cpu(losses_with_ddp, 2, small_cfg(QUICK), batches, str(tmp_path))
     losses = [torch.load(tmp_path / f"losses{rank}.pth") for rank in range(2)]
     weights = [torch.load(tmp_path / f"weight{rank}.pth") for rank in range(2)]
@@ -370,9 +391,11 @@ def test_two_processes_of_which_one_has_no_object(small_cfg, make_batch, tmp_pat
     assert torch.equal(weights[0], weights[1])
 
     torch.manual_seed(0)
-    alone = build_model(small_cfg(QUICK)).train()(batches[0])
+    model = build_model(small_cfg(QUICK)).train()
+    alone, other = model(batches[0]), model(batches[1])
     # The two processes together have as many positive pixels as the first, on average half of them.
     assert losses[0][0]["loss_box"] == pytest.approx(2 * alone["loss_box"].item(), rel=1e-4)
-    assert losses[0][0]["loss_confidence"] == pytest.approx(
-        alone["loss_confidence"].item(), rel=1e-4
-    )
+    mean = (96**2 + 160**2) / 2
+    for found, own, side in zip(losses, (alone, other), (96, 160)):
+        expected = own["loss_confidence"].item() * side**2 / mean
+        assert found[0]["loss_confidence"] == pytest.approx(expected, rel=1e-4)

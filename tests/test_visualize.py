@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from iou_d2.visualize import (
+    DRAWN,
     READABLE_SIDE,
     detection_label,
     draw_boxes,
@@ -98,6 +99,16 @@ def test_a_picture_of_the_training_has_the_truth_left_and_detections_right(make_
             assert np.abs(hull_of(drawn[:, 120:]) - hull_of_boxes(found)).max() < 4
         else:
             assert not drawn[:, 120:].any()
+
+
+def test_a_picture_of_the_training_has_the_best_detections_alone(make_batch):
+    image = make_batch([1], side=120)[0]
+    image["image"] = torch.zeros(3, 120, 120, dtype=torch.uint8)
+    boxes = torch.tensor([[10.0, 10, 40, 40]] * DRAWN + [[60.0, 60, 100, 100]])
+    with EventStorage() as storage:
+        visualize_training(image, Instances((120, 120), pred_boxes=Boxes(boxes)), "BGR")
+    right = storage._vis_data[0][1][:, :, 120:]
+    assert right[:, :50, :50].any() and not right[:, 50:, 50:].any()
 
 
 def hull_of(mask: np.ndarray) -> np.ndarray:

@@ -57,18 +57,26 @@ def average_precision(truth: dict, results: list[dict]) -> float:
 
 def detect_at_side(cfg: CfgNode, side: int, folder: Path) -> list[dict]:
     """The detections with the shorter side of the images resized to `side`, kept in `folder`."""
-    path, weights = folder / RESULTS, Path(cfg.MODEL.WEIGHTS)
-    if not path.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
-        cfg = cfg.clone()
-        cfg.INPUT.MIN_SIZE_TEST = side
-        cfg.INPUT.MAX_SIZE_TEST = 100 * side  # keeps the aspect ratio of any image
+    cfg = cfg.clone()
+    cfg.INPUT.MIN_SIZE_TEST = side
+    cfg.INPUT.MAX_SIZE_TEST = 100 * side  # keeps the aspect ratio of any image
+    path, settings = folder / RESULTS, folder / "config.yaml"
+    if not _is_up_to_date(path, settings, cfg):
         name = cfg.DATASETS.TEST[0]
         model = build_model(cfg)
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
         loader = build_detection_test_loader(cfg, name, mapper=mapper)
         inference_on_dataset(model, loader, build_evaluator(cfg, name, str(folder)))
+        settings.write_text(cfg.dump())
     return load_json(path, list)
+
+
+def _is_up_to_date(results: Path, settings: Path, cfg: CfgNode) -> bool:
+    """Whether `results` are those of the weights and the settings of `cfg`."""
+    if not (results.is_file() and settings.is_file() and settings.read_text() == cfg.dump()):
+        return False
+    return results.stat().st_mtime >= Path(cfg.MODEL.WEIGHTS).stat().st_mtime
 
 
 def recall_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -112,6 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     names = [run.resolve().name for run in args.runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in args.runs]
 
     curves = dict(zip(names, map(recall_curve, args.runs)))
     plot_curves(
