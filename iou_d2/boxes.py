@@ -1,6 +1,8 @@
 """Box maths on tensors.
 
-Boxes are (..., 4) XYXY in absolute pixels: x1, y1, x2, y2. Nothing here knows of models or configs.
+Boxes are (..., 4) XYXY in absolute pixels: x1, y1, x2, y2. Points are (..., 2): x, y. Distances are
+those from a point to the left, top, right and bottom of its box. Nothing here knows of models or
+configs.
 """
 
 from __future__ import annotations
@@ -38,6 +40,19 @@ def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     # is not 0 and stays.
     iou = intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
     return torch.where(union == 0, torch.zeros_like(iou), iou)
+
+
+def boxes_around(points: Tensor, distances: Tensor) -> Tensor:
+    """Points (..., 2) and distances (..., 4) to the sides -> boxes (..., 4)."""
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
+def centerness(points: Tensor, boxes: Tensor) -> Tensor:
+    """How near points (P, 2) are to the middle of their boxes (P, 4), arXiv 1904.01355,
+    Eqn. 3: (P,) in [0, 1]."""
+    before, after = points - boxes[:, :2], boxes[:, 2:] - points  # (P, 2), in x and in y
+    nearer, farther = torch.minimum(before, after), torch.maximum(before, after)
+    return (nearer.clamp(min=0) / farther).prod(dim=1).sqrt()
 
 
 def _area(boxes: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from .assign import ATSSAssigner, FCOSAssigner, level_points
 from .box_losses import box_side_loss, check_kind
-from .boxes import aligned_iou
+from .boxes import aligned_iou, boxes_around, centerness
 from .dense import (
     detections_of_image,
     normalized_images,
@@ -43,25 +43,17 @@ CLASS_LOSSES = {
 }
 
 
-def boxes_around(points: Tensor, distances: Tensor) -> Tensor:
-    """Points (..., 2) and distances (..., 4) to the sides -> boxes (..., 4)."""
-    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
-
-
 def iou_quality(points: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     """IoU (P,) of predicted boxes (P, 4) with their ground truth (P, 4), without gradient."""
     return aligned_iou(boxes.detach(), gt_boxes)
 
 
-def centerness(points: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-    """How near points (P, 2) are to the middle of their ground truth (P, 4), arXiv 1904.01355,
-    Eqn. 3: (P,) in [0, 1]."""
-    before, after = points - gt_boxes[:, :2], gt_boxes[:, 2:] - points  # (P, 2), in x and in y
-    nearer, farther = torch.minimum(before, after), torch.maximum(before, after)
-    return (nearer.clamp(min=0) / farther).prod(dim=1).sqrt()
+def centerness_quality(points: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    """Centerness (P,) of points (P, 2) in their ground truth (P, 4), whatever the boxes are."""
+    return centerness(points, gt_boxes)
 
 
-QUALITIES = {"iou": iou_quality, "centerness": centerness}
+QUALITIES = {"iou": iou_quality, "centerness": centerness_quality}
 
 
 @META_ARCH_REGISTRY.register()

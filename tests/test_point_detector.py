@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from iou_d2.assign import level_points
 from iou_d2.box_losses import KINDS
 from iou_d2.compat import spawn_cpu
-from iou_d2.point_detector import centerness, iou_quality
+from iou_d2.point_detector import centerness_quality, iou_quality
 from iou_d2.point_heads import exp_distances
 
 NAMES = ("vfnet", "vfnet_star", "vfnet_vfl", "vfnet_raw", "atss", "atss_iou", "fcos")
@@ -205,7 +205,7 @@ def test_qualities():
     gt_boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]]).repeat(4, 1)
     boxes = gt_boxes.clone().requires_grad_()
     expected = torch.tensor([1.0, math.sqrt(2 / 8), 0.0, 0.0])
-    torch.testing.assert_close(centerness(points, boxes, gt_boxes), expected)
+    torch.testing.assert_close(centerness_quality(points, boxes, gt_boxes), expected)
     quality = iou_quality(points, boxes + torch.tensor([0.0, 0.0, 10.0, 0.0]), gt_boxes)
     torch.testing.assert_close(quality, torch.full((4,), 0.5))
     assert not quality.requires_grad
