@@ -34,9 +34,9 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard iou_d2/layer
 
 demo: $(VENV)/built
 	$(PYTHON) train_net.py --config-file configs/quick/iou_retinanet_shapes.yaml OUTPUT_DIR $(RUN)
-	$(PYTHON) tools/draw_results.py --gt $(SHAPES_VAL)/instances.json --images $(SHAPES_VAL)/images \
+	$(PYTHON) -m iou_d2.commands.draw --gt $(SHAPES_VAL)/instances.json --images $(SHAPES_VAL)/images \
 		--results $(RUN)/inference/coco_instances_results.json --output $(DEMO)
-	$(PYTHON) tools/analyze.py --gt $(SHAPES_VAL)/instances.json \
+	$(PYTHON) -m iou_d2.commands.analyze --gt $(SHAPES_VAL)/instances.json \
 		--results $(RUN)/inference/coco_instances_results.json --output $(DEMO)
 	@echo "The model and its figures are in $(RUN), the pictures in $(DEMO)."
 

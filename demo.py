@@ -26,7 +26,7 @@ from detectron2.structures import Instances
 
 from iou_d2 import add_iou_config, load_config
 from iou_d2.config import set_class_names, use_available_device
-from iou_d2.visualize import detection_label, draw_boxes
+from iou_d2.detectors.visualize import detection_label, draw_boxes
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 

@@ -25,13 +25,13 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import setup_logger
 
 from iou_d2 import add_iou_config, load_config
-from iou_d2.compat import ResumableTrainer
 from iou_d2.config import set_class_names, use_available_device
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import class_names, register_dataset
 from iou_d2.data.shapes import ensure_shapes
+from iou_d2.engine.compat import ResumableTrainer
+from iou_d2.engine.solver import build_solver
 from iou_d2.evaluation.build import build_evaluator
-from iou_d2.solver import build_solver
 
 
 class Trainer(ResumableTrainer):

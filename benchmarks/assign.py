@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from iou_d2.assign import ATSSAssigner, FCOSAssigner, level_points
+from iou_d2.ops.assign import ATSSAssigner, FCOSAssigner, level_points
 
 STRIDES = (8, 16, 32, 64, 128)
 HEIGHT, WIDTH = 800, 1333

@@ -23,9 +23,9 @@ from torchvision.ops import batched_nms
 
 from iou_d2 import add_iou_config, load_config
 from iou_d2.config import use_available_device
-from iou_d2.jitter import jittered_boxes
-from iou_d2.nms import iou_guided_nms
-from iou_d2.postprocess import Postprocessor
+from iou_d2.detectors.iou_net_inference import Postprocessor
+from iou_d2.ops.jitter import jittered_boxes
+from iou_d2.ops.nms import iou_guided_nms
 
 DETECTIONS, CANDIDATES = 100, 1000
 

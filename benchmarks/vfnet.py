@@ -27,9 +27,9 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
 from iou_d2 import add_iou_config, load_config
-from iou_d2.assign import level_points
 from iou_d2.config import use_available_device
-from iou_d2.vfnet import star_offsets
+from iou_d2.detectors.vfnet import star_offsets
+from iou_d2.ops.assign import level_points
 
 BACKBONE = (
     *("MODEL.BACKBONE.NAME", "build_deformable_resnet_fpn_p6p7_backbone"),

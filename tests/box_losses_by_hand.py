@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from iou_d2.box_losses import MIN_IOU
+from iou_d2.ops.box_losses import MIN_IOU
 
 
 def loss_of_pair(a, b, kind):

@@ -1,4 +1,4 @@
-"""What the tests of tools/convert_checkpoint.py share."""
+"""What the tests of `iou-d2 convert` share."""
 
 from __future__ import annotations
 

@@ -1,6 +1,12 @@
 """COCO AP with AP50..AP90, VOC AP, and how well confidence ranks boxes."""
 
-from .average_precision import IOU_THRESHOLDS, ap_by_iou, coco_precision, summarize_ap
+from iou_d2.analysis.average_precision import (
+    IOU_THRESHOLDS,
+    ap_by_iou,
+    coco_precision,
+    summarize_ap,
+)
+
 from .build import VOCEvaluator, build_evaluator
 from .coco import COCOLocalizationEvaluator
 

@@ -20,10 +20,9 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from tabulate import tabulate
 
+from iou_d2.analysis.average_precision import coco_precision, summarize_ap
 from iou_d2.analysis.curves import localization_table
 from iou_d2.analysis.records import make_records
-
-from .average_precision import coco_precision, summarize_ap
 
 
 class COCOLocalizationEvaluator(COCOEvaluator):

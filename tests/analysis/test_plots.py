@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-import analyze
 from iou_d2.analysis import make_records, plot_ap_by_iou, plot_score_vs_iou
+from iou_d2.commands import analyze as analyze
 
 
 def planted(shift_of_score=lambda iou: iou, count=30):

@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from iou_d2.analysis import localization_table, read_records
 from iou_d2.evaluation import COCOLocalizationEvaluator
+from random_coco import make_random_coco
 
 
 def forget(name):
@@ -66,8 +67,8 @@ def run(evaluator, ground_truth, results):
 
 
 @pytest.mark.parametrize("classes", [1, 4])
-def test_equals_detectron2(random_coco, register, tmp_path, classes):
-    truth, results = random_coco(seed=classes, images=25, classes=classes)
+def test_equals_detectron2(register, tmp_path, classes):
+    truth, results = make_random_coco(seed=classes, images=25, classes=classes)
     register("toy", truth)
     ours = run(COCOLocalizationEvaluator("toy", str(tmp_path / "ours")), truth, results)["bbox"]
     parent = COCOEvaluator("toy", output_dir=str(tmp_path / "theirs"), use_fast_impl=False)
@@ -87,8 +88,8 @@ def aware(results, seed=0):
 
 
 @pytest.mark.parametrize("with_iou", [True, False])
-def test_result_files_say_the_same(random_coco, register, tmp_path, with_iou):
-    truth, results = random_coco(seed=3, images=20, classes=3)
+def test_result_files_say_the_same(register, tmp_path, with_iou):
+    truth, results = make_random_coco(seed=3, images=20, classes=3)
     gt_path = register("toy", truth)
     results = aware(results) if with_iou else results
     table = run(COCOLocalizationEvaluator("toy", str(tmp_path)), truth, results)["localization"]
@@ -111,9 +112,9 @@ def test_result_files_say_the_same(random_coco, register, tmp_path, with_iou):
         assert table["pearson_confidence"] == table["pearson_cls_score"]
 
 
-def test_perfect_detector(random_coco, register, tmp_path, caplog):
+def test_perfect_detector(register, tmp_path, caplog):
     """Each object is found once, by a box narrower than it; the confidence is its IoU."""
-    truth, _ = random_coco(seed=4, images=20, classes=2)
+    truth, _ = make_random_coco(seed=4, images=20, classes=2)
     results = []
     for n, annotation in enumerate(truth["annotations"]):
         annotation.update(iscrowd=0, area=5000, bbox=[300.0 * (n % 7), 300.0 * (n // 7), 100, 50])
@@ -145,8 +146,8 @@ def test_perfect_detector(random_coco, register, tmp_path, caplog):
     assert "pearson_confidence,spearman_confidence" in caplog.text
 
 
-def test_nothing_found(random_coco, register, tmp_path):
-    truth, _ = random_coco(seed=5, images=5, classes=2)
+def test_nothing_found(register, tmp_path):
+    truth, _ = make_random_coco(seed=5, images=5, classes=2)
     register("toy", truth)
     outcome = run(COCOLocalizationEvaluator("toy", str(tmp_path)), truth, [])
     assert "AP-class 1" in outcome["bbox"]
@@ -157,8 +158,8 @@ def test_nothing_found(random_coco, register, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["no annotations", "crowds"])
-def test_nothing_to_find(random_coco, register, tmp_path, kind):
-    truth, results = random_coco(seed=6, images=5, classes=1)
+def test_nothing_to_find(register, tmp_path, kind):
+    truth, results = make_random_coco(seed=6, images=5, classes=1)
     if kind == "crowds":
         truth["annotations"] = [{**a, "iscrowd": 1} for a in truth["annotations"]]
     else:
@@ -169,8 +170,8 @@ def test_nothing_to_find(random_coco, register, tmp_path, kind):
     assert outcome["localization"]["detections"] == 0
 
 
-def test_a_test_set_without_annotations_is_only_saved(random_coco, register, tmp_path):
-    truth, results = random_coco(seed=7, images=5, classes=1)
+def test_a_test_set_without_annotations_is_only_saved(register, tmp_path):
+    truth, results = make_random_coco(seed=7, images=5, classes=1)
     register("toy", truth)
     evaluator = COCOLocalizationEvaluator("toy", str(tmp_path))
     evaluator._do_evaluation = False  # what the parent finds in image_info_test-dev2017.json
@@ -195,8 +196,8 @@ def test_more_detections_than_100(register, tmp_path):
         assert run(evaluator, truth, results)["bbox"]["AP50"] == pytest.approx(expected)
 
 
-def test_a_class_the_dataset_lacks(random_coco, register, tmp_path):
-    truth, results = random_coco(seed=8, images=5, classes=2)
+def test_a_class_the_dataset_lacks(register, tmp_path):
+    truth, results = make_random_coco(seed=8, images=5, classes=2)
     register("toy", truth)
     evaluator = COCOLocalizationEvaluator("toy", str(tmp_path))
     evaluator.reset()
@@ -231,11 +232,11 @@ def as_dicts(ground_truth):
     ]
 
 
-def test_a_dataset_without_json_is_converted_anew(random_coco, register, tmp_path):
+def test_a_dataset_without_json_is_converted_anew(register, tmp_path):
     """The same name and folder, other data: an earlier run's file must not be believed."""
     name = "voc:/some/where:val"
     for seed in (9, 10):
-        truth, results = random_coco(seed=seed, images=15, classes=2)
+        truth, results = make_random_coco(seed=seed, images=15, classes=2)
         for annotation in truth["annotations"]:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         register("toy", truth)
@@ -256,8 +257,8 @@ def test_a_dataset_without_json_is_converted_anew(random_coco, register, tmp_pat
     assert files <= {path.name for path in (tmp_path / "b").iterdir()}
 
 
-def test_a_dataset_without_objects_is_evaluated(random_coco, tmp_path):
-    truth, results = random_coco(seed=11, images=4, classes=1)
+def test_a_dataset_without_objects_is_evaluated(tmp_path):
+    truth, results = make_random_coco(seed=11, images=4, classes=1)
     dicts = [{**record, "annotations": []} for record in as_dicts(truth)]
     DatasetCatalog.register("bare", lambda: dicts)
     MetadataCatalog.get("bare").set(thing_classes=["class 0"])

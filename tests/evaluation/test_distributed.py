@@ -7,8 +7,9 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
-from iou_d2.compat import spawn_cpu
+from iou_d2.engine.compat import spawn_cpu
 from iou_d2.evaluation import COCOLocalizationEvaluator
+from random_coco import make_random_coco
 
 
 def evaluate(folder, rank, processes):
@@ -43,8 +44,8 @@ def evaluate_part(rank, folder):
         json.dump(evaluate(folder, rank, processes=2), f)
 
 
-def test_two_processes(random_coco, tmp_path):
-    truth, results = random_coco(seed=1, images=15, classes=2)
+def test_two_processes(tmp_path):
+    truth, results = make_random_coco(seed=1, images=15, classes=2)
     (tmp_path / "gt.json").write_text(json.dumps(truth))
     (tmp_path / "results.json").write_text(json.dumps(results))
     spawn_cpu(evaluate_part, 2, str(tmp_path))

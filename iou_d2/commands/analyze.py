@@ -1,0 +1,93 @@
+"""Show how well a detector's scores rank its boxes, from result files alone.
+
+    iou-d2 analyze --gt instances.json --results coco_instances_results.json --output out
+
+Prints AP by IoU and the correlation of each score with the true IoU; writes score_vs_iou.png and
+ap_by_iou.png. With --class-agnostic all objects are of one class, so that AP says how well boxes
+are found and ranked, and nothing about their classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torchvision.ops import batched_nms
+
+from iou_d2.analysis import (
+    load_json,
+    localization_table,
+    make_records,
+    plot_ap_by_iou,
+    plot_score_vs_iou,
+    read_records,
+)
+from iou_d2.evaluation import IOU_THRESHOLDS, ap_by_iou, coco_precision, summarize_ap
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gt", required=True, help="ground truth, a COCO JSON")
+    parser.add_argument("--results", required=True, help="coco_instances_results.json")
+    parser.add_argument("--output", required=True, help="folder for the pictures")
+    parser.add_argument("--min-iou", type=float, default=0.5, help="boxes with more IoU count")
+    parser.add_argument("--max-dets", type=int, help="detections an image and class; all if unset")
+    parser.add_argument("--class-agnostic", action="store_true", help="as if there were one class")
+    return parser.parse_args(argv)
+
+
+def merge_classes(
+    ground_truth: dict, results: list[dict], nms_threshold: float = 0.6
+) -> tuple[dict, list[dict]]:
+    """The same objects and detections, all of the class "object".
+
+    A detector may say of one box that it is this or that; NMS over all classes leaves the better.
+    """
+    annotations = [{**annotation, "category_id": 1} for annotation in ground_truth["annotations"]]
+    category = {"id": 1, "name": "object"}
+    merged = {**ground_truth, "annotations": annotations, "categories": [category]}
+    if not results:
+        return merged, []
+    boxes = torch.tensor([result["bbox"] for result in results], dtype=torch.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    scores = torch.tensor([result["score"] for result in results])
+    images = [result["image_id"] for result in results]
+    number = {image: index for index, image in enumerate(sorted(set(images)))}
+    images = torch.tensor([number[image] for image in images])
+    keep = batched_nms(boxes, scores, images, nms_threshold)
+    return merged, [{**results[index], "category_id": 1} for index in keep.tolist()]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        records = read_records(args.gt, args.results)
+        ground_truth, results = load_json(args.gt, dict), load_json(args.results, list)
+        if args.class_agnostic:
+            ground_truth, results = merge_classes(ground_truth, results)
+            records = make_records(ground_truth, results)
+        max_dets = args.max_dets or max(100, len(results))
+        precision = coco_precision(ground_truth, results, max_dets=max_dets)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
+    table = summarize_ap(precision, [category["name"] for category in categories])
+    print(tabulate(table.items(), ["metric", "%"], "pipe", floatfmt=".2f"))
+    print()
+    correlations = localization_table(records, args.min_iou)
+    rows = [(name, f"{value:.4g}") for name, value in correlations.items()]
+    print(tabulate(rows, [f"IoU > {args.min_iou:g}", ""], "pipe", disable_numparse=True))
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    plot_score_vs_iou(records, output / "score_vs_iou.png", args.min_iou)
+    plot_ap_by_iou(IOU_THRESHOLDS, ap_by_iou(precision), output / "ap_by_iou.png")
+    print(f"\nPictures: {output / 'score_vs_iou.png'}, {output / 'ap_by_iou.png'}")
+
+
+if __name__ == "__main__":
+    main()

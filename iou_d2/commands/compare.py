@@ -1,0 +1,160 @@
+"""Draw finished runs on the same test set beside each other, as curves.
+
+    iou-d2 compare output/unitbox_facemask output/unitbox_facemask_l2 \\
+        --output output/unitbox_curves --sides 60 120 240 480 960
+
+Writes and prints recall against false positives at IoU 0.5 (the curve of FDDB), AP against
+iteration where the run was trained with TEST.EVAL_PERIOD, and, for every side in --sides, AP
+where the shorter side of the test images is resized to so many pixels. The results for the sides
+are kept in RUN/sides and taken from there the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.evaluation import inference_on_dataset
+from detectron2.modeling import build_model
+from tabulate import tabulate
+
+from iou_d2 import add_iou_config, load_config
+from iou_d2.analysis import load_json, metric_by_iteration, plot_curves, recall_by_false_positives
+from iou_d2.config import use_available_device
+from iou_d2.data.mapper import CheckedDatasetMapper
+from iou_d2.data.register import register_dataset
+from iou_d2.evaluation import build_evaluator, coco_precision, summarize_ap
+
+RESULTS = "coco_instances_results.json"
+FALSE_POSITIVES = (10, 30, 100, 300, 1000)
+
+
+def setup(run: Path) -> CfgNode:
+    """The config of a run, with its first test set registered."""
+    cfg = get_cfg()
+    add_iou_config(cfg)
+    load_config(cfg, str(run / "config.yaml"), ["MODEL.WEIGHTS", str(run / "model_final.pth")])
+    use_available_device(cfg)
+    cfg.DATASETS.TEST = (register_dataset(cfg.DATASETS.TEST[0], run / "datasets"),)
+    return cfg
+
+
+def read_truth(cfg: CfgNode) -> dict:
+    path = getattr(MetadataCatalog.get(cfg.DATASETS.TEST[0]), "json_file", None)
+    if path is None:
+        raise ValueError(f"The test set {cfg.DATASETS.TEST[0]} has no COCO JSON.")
+    return load_json(path, dict)
+
+
+def average_precision(truth: dict, results: list[dict]) -> float:
+    return summarize_ap(coco_precision(truth, results), [])["AP"]
+
+
+def detect_at_side(cfg: CfgNode, side: int, folder: Path) -> list[dict]:
+    """The detections with the shorter side of the images resized to `side`, kept in `folder`."""
+    cfg = cfg.clone()
+    cfg.INPUT.MIN_SIZE_TEST = side
+    cfg.INPUT.MAX_SIZE_TEST = 100 * side  # keeps the aspect ratio of any image
+    path, settings = folder / RESULTS, folder / "config.yaml"
+    if not _is_up_to_date(path, settings, cfg):
+        name = cfg.DATASETS.TEST[0]
+        model = build_model(cfg)
+        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        mapper = CheckedDatasetMapper(cfg, is_train=False)
+        loader = build_detection_test_loader(cfg, name, mapper=mapper)
+        inference_on_dataset(model, loader, build_evaluator(cfg, name, str(folder)))
+        settings.write_text(cfg.dump())
+    return load_json(path, list)
+
+
+def _is_up_to_date(results: Path, settings: Path, cfg: CfgNode) -> bool:
+    """Whether `results` are those of the weights and the settings of `cfg`."""
+    if not (results.is_file() and settings.is_file() and settings.read_text() == cfg.dump()):
+        return False
+    return results.stat().st_mtime >= Path(cfg.MODEL.WEIGHTS).stat().st_mtime
+
+
+def recall_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
+    return recall_by_false_positives(
+        read_truth(setup(run)), load_json(run / "inference" / RESULTS, list)
+    )
+
+
+def iteration_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
+    lines = (run / "metrics.json").read_text().splitlines()
+    max_iter = setup(run).SOLVER.MAX_ITER
+    return metric_by_iteration(map(json.loads, lines), "bbox/AP", max_iter)
+
+
+def side_curve(run: Path, sides: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    cfg = setup(run)
+    truth = read_truth(cfg)
+    values = [
+        average_precision(truth, detect_at_side(cfg, side, run / "sides" / str(side)))
+        for side in sides
+    ]
+    return np.array(sides), np.array(values)
+
+
+def print_table(header: str, curves: dict, at: list[int]) -> None:
+    """The curves at or, where they have no point there, before each value of `at`."""
+    rows = []
+    for name, (x, y) in curves.items():
+        index = np.searchsorted(x, at, side="right") - 1
+        rows.append([name, *(f"{y[i]:.3g}" if i >= 0 else "-" for i in index)])
+    print(tabulate(rows, [header, *map(str, at)], "github", disable_numparse=True), end="\n\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the pictures")
+    parser.add_argument("--sides", nargs="*", type=int, default=[], metavar="PIXELS")
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    names = [run.resolve().name for run in args.runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in args.runs]
+
+    curves = dict(zip(names, map(recall_curve, args.runs)))
+    plot_curves(
+        curves,
+        args.output / "recall_by_false_positives.png",
+        x_label="false positives",
+        y_label="recall at IoU 0.5",
+        x_scale="symlog",
+    )
+    print_table("recall at false positives", curves, FALSE_POSITIVES)
+
+    curves = dict(zip(names, map(iteration_curve, args.runs)))
+    plot_curves(
+        curves,
+        args.output / "ap_by_iteration.png",
+        x_label="iteration",
+        y_label="AP (%)",
+        marker="o",
+    )
+    print_table("AP at iteration", curves, sorted({i for x, _ in curves.values() for i in x}))
+
+    if args.sides:
+        sides = sorted(args.sides)
+        curves = {name: side_curve(run, sides) for name, run in zip(names, args.runs)}
+        plot_curves(
+            curves,
+            args.output / "ap_by_side.png",
+            x_label="shorter side of the test images, pixels",
+            y_label="AP (%)",
+            marker="o",
+        )
+        print_table("AP at side", curves, sides)
+
+
+if __name__ == "__main__":
+    main()

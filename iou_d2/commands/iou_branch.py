@@ -1,0 +1,134 @@
+"""How well the IoU branch of a trained IoU-Net predicts, and what its gradient does to boxes.
+
+    iou-d2 iou-branch output/iou_net_shapes [--images 200]
+
+Prints the mean and the standard deviation of the predicted IoU by true IoU, for jittered boxes, as
+the branch is trained, and for the detector's own (class score over 0.3, IoU over 0.5 with an object
+of their class, plain NMS); and the IoU of the latter before and after refinement.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from tabulate import tabulate
+from torch import Tensor
+
+from iou_d2 import add_iou_config, load_config
+from iou_d2.config import use_available_device
+from iou_d2.data.mapper import CheckedDatasetMapper
+from iou_d2.data.register import register_dataset
+from iou_d2.detectors.iou_net_inference import Postprocessor
+from iou_d2.ops.boxes import aligned_iou
+from iou_d2.ops.jitter import jittered_boxes
+
+MIN_SCORE, MIN_IOU = 0.3, 0.5
+
+
+def read_images(cfg: CfgNode, count: int, clean_dir: Path):
+    """The first images of DATASETS.TEST at their test size, with their ground truth."""
+    (name,) = (register_dataset(name, str(clean_dir)) for name in cfg.DATASETS.TEST[:1])
+    mapper = CheckedDatasetMapper(cfg, is_train=True)
+    mapper.augmentations = CheckedDatasetMapper(cfg, is_train=False).augmentations
+    for record in DatasetCatalog.get(name)[:count]:
+        image = mapper(record)
+        if image is not None and len(image["instances"]):
+            yield image
+
+
+def on_jittered(branch, features: list[Tensor], truth: Instances) -> Tensor:
+    """Predicted and true IoU (R, 2) of up to 200 jittered boxes of an image."""
+    boxes, index, ious = jittered_boxes(
+        truth.gt_boxes.tensor, truth.image_size, branch.offsets, per_gt=20, per_image=200
+    )
+    return torch.stack([branch.predict(features, [Boxes(boxes)], truth.gt_classes[index]), ious], 1)
+
+
+def on_detected(
+    heads, maps: dict[str, Tensor], proposals: list[Instances], truth: Instances
+) -> Tensor:
+    """Predicted and true IoU, and the true IoU after refinement, (R, 3) of an image's boxes."""
+    refine, heads.postprocessor = heads.postprocessor, Postprocessor(nms="plain", refine_steps=0)
+    (found,) = heads._forward_box(maps, proposals)
+    heads.postprocessor = refine
+    same_class = found.pred_classes[:, None] == truth.gt_classes
+    ious = pairwise_iou(found.pred_boxes, truth.gt_boxes) * same_class
+    iou, object_ = ious.max(dim=1)
+    keep = (iou > MIN_IOU) & (found.scores > MIN_SCORE)
+    found, matched = found[keep], truth.gt_boxes.tensor[object_[keep]]
+    before = [found.pred_ious, iou[keep]]
+    if len(found):
+        refine._ascend([found], heads.iou_branch, [maps[name] for name in heads.box_in_features])
+    return torch.stack([*before, aligned_iou(found.pred_boxes.tensor, matched)], dim=1)
+
+
+@torch.no_grad()
+def measure(model, images) -> tuple[Tensor, Tensor]:
+    """`on_jittered` and `on_detected` of all images, one after another."""
+    heads, jittered, detected = model.roi_heads, [], []
+    torch.manual_seed(0)
+    for image in images:
+        batch = model.preprocess_image([image])
+        maps = model.backbone(batch.tensor)
+        proposals, _ = model.proposal_generator(batch, maps, None)
+        truth = image["instances"].to(model.device)
+        features = [maps[name] for name in heads.box_in_features]
+        jittered.append(on_jittered(heads.iou_branch, features, truth))
+        detected.append(on_detected(heads, maps, proposals, truth))
+    return torch.cat(jittered).cpu(), torch.cat(detected).cpu()
+
+
+def report(jittered: Tensor, detected: Tensor) -> str:
+    rows = []
+    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
+        row = [f"{low:.1f} - {low + 0.1:.1f}"]
+        for values in (jittered, detected):
+            chosen = values[(values[:, 1] >= low) & (values[:, 1] < low + 0.1), 0]
+            spread = f"{chosen.mean():.3f} +- {chosen.std():.3f}" if len(chosen) > 1 else "-"
+            row += [len(chosen), spread]
+        rows.append(row)
+    table = tabulate(rows, ["true IoU", "jittered", "predicted", "detected", "predicted"], "pipe")
+    lines = [table, ""]
+    for name, values in (("jittered", jittered), ("detected", detected)):
+        if len(values) < 2:
+            lines.append(f"{name}: {len(values)} boxes, too few to tell")
+            continue
+        error = (values[:, 0] - values[:, 1]).square().mean().sqrt()
+        correlation = torch.corrcoef(values[:, :2].t())[0, 1]
+        lines.append(f"{name}: Pearson's r {correlation:.3f}, root mean square error {error:.3f}")
+    if not len(detected):
+        return "\n".join(lines)
+    before, after = detected[:, 1], detected[:, 2]
+    lines.append(
+        f"refinement: mean IoU {before.mean():.3f} -> {after.mean():.3f}, share over 0.9 "
+        f"{(before > 0.9).float().mean():.3f} -> {(after > 0.9).float().mean():.3f}"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder with config.yaml and model_final.pth")
+    parser.add_argument("--images", type=int, default=200)
+    args = parser.parse_args(argv)
+
+    cfg = get_cfg()
+    add_iou_config(cfg)
+    load_config(cfg, str(args.run / "config.yaml"))
+    use_available_device(cfg)
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(str(args.run / "model_final.pth"))
+    print(report(*measure(model, read_images(cfg, args.images, args.run / "datasets"))))
+
+
+if __name__ == "__main__":
+    main()

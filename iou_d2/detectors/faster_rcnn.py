@@ -1,0 +1,146 @@
+"""Faster R-CNN and Cascade R-CNN with any of the box losses of box_losses.py.
+
+Detectron2 0.5 has smooth L1 and GIoU, main DIoU and CIoU too. Names of parameters, initial weights
+and normalisers are Detectron2's.
+
+Shape letters: N images, R proposals of the batch or anchors of an image (HWA; of all levels where
+it says so), K classes, L levels. `deltas` are the (dx, dy, dw, dh) of Box2BoxTransform.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
+from detectron2.modeling.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    CascadeROIHeads,
+    FastRCNNOutputLayers,
+    StandardROIHeads,
+)
+from detectron2.structures import Boxes
+from torch import Tensor
+
+from iou_d2.ops.box_losses import box_regression_loss, check_kind
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class BoxLossRPN(RPN):
+    """RPN with the loss that MODEL.RPN.BBOX_REG_LOSS_TYPE names."""
+
+    @configurable
+    def __init__(self, *, box_reg_loss_type: str = "smooth_l1", **kwargs):
+        """
+        Args:
+            box_reg_loss_type: one of `box_losses.KINDS`.
+            kwargs: those of Detectron2's RPN.
+        """
+        # Detectron2 0.5 knows two types only. Its own term is always smooth L1, and replaced.
+        super().__init__(**kwargs)
+        check_kind(box_reg_loss_type, "MODEL.RPN.BBOX_REG_LOSS_TYPE")
+        self.box_loss_type = box_reg_loss_type
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        logits: list[Tensor],
+        gt_labels: list[Tensor],
+        deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """{"loss_rpn_cls": ..., "loss_rpn_loc": ...}, divided by the number of sampled anchors.
+
+        Args:
+            anchors: L levels of R boxes.
+            logits, deltas: L levels of (N, R) and (N, R, 4).
+            gt_labels: N tensors (R of all levels,): 1 object, 0 background, -1 not sampled.
+            gt_boxes: N tensors (R of all levels, 4), the ground truth that each anchor matches.
+        """
+        losses = super().losses(anchors, logits, gt_labels, deltas, gt_boxes)
+        positive = torch.stack(gt_labels) == 1  # (N, R)
+        loss = box_regression_loss(
+            torch.cat(deltas, dim=1)[positive],
+            Boxes.cat(anchors).tensor.expand(len(gt_labels), -1, -1)[positive],
+            torch.stack(gt_boxes)[positive],
+            self.box2box_transform,
+            self.box_loss_type,
+            self.smooth_l1_beta,
+        )
+        loss = loss / (self.batch_size_per_image * len(gt_labels))
+        losses["loss_rpn_loc"] = loss * self.loss_weight.get("loss_rpn_loc", 1.0)
+        return losses
+
+
+class BoxLossOutputLayers(FastRCNNOutputLayers):
+    """FastRCNNOutputLayers with the loss that MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE names."""
+
+    @configurable
+    def __init__(self, input_shape, *, box_reg_loss_type: str = "smooth_l1", **kwargs):
+        """
+        Args:
+            input_shape: ShapeSpec of the features, or their number of channels.
+            box_reg_loss_type: one of `box_losses.KINDS`.
+            kwargs: those of Detectron2's class.
+        """
+        check_kind(box_reg_loss_type, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE")
+        super().__init__(input_shape, box_reg_loss_type=box_reg_loss_type, **kwargs)
+
+    def box_reg_loss(
+        self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor
+    ) -> Tensor:
+        """Loss of the proposals that match an object, divided by the number R of all of them.
+
+        Args:
+            proposal_boxes, gt_boxes: (R, 4).
+            pred_deltas: (R, 4) or (R, 4K).
+            gt_classes: (R,), K for background.
+
+        Returns:
+            A scalar; without an object 0, with gradients.
+        """
+        objects = torch.nonzero((gt_classes >= 0) & (gt_classes < self.num_classes)).squeeze(1)
+        deltas = pred_deltas[objects].reshape(len(objects), pred_deltas.shape[1] // 4, 4)
+        columns = gt_classes[objects].clamp(max=deltas.shape[1] - 1)  # all 0 for (R, 4)
+        loss = box_regression_loss(
+            deltas[torch.arange(len(objects), device=objects.device), columns],
+            proposal_boxes[objects],
+            gt_boxes[objects],
+            self.box2box_transform,
+            self.box_reg_loss_type,
+            self.smooth_l1_beta,
+        )
+        return loss / max(len(gt_classes), 1)
+
+
+@ROI_HEADS_REGISTRY.register()
+class BoxLossROIHeads(StandardROIHeads):
+    """StandardROIHeads with BoxLossOutputLayers."""
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        parts = super()._init_box_head(cfg, input_shape)
+        parts["box_predictor"] = _with_box_loss(cfg, parts["box_head"], parts["box_predictor"])
+        return parts
+
+
+@ROI_HEADS_REGISTRY.register()
+class BoxLossCascadeROIHeads(CascadeROIHeads):
+    """CascadeROIHeads with BoxLossOutputLayers."""
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        parts = super()._init_box_head(cfg, input_shape)
+        stages = zip(parts["box_heads"], parts["box_predictors"])
+        parts["box_predictors"] = [_with_box_loss(cfg, *stage) for stage in stages]
+        return parts
+
+
+def _with_box_loss(cfg, box_head, predictor: FastRCNNOutputLayers) -> BoxLossOutputLayers:
+    """BoxLossOutputLayers with the weights and the transform of `predictor`."""
+    # Draws no random numbers, so that a seed gives the weights that it gives to Detectron2's heads.
+    with torch.random.fork_rng(devices=[]):
+        layers = BoxLossOutputLayers(
+            cfg, box_head.output_shape, box2box_transform=predictor.box2box_transform
+        )
+    layers.load_state_dict(predictor.state_dict())
+    return layers

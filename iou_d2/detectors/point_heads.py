@@ -1,0 +1,169 @@
+"""Dense heads that predict one box from every point: their base, and the head of FCOS and ATSS.
+
+Shape letters: N images, K classes, C channels, L levels. Distances are those from a point to the
+left, top, right and bottom of its box, in pixels of the network input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from iou_d2.layers.deform_conv import ModulatedDeformConv
+
+POINT_HEAD_REGISTRY = Registry("POINT_HEAD")
+POINT_HEAD_REGISTRY.__doc__ = """
+Heads of PointDetector: `head(cfg, input_shapes)` is a module that turns L features (N, C, H, W)
+into L PointPredictions.
+"""
+
+
+class PointPrediction(NamedTuple):
+    """What a head says of one level."""
+
+    # (N, K, H, W), class scores before the sigmoid.
+    logits: Tensor
+    # (N, 4, H, W) of each stage, of which the last is the final box.
+    distances: tuple[Tensor, ...]
+    # (N, 1, H, W), how well the final box fits, before the sigmoid.
+    quality_logits: Tensor | None = None
+
+
+def exp_distances(raw: Tensor, scale: Tensor, unit: Tensor | float) -> Tensor:
+    """exp(scale * raw) * unit in float32, since half precision cannot hold large boxes."""
+    return (scale * raw).float().exp() * unit
+
+
+def conv3x3(in_channels: int, out_channels: int, bias: float = 0.0) -> nn.Conv2d:
+    """A 3x3 convolution with weights of standard deviation 0.01."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.constant_(conv.bias, bias)
+    return conv
+
+
+def conv_norm_relu(channels: int, num_groups: int, deformable: bool = False) -> nn.Module:
+    """3x3 convolution without bias -> GroupNorm -> ReLU."""
+    conv_class = ModulatedDeformConv if deformable else Conv2d
+    conv = conv_class(
+        channels,
+        channels,
+        kernel_size=3,
+        padding=1,
+        bias=False,
+        norm=nn.GroupNorm(num_groups, channels),
+        activation=F.relu,
+    )
+    nn.init.normal_(conv.weight, std=0.01)
+    return conv
+
+
+def level_scales(num_levels: int) -> nn.ParameterList:
+    """A learnt factor for each level, 1 at first."""
+    return nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(num_levels))
+
+
+class TwoTowerHead(nn.Module):
+    """Two towers of convolutions and the class scores; a head adds its boxes.
+
+    The levels share everything but the factors of their distances.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        channels: int,
+        num_classes: int,
+        strides: Sequence[int],
+        units: Sequence[float],
+        num_convs: int = 4,
+        num_groups: int = 32,
+        prior_prob: float = 0.01,
+        deformable: bool = False,
+    ):
+        """
+        Args:
+            channels: of the features and of the towers.
+            strides: pixels of a cell of each level.
+            units: pixels that a distance of 1 means, for each level.
+            num_convs: convolutions of a tower.
+            num_groups: of the GroupNorm behind each of them.
+            prior_prob: class score of every point at first.
+            deformable: whether the last convolution of a tower is a deformable one.
+        """
+        super().__init__()
+        if len(units) != len(strides):
+            raise ValueError(
+                f"MODEL.VFNET.REGRESS_RANGES has {len(units)} entries for {len(strides)} levels."
+            )
+        self.strides = list(strides)
+        self.units = list(units)
+        last = [False] * (num_convs - 1) + [deformable]
+        self.cls_tower = nn.Sequential(*(conv_norm_relu(channels, num_groups, x) for x in last))
+        self.box_tower = nn.Sequential(*(conv_norm_relu(channels, num_groups, x) for x in last))
+        self.cls_pred = conv3x3(channels, num_classes, -math.log((1 - prior_prob) / prior_prob))
+
+    @classmethod
+    def from_config(cls, cfg, input_shapes: list[ShapeSpec]):
+        return {
+            "channels": input_shapes[0].channels,
+            "num_classes": cfg.MODEL.RETINANET.NUM_CLASSES,
+            "strides": [shape.stride for shape in input_shapes],
+            "units": cfg.MODEL.VFNET.REGRESS_RANGES,
+            "num_convs": cfg.MODEL.RETINANET.NUM_CONVS,
+            "num_groups": cfg.MODEL.VFNET.NUM_GROUPS,
+            "prior_prob": cfg.MODEL.RETINANET.PRIOR_PROB,
+            "deformable": cfg.MODEL.VFNET.DEFORMABLE_TOWER,
+        }
+
+    def forward(self, features: list[Tensor]) -> list[PointPrediction]:
+        """L features (N, C, H, W) -> L predictions."""
+        return [
+            self.predict(self.cls_tower(feature), self.box_tower(feature), level)
+            for level, feature in enumerate(features)
+        ]
+
+    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
+        """What the outputs of the towers, (N, C, H, W), say of one level: each head has its own."""
+        raise NotImplementedError
+
+
+@POINT_HEAD_REGISTRY.register()
+class PointHead(TwoTowerHead):
+    """The head of FCOS, arXiv 1904.01355, without centerness."""
+
+    @configurable
+    def __init__(self, *, channels: int, strides: Sequence[int], **kwargs):
+        super().__init__(channels=channels, strides=strides, **kwargs)
+        self.box_pred = conv3x3(channels, 4)
+        self.box_scales = level_scales(len(strides))
+
+    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
+        distances = exp_distances(
+            self.box_pred(box_feature), self.box_scales[level], self.units[level]
+        )
+        return PointPrediction(self.cls_pred(cls_feature), (distances,))
+
+
+@POINT_HEAD_REGISTRY.register()
+class QualityHead(PointHead):
+    """PointHead and, on the box tower, how well a box fits: the centerness of FCOS and ATSS, or the
+    IoU (MODEL.VFNET.QUALITY)."""
+
+    @configurable
+    def __init__(self, *, channels: int, **kwargs):
+        super().__init__(channels=channels, **kwargs)
+        self.quality_pred = conv3x3(channels, 1)
+
+    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
+        prediction = super().predict(cls_feature, box_feature, level)
+        return prediction._replace(quality_logits=self.quality_pred(box_feature))

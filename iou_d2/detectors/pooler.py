@@ -1,0 +1,145 @@
+"""Precise RoI pooling over the levels of a feature pyramid, in place of Detectron2's ROIPooler.
+
+Letters: N images, M boxes of all images, C channels, L levels; boxes XYXY in pixels of the network
+    input.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.modeling.poolers import (
+    ROIPooler,
+    assign_boxes_to_levels,
+    convert_boxes_to_pooler_format,
+)
+from detectron2.structures import Boxes
+from torch import nn
+
+from iou_d2.layers import PrRoIPool
+
+
+class PrRoIPooler(ROIPooler):
+    """A ROIPooler whose level poolers are PrRoIPool, so that gradients reach the boxes.
+
+    ``output_size``, ``scales``, ``canonical_box_size`` and ``canonical_level`` are those of
+    ROIPooler. ``aligned`` moves boxes by half a feature pixel, as ROIAlignV2 does; without it
+    levels of different stride disagree about where a box is. There is no ``sampling_ratio``: the
+    mean over a bin is exact.
+    """
+
+    def __init__(
+        self,
+        output_size: int | tuple[int, int],
+        scales: list[float],
+        canonical_box_size: int = 224,
+        canonical_level: int = 4,
+        aligned: bool = True,
+    ):
+        super().__init__(
+            output_size,
+            scales,
+            sampling_ratio=0,
+            pooler_type="ROIAlignV2",
+            canonical_box_size=canonical_box_size,
+            canonical_level=canonical_level,
+        )
+        self.level_poolers = nn.ModuleList(
+            PrRoIPool(self.output_size, scale, aligned) for scale in scales
+        )
+
+    def assign_levels(self, box_lists: list[Boxes]) -> torch.Tensor:
+        """(M,) int64: each box's level in [0, L) by its area (FPN, eq. 1)."""
+        if len(self.level_poolers) == 1:
+            count = sum(len(boxes) for boxes in box_lists)
+            return torch.zeros(count, dtype=torch.int64, device=box_lists[0].device)
+        return assign_boxes_to_levels(
+            box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+        )
+
+    def forward(
+        self,
+        x: list[torch.Tensor],
+        box_lists: list[Boxes],
+        levels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Pools every box from one level.
+
+        Args:
+            x: L feature maps, (N, C, H_l, W_l).
+            box_lists: the boxes of each of the N images.
+            levels: (M,) int64, the level of every box, to keep it while coordinates move, as
+                refinement must; default: :meth:`assign_levels`.
+
+        Returns:
+            (M, C, P, Q); no boxes give an empty result that still depends on the maps.
+
+        Raises:
+            ValueError: when the number of maps, images or levels does not fit.
+        """
+        if len(x) != len(self.level_poolers):
+            raise ValueError(
+                f"PrRoIPooler has {len(self.level_poolers)} levels, got {len(x)} maps."
+            )
+        if len(box_lists) != len(x[0]):
+            raise ValueError(f"There are {len(x[0])} images and boxes for {len(box_lists)}.")
+        if not box_lists:
+            return x[0].new_zeros(0, x[0].shape[1], *self.output_size)
+        rois = convert_boxes_to_pooler_format(box_lists)
+        if levels is None:
+            levels = self.assign_levels(box_lists)
+        elif levels.shape != rois.shape[:1]:
+            raise ValueError(f"There are {len(rois)} boxes and levels of shape {levels.shape}.")
+        if len(x) == 1:
+            return self.level_poolers[0](x[0], rois)
+        order = [torch.nonzero(levels == level).squeeze(1) for level in range(len(x))]
+        pooled = [pool(f, rois[i]) for pool, f, i in zip(self.level_poolers, x, order)]
+        return torch.cat(pooled)[torch.argsort(torch.cat(order))]
+
+
+def use_prroi_pool(model: nn.Module, aligned: bool = True) -> nn.Module:
+    """Replaces every ROIPooler in a built model by a PrRoIPooler of the same size and levels, in
+    place.
+
+    Works for the box, mask and keypoint branches of StandardROIHeads, CascadeROIHeads and their
+    subclasses: poolers have no parameters, so that checkpoints fit before and after.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: if there is no ROIPooler in the model.
+    """
+    replaced = 0
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if not isinstance(child, ROIPooler):
+                continue
+            replaced += 1
+            if not isinstance(child, PrRoIPooler):
+                setattr(module, name, from_roi_pooler(child, aligned))
+    if replaced == 0:
+        raise ValueError(f"{type(model).__name__} has no ROIPooler to replace.")
+    return model
+
+
+def from_roi_pooler(pooler: ROIPooler, aligned: bool = True) -> PrRoIPooler:
+    """A PrRoIPooler with the output size, scales and level assignment of `pooler`."""
+    return PrRoIPooler(
+        pooler.output_size,
+        [level.spatial_scale for level in pooler.level_poolers],
+        pooler.canonical_box_size,
+        pooler.canonical_level,
+        aligned,
+    )
+
+
+def build_pooler(pooler_type: str, sampling_ratio: int = 0, **settings) -> ROIPooler:
+    """The pooler that a config's ``POOLER_TYPE`` names: "PrRoIPool", "PrRoIPoolLegacy" (not
+    aligned), or Detectron2's.
+
+    `settings` are the keywords common to ROIPooler and PrRoIPooler: output_size, scales,
+    canonical_box_size and canonical_level.
+    """
+    if pooler_type in ("PrRoIPool", "PrRoIPoolLegacy"):
+        return PrRoIPooler(**settings, aligned=pooler_type == "PrRoIPool")
+    return ROIPooler(**settings, sampling_ratio=sampling_ratio, pooler_type=pooler_type)

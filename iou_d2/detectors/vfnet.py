@@ -1,0 +1,142 @@
+"""The head of VarifocalNet (Zhang et al., CVPR 2021, arXiv 2008.13367).
+
+Every point predicts a box. Nine points of that box, its centre, corners and the middles of its
+sides, say what is in it and how to refine it: a deformable convolution looks there. The class score
+learns the IoU of the refined box (losses.py: varifocal_loss), so that it alone ranks detections.
+
+Shape letters: N images, K classes, C channels. Distances are those from a point to the left, top,
+right and bottom of its box, in pixels of the network input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from torch import Tensor, nn
+
+from iou_d2.layers.deform_conv import deform_conv
+
+from .point_heads import (
+    POINT_HEAD_REGISTRY,
+    PointPrediction,
+    TwoTowerHead,
+    conv3x3,
+    conv_norm_relu,
+    exp_distances,
+    level_scales,
+)
+
+
+def star_offsets(distances: Tensor, gradient_factor: float = 0.1) -> Tensor:
+    """Where the star convolution looks, as offsets from the 3x3 grid of a plain convolution.
+
+    Args:
+        distances: (N, 4, H, W) in cells of the feature.
+        gradient_factor: share of the gradient that reaches `distances`; 0.1 in the authors' code.
+
+    Returns:
+        (N, 18, H, W), (dy, dx) of the nine points row by row, as deform_conv2d takes them.
+    """
+    distances = (1 - gradient_factor) * distances.detach() + gradient_factor * distances
+    left, top, right, bottom = distances.unbind(dim=1)
+    middle = torch.zeros_like(left)
+    rows, columns = (1 - top, middle, bottom - 1), (1 - left, middle, right - 1)
+    return torch.stack([axis for dy in rows for dx in columns for axis in (dy, dx)], dim=1)
+
+
+def sampled_conv(feature: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """`deform_conv` of a 3x3 kernel with padding 1, as nine bilinear look-ups and a product.
+
+    On the CPU torchvision's op works on one thread and takes four times as long, forward and
+    backward. On CUDA it saves the memory of the (N, 9 * C, H, W) look-ups.
+
+    Args:
+        feature: (N, C, H, W).
+        offsets: (N, 18, H, W), (dy, dx) of each tap in cells.
+        weight: (C_out, C, 3, 3).
+
+    Returns:
+        (N, C_out, H, W) in the dtype of `feature`, computed in at least float32.
+    """
+    dtype = torch.promote_types(feature.dtype, torch.float32)
+    n, channels, height, width = feature.shape
+    rows, columns, taps = (
+        torch.arange(size, dtype=dtype, device=feature.device) for size in (height, width, 3)
+    )
+    dy, dx = offsets.to(dtype).view(n, 3, 3, 2, height, width).unbind(dim=3)
+    y = dy + rows[:, None] + taps.view(3, 1, 1, 1) - 1  # (N, 3, 3, H, W)
+    x = dx + columns + taps.view(3, 1, 1) - 1
+    # grid_sample counts from -1 at one edge of the map to 1 at the other.
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
+    with torch.autocast(feature.device.type, enabled=False):
+        seen = F.grid_sample(
+            feature.to(dtype), grid.view(n, 9 * height, width, 2), align_corners=False
+        )
+        output = weight.to(dtype).flatten(1) @ seen.view(n, channels * 9, height * width)
+    return output.view(n, len(weight), height, width).to(feature.dtype)
+
+
+class StarConv(nn.Module):
+    """The 3x3 deformable convolution, without bias, that looks where `star_offsets` says."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
+        nn.init.normal_(self.weight, std=0.01)
+
+    def forward(self, feature: Tensor, offsets: Tensor) -> Tensor:
+        """(N, C, H, W) and (N, 18, H, W) -> (N, C, H, W)."""
+        if feature.is_cuda:
+            return deform_conv(feature, offsets, self.weight, padding=1)
+        return sampled_conv(feature, offsets, self.weight)
+
+
+@POINT_HEAD_REGISTRY.register()
+class StarHead(TwoTowerHead):
+    """VarifocalNet without refinement: the class is seen through the star of the box."""
+
+    @configurable
+    def __init__(self, *, channels: int, strides: Sequence[int], num_groups: int, **kwargs):
+        super().__init__(channels=channels, strides=strides, num_groups=num_groups, **kwargs)
+        self.initial_conv = conv_norm_relu(channels, num_groups)
+        self.initial_pred = conv3x3(channels, 4)
+        self.initial_scales = level_scales(len(strides))
+        self.cls_star = StarConv(channels)
+
+    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
+        initial = exp_distances(
+            self.initial_pred(self.initial_conv(box_feature)),
+            self.initial_scales[level],
+            self.units[level],
+        )
+        offsets = star_offsets(initial / self.strides[level])
+        logits = self.cls_pred(F.relu(self.cls_star(cls_feature, offsets)))
+        return PointPrediction(logits, self.boxes(box_feature, initial, offsets, level))
+
+    def boxes(
+        self, box_feature: Tensor, initial: Tensor, offsets: Tensor, level: int
+    ) -> tuple[Tensor, ...]:
+        """Distances of all stages."""
+        return (initial,)
+
+
+@POINT_HEAD_REGISTRY.register()
+class VFNetHead(StarHead):
+    """StarHead that refines its boxes through their stars too."""
+
+    @configurable
+    def __init__(self, *, channels: int, strides: Sequence[int], **kwargs):
+        super().__init__(channels=channels, strides=strides, **kwargs)
+        self.refine_star = StarConv(channels)
+        self.refine_pred = conv3x3(channels, 4)
+        self.refine_scales = level_scales(len(strides))
+
+    def boxes(
+        self, box_feature: Tensor, initial: Tensor, offsets: Tensor, level: int
+    ) -> tuple[Tensor, ...]:
+        """The initial distances and the refined ones, which have no gradient to the initial."""
+        raw = self.refine_pred(F.relu(self.refine_star(box_feature, offsets)))
+        return initial, exp_distances(raw, self.refine_scales[level], initial.detach())

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: boxes, losses, assignment, suppression, refinement."""

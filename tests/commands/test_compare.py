@@ -1,0 +1,109 @@
+"""`iou-d2 compare` on two untrained runs over four generated images."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from iou_d2 import add_iou_config, load_config
+from iou_d2.commands import compare as compare_runs
+from iou_d2.config import set_class_names
+from iou_d2.data.shapes import ShapesSpec, write_shapes
+
+CONFIG = "configs/quick/unitbox_shapes.yaml"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two folders as training leaves them; the first run found every object, the second none."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_shapes(ShapesSpec("val", 4, 64, 0), folder / "shapes")
+    truth = json.loads((folder / "shapes/instances.json").read_text())
+    perfect = [
+        {**{key: x[key] for key in ("image_id", "category_id", "bbox")}, "score": 0.9}
+        for x in truth["annotations"]
+        if not x["iscrowd"]
+    ]
+    for seed, (name, results) in enumerate([("first", perfect), ("second", [])]):
+        run = folder / name
+        (run / "inference").mkdir(parents=True)
+        cfg = get_cfg()
+        add_iou_config(cfg)
+        data = f"('coco:{folder}/shapes/instances.json:{folder}/shapes/images',)"
+        overrides = ["MODEL.DEVICE", "cpu", "DATASETS.TEST", data, "DATALOADER.NUM_WORKERS", "0"]
+        load_config(cfg, CONFIG, overrides)
+        set_class_names(cfg, [c["name"] for c in truth["categories"]])
+        (run / "config.yaml").write_text(cfg.dump())
+        torch.manual_seed(seed)
+        model = build_model(cfg)
+        torch.save({"model": model.state_dict()}, run / "model_final.pth")
+        (run / "inference/coco_instances_results.json").write_text(json.dumps(results))
+        lines = [{"iteration": 99, "bbox/AP": 10 + seed}, {"iteration": 2500, "bbox/AP": 20.5}]
+        (run / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    return [folder / "first", folder / "second"]
+
+
+def table(printed: str, header: str) -> list[list[str]]:
+    lines = printed[printed.index(header) :].split("\n\n")[0].splitlines()
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]
+    ]
+
+
+def test_curves_and_tables(runs, tmp_path, capsys):
+    compare_runs.main([*map(str, runs), "--output", str(tmp_path / "a/b"), "--sides", "96", "32"])
+    printed = capsys.readouterr().out
+    names = {"recall_by_false_positives.png", "ap_by_iteration.png", "ap_by_side.png"}
+    assert {path.name for path in (tmp_path / "a/b").iterdir()} == names
+    assert table(printed, "recall at false positives")[1:] == [
+        ["first", *["1"] * 5],
+        ["second", *["-"] * 5],
+    ]
+    assert table(printed, "AP at iteration") == [
+        ["AP at iteration", "100", "2500"],
+        ["first", "10", "20.5"],
+        ["second", "11", "20.5"],
+    ]
+    header, *rows = table(printed, "AP at side")
+    assert header[1:] == ["32", "96"] and [row[0] for row in rows] == ["first", "second"]
+    assert all(0 <= float(value) < 50 for row in rows for value in row[1:])
+
+
+def test_results_at_a_side_are_those_of_the_resized_images_and_kept(runs, tmp_path, monkeypatch):
+    cfg = compare_runs.setup(runs[0])
+    cfg.INPUT.MAX_SIZE_TEST = 30  # of the run, and not of a side
+    folder, seen = tmp_path / "side", []
+
+    def look(model, loader, evaluator):
+        seen.append([tuple(batch[0]["image"].shape) for batch in loader])
+        (folder / compare_runs.RESULTS).write_text("[]")
+
+    folder.mkdir()
+    monkeypatch.setattr(compare_runs, "inference_on_dataset", look)
+    for _ in range(2):
+        assert compare_runs.detect_at_side(cfg, 40, folder) == []
+        assert seen == [[(3, 40, 40)] * 4]
+
+    cfg.MODEL.UNITBOX.SCORE_THRESH_TEST = 0.3
+    compare_runs.detect_at_side(cfg, 40, folder)
+    assert len(seen) == 2
+    old = (runs[0] / "model_final.pth").stat().st_mtime - 5
+    os.utime(folder / compare_runs.RESULTS, (old, old))
+    compare_runs.detect_at_side(cfg, 40, folder)
+    assert len(seen) == 3
+    assert cfg.INPUT.MIN_SIZE_TEST == 128
+
+
+def test_runs_of_one_name_are_told_apart(runs, tmp_path, capsys):
+    for folder, run in zip("ab", runs):
+        shutil.copytree(run, tmp_path / folder / "run")
+    places = [str(tmp_path / folder / "run") for folder in "ab"]
+    compare_runs.main([*places, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert [row[0] for row in table(printed, "recall at false positives")[1:]] == places

@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from iou_d2.detectors.point_detector import centerness_quality, iou_quality
+from iou_d2.detectors.point_heads import exp_distances
+from iou_d2.engine.compat import spawn_cpu
+from iou_d2.ops.assign import level_points
+from iou_d2.ops.box_losses import KINDS
+
+NAMES = ("vfnet", "vfnet_star", "vfnet_vfl", "vfnet_raw", "atss", "atss_iou", "fcos")
+CONFIGS = {name: f"configs/{name}_R_50_FPN_1x.yaml" for name in NAMES}
+# For objects in images of 96 px, small enough for loops.
+SMALL = (
+    *("MODEL.VFNET.REGRESS_RANGES", "[16, 32, 64, 128, 256]"),
+    *("MODEL.VFNET.ANCHOR_SCALE", "3.0", "MODEL.VFNET.NUM_GROUPS", "8"),
+)
+
+
+@pytest.fixture
+def build(small_cfg):
+    """A function: name of a config -> its model, with random heads that detect something."""
+
+    def load(name: str, *overrides: str):
+        torch.manual_seed(0)
+        model = build_model(small_cfg(CONFIGS[name], *SMALL, *overrides))
+        for part, parameter in model.head.named_parameters():
+            if "_pred.weight" in part:
+                torch.nn.init.normal_(parameter, std=0.08)
+            elif "_pred.bias" in part:
+                torch.nn.init.constant_(parameter, -0.5)
+        return model
+
+    return load
+
+
+def predict(model, batch):
+    """What the head says, and where its points are."""
+    with torch.no_grad():
+        images = model.preprocess_image(batch)
+        features = model.backbone(images.tensor)
+        features = [features[name] for name in model.head_in_features]
+        points = level_points(features, model.strides, model.assigner.point_offset)
+        return model.head(features), points
+
+
+def iou_and_giou(a: list[float], b: list[float]) -> tuple[float, float]:
+    inner = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return inner / union, inner / union - (hull - union) / hull
+
+
+def decode(prediction, stage: int, image: int, cell: tuple[int, int], point) -> list[float]:
+    left, top, right, bottom = prediction.distances[stage][(image, slice(None), *cell)].tolist()
+    x, y = point.tolist()
+    return [x - left, y - top, x + right, y + bottom]
+
+
+def cells(prediction, points):
+    """(index, (row, column), point) of each point of a level."""
+    width = prediction.logits.shape[3]
+    return [(i, divmod(i, width), point) for i, point in enumerate(points)]
+
+
+def class_loss(name: str, p: float, q: float) -> float:
+    if name in ("atss", "atss_iou", "fcos", "vfnet_raw"):
+        return -0.25 * (1 - p) ** 2 * math.log(p) if q > 0 else -0.75 * p**2 * math.log(1 - p)
+    if q > 0:
+        return -q * (q * math.log(p) + (1 - q) * math.log(1 - p))
+    return -0.75 * p**2 * math.log(1 - p)
+
+
+def box_loss(kind: str, box: list[float], gt: list[float], stride: int) -> float:
+    errors = [abs(x - y) / stride for x, y in zip(box, gt)]
+    if kind == "l2":
+        return sum(e * e for e in errors)
+    if kind == "smooth_l1":
+        return sum(e * e / 0.4 if e < 0.2 else e - 0.1 for e in errors)
+    iou, giou = iou_and_giou(box, gt)
+    return 1 - giou if kind == "giou" else 1 - iou
+
+
+def losses_by_hand(name: str, model, batch, kind: str = "giou") -> dict[str, float]:
+    predictions, points = predict(model, batch)
+    stages = len(predictions[0].distances)
+    box, weights = [0.0] * stages, [0.0] * stages
+    cls = quality_loss = positives = 0
+    for image, sample in enumerate(batch):
+        truth = sample["instances"]
+        matches = model.assigner(points, model.strides, truth.gt_boxes.tensor).tolist()
+        for prediction, level, stride in zip(predictions, points, model.strides):
+            for index, cell, point in cells(prediction, level):
+                match, q = matches[index], 0.0
+                gt = truth.gt_boxes.tensor[match].tolist() if match >= 0 else None
+                for stage in range(stages if gt else 0):
+                    decoded = decode(prediction, stage, image, cell, point)
+                    q = max(iou_and_giou(decoded, gt)[0], 1e-6)
+                    if name in ("atss", "fcos"):
+                        x, y = point.tolist()
+                        sides = [x - gt[0], gt[2] - x], [y - gt[1], gt[3] - y]
+                        q = math.sqrt(math.prod(min(s) / max(s) for s in sides))
+                    box[stage] += q * box_loss(kind, decoded, gt, stride)
+                    weights[stage] += q
+                positives += match >= 0
+                for k, logit in enumerate(prediction.logits[(image, slice(None), *cell)].tolist()):
+                    own = match >= 0 and truth.gt_classes[match] == k
+                    cls += class_loss(name, 1 / (1 + math.exp(-logit)), q if own else 0.0)
+                if match >= 0 and prediction.quality_logits is not None:
+                    logit = prediction.quality_logits[(image, 0, *cell)].item()
+                    quality_loss += math.log(1 + math.exp(-logit)) + (1 - q) * logit
+            matches = matches[len(level) :]
+    assert positives > 5
+    losses = {"loss_box": 2 * box[-1] / weights[-1], "loss_cls": cls / positives}
+    if stages == 2:
+        losses["loss_box_initial"] = 1.5 * box[0] / weights[0]
+    if name in ("atss", "atss_iou", "fcos"):
+        losses["loss_quality"] = quality_loss / positives
+    return losses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_equal_loops(name, build, make_batch):
+    model = build(name).train()
+    batch = make_batch([3, 0, 5])
+    expected = losses_by_hand(name, model, batch)
+    found = {name: loss.item() for name, loss in model(batch).items()}
+    assert found == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "l2", "iou"])
+@pytest.mark.parametrize("name", ["vfnet", "fcos"])
+def test_losses_of_other_kinds_equal_loops(name, kind, build, make_batch):
+    beta = ("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", "0.2")
+    model = build(name, "MODEL.VFNET.BOX_LOSS", kind, *beta).train()
+    batch = make_batch([3, 0, 5])
+    expected = losses_by_hand(name, model, batch, kind)
+    found = {name: loss.item() for name, loss in model(batch).items()}
+    assert found == pytest.approx(expected, rel=2e-4)
+
+
+def suppress(boxes: list, threshold: float, class_wise: bool) -> list:
+    """NMS by the book of (score, class, box), best first."""
+    kept = []
+    for candidate in sorted(boxes, key=lambda x: -x[0]):
+        rivals = [x for x in kept if x[1] == candidate[1] or not class_wise]
+        if all(iou_and_giou(x[2], candidate[2])[0] <= threshold for x in rivals):
+            kept.append(candidate)
+    return kept
+
+
+@pytest.mark.parametrize("class_wise", [True, False])
+@pytest.mark.parametrize("name", ["vfnet", "vfnet_star", "atss_iou", "fcos"])
+def test_detections_equal_loops(name, class_wise, build, make_batch):
+    topk, threshold = 30, 0.35
+    model = build(
+        name,
+        *("MODEL.RETINANET.TOPK_CANDIDATES_TEST", str(topk)),
+        *("MODEL.RETINANET.SCORE_THRESH_TEST", str(threshold)),
+        *("MODEL.VFNET.CLASS_AGNOSTIC_NMS", str(not class_wise)),
+    ).eval()
+    batch = make_batch([0, 0])
+    predictions, points = predict(model, batch)
+    with torch.no_grad():
+        detected = [x["instances"] for x in model(batch)]
+    for image, found in enumerate(detected):
+        candidates = []
+        for prediction, level in zip(predictions, points):
+            in_level = []
+            for _, cell, point in cells(prediction, level):
+                box = [max(0, min(96, x)) for x in decode(prediction, -1, image, cell, point)]
+                quality = prediction.quality_logits
+                quality = 1 if quality is None else quality[(image, 0, *cell)].sigmoid().item()
+                for k, p in enumerate(prediction.logits[(image, slice(None), *cell)].sigmoid()):
+                    score = p.item() if quality == 1 else math.sqrt(p.item() * quality)
+                    if p > threshold:
+                        in_level.append((score, k, box))
+            candidates += sorted(in_level, key=lambda x: -x[0])[:topk]
+        expected = suppress(candidates, 0.6, class_wise)[:100]
+        assert len(expected) < len(candidates) and len(expected) > 5
+        assert found.scores.tolist() == pytest.approx([x[0] for x in expected], abs=1e-5)
+        assert found.pred_classes.tolist() == [x[1] for x in expected]
+        boxes = torch.tensor([x[2] for x in expected])
+        torch.testing.assert_close(found.pred_boxes.tensor, boxes, atol=1e-3, rtol=0)
+
+
+def test_what_detections_carry(build, make_batch):
+    with torch.no_grad():
+        plain = build("vfnet").eval()(make_batch([0]))[0]["instances"]
+        ranked = build("atss").eval()(make_batch([0]))[0]["instances"]
+    assert set(plain.get_fields()) == {"pred_boxes", "scores", "pred_classes"}
+    assert len(ranked) > 5
+    torch.testing.assert_close(ranked.scores, (ranked.cls_scores * ranked.pred_ious).sqrt())
+    assert (ranked.cls_scores > 0.05).all()
+
+
+def test_qualities():
+    points = torch.tensor([[5.0, 5.0], [2.0, 5.0], [0.0, 5.0], [12.0, 5.0]])
+    gt_boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]]).repeat(4, 1)
+    boxes = gt_boxes.clone().requires_grad_()
+    expected = torch.tensor([1.0, math.sqrt(2 / 8), 0.0, 0.0])
+    torch.testing.assert_close(centerness_quality(points, boxes, gt_boxes), expected)
+    quality = iou_quality(points, boxes + torch.tensor([0.0, 0.0, 10.0, 0.0]), gt_boxes)
+    torch.testing.assert_close(quality, torch.full((4,), 0.5))
+    assert not quality.requires_grad
+
+
+@pytest.mark.parametrize("objects", [[3, 2], [0, 4], [0, 0]], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_are_finite_and_reach_every_parameter(name, objects, build, make_batch):
+    model = build(name).train()
+    losses = model(make_batch(objects))
+    sum(losses.values()).backward()
+    for part, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, part
+            assert torch.isfinite(parameter.grad).all(), part
+    assert all((losses[x] > 0) == (sum(objects) > 0) for x in losses if x != "loss_cls")
+    assert losses["loss_cls"] > 0
+
+
+def test_a_positive_point_stays_one_however_bad_its_box(build, make_batch):
+    model, seen = build("vfnet_vfl").train(), []
+    torch.nn.init.constant_(model.head.box_pred.bias, -30.0)
+    model.cls_loss = lambda logits, targets: seen.append(targets) or logits.sum()
+    batch = make_batch([3])
+    model(batch)
+    _, points = predict(model, batch)
+    matches = model.assigner(points, model.strides, batch[0]["instances"].gt_boxes.tensor)
+    assert (seen[0] > 0).sum() == (matches >= 0).sum() > 0
+    assert seen[0].max().item() == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls_loss", ["varifocal", "quality_focal", "focal"])
+def test_losses_are_parts(kind, cls_loss, build, make_batch):
+    overrides = ("MODEL.VFNET.BOX_LOSS", kind, "MODEL.VFNET.CLS_LOSS", cls_loss)
+    losses = build("vfnet", *overrides).train()(make_batch([3]))
+    assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
+
+
+@pytest.mark.parametrize("name", ["vfnet", "atss"])
+def test_pictures_of_the_training_change_no_loss(name, build, make_batch):
+    plain, drawing, batch = build(name), build(name, "VIS_PERIOD", "2"), make_batch([3, 1])
+    with EventStorage() as storage:
+        losses = [model.train()(batch) for model in (plain, drawing)]
+        assert losses[0] == losses[1] and len(storage._vis_data) == 1
+        storage.step()
+        drawing(batch)
+    assert len(storage._vis_data) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("objects", [[3, 0], [0, 0]], ids=str)
+@pytest.mark.parametrize("name", ["vfnet", "atss"])
+def test_half_precision_is_finite(name, objects, dtype, build, make_batch):
+    model, batch = build(name), make_batch(objects)
+    with torch.autocast("cpu", dtype=dtype):
+        losses = model.train()(batch)
+        with torch.no_grad():
+            found = model.eval()(batch)[0]["instances"]
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses.values())
+    assert all(torch.isfinite(x.grad).all() for x in model.head.parameters() if x.grad is not None)
+    assert torch.isfinite(found.pred_boxes.tensor).all() and found.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["vfnet", "atss"])
+def test_weights_that_are_nan_detect_nothing_and_train_with_a_nan_loss(name, build, make_batch):
+    model = build(name)
+    torch.nn.init.constant_(model.head.box_tower[0].weight, float("nan"))
+    assert torch.isnan(model.train()(make_batch([2]))["loss_box"])
+    torch.nn.init.constant_(model.head.cls_tower[0].weight, float("nan"))
+    with torch.no_grad():
+        assert len(model.eval()(make_batch([2]))[0]["instances"]) == 0
+
+
+def test_distances_that_overflow_give_boxes_inside_the_image(build, make_batch):
+    model = build("vfnet_vfl").eval()
+    torch.nn.init.constant_(model.head.box_pred.bias, 1e4)
+    with torch.no_grad():
+        boxes = model(make_batch([0]))[0]["instances"].pred_boxes.tensor
+    assert len(boxes) > 0
+    assert torch.equal(boxes, torch.tensor([[0.0, 0.0, 96.0, 96.0]]).expand_as(boxes))
+
+
+def test_boxes_in_the_padding_are_no_detections(build, make_batch):
+    model = build("vfnet_vfl").eval()
+    torch.nn.init.constant_(model.head.box_pred.bias, -3.0)
+    predictions, points = predict(model, make_batch([0], side=70))
+    for level, prediction in zip(points, predictions):
+        found = model.candidates(level, prediction, 0, (70, 70))
+        assert (found.pred_boxes.area() > 0).all() and len(found) > 0
+
+
+def test_distances_beyond_half_precision():
+    raw, scale = torch.tensor([12.0], dtype=torch.float16), torch.tensor(1.0)
+    assert exp_distances(raw, scale, 24).item() == pytest.approx(24 * math.exp(12), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vfnet", "fcos"])
+def test_an_image_is_matched_as_if_it_were_alone(name, build):
+    model = build(name)
+    sizes = [(70, 41), (128, 120), (33, 128)]
+    corners = torch.tensor([[2.0, 3.0], [10.0, 10.0], [20.0, 1.0]])
+    truths = []
+    for (height, width), corner in zip(sizes, corners):
+        truth = Instances((height, width))
+        truth.gt_boxes = Boxes(torch.cat([corner, corner + 25])[None])
+        truths.append(truth)
+
+    def grid(height, width):
+        strides = model.strides
+        features = [torch.zeros(1, 1, -(-height // s), -(-width // s)) for s in strides]
+        return level_points(features, strides, model.assigner.point_offset)
+
+    def positives(points, matches):
+        index = torch.nonzero(matches >= 0)[:, 0]
+        return {(*torch.cat(points)[i].tolist(), matches[i].item()) for i in index}
+
+    together = model.match(grid(128, 128), sizes, truths).view(3, -1)
+    for i, (height, width) in enumerate(sizes):
+        points = grid(*(-(-side // 32) * 32 for side in (height, width)))
+        alone = positives(points, model.match(points, sizes[i : i + 1], truths[i : i + 1]))
+        expected = {(x, y, index + i) for x, y, index in alone}
+        assert positives(grid(128, 128), together[i]) == expected and expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("CLS_LOSS", "vfl", "one of .*'varifocal'.*, not 'vfl'"),
+        ("BOX_LOSS", "l3", "one of .*giou.*, but it is 'l3'"),
+        ("QUALITY", "giou", "one of .*'iou'.*, not 'giou'"),
+        ("ASSIGNER", "max_iou", "'atss' or 'fcos', not 'max_iou'"),
+        ("REGRESS_RANGES", "[64, 128]", "has 2 entries for 5 levels"),
+    ],
+)
+def test_wrong_settings_are_named(build, key, value, sentence):
+    with pytest.raises(ValueError, match=f"MODEL.VFNET.{key} .*{sentence}"):
+        build("vfnet", f"MODEL.VFNET.{key}", value)
+
+
+def test_a_weight_for_each_stage_is_asked_for(build, make_batch):
+    weights = ("MODEL.VFNET.BOX_LOSS_WEIGHTS", "[2.0]")
+    with pytest.raises(ValueError, match=r"BOX_LOSS_WEIGHTS is \[2.0\], but .* of 2 stages"):
+        build("vfnet", *weights).train()(make_batch([3]))
+    assert build("atss", *weights).train()(make_batch([3]))["loss_box"] > 0
+
+
+def test_the_assigner_of_a_config(build):
+    atss, fcos = build("atss").assigner, build("fcos").assigner
+    assert (atss.topk, atss.anchor_scale, atss.point_offset) == (9, 3.0, 0.0)
+    assert fcos.ranges == ((-1, 16), (16, 32), (32, 64), (64, 128), (128, 1e8))
+    assert (fcos.center_sampling_radius, fcos.point_offset) == (1.5, 0.5)
+    overrides = ("MODEL.VFNET.POINT_OFFSET", "0.25", "MODEL.VFNET.CENTER_SAMPLING_RADIUS", "0.0")
+    fcos = build("fcos", *overrides).assigner
+    assert (fcos.center_sampling_radius, fcos.point_offset) == (None, 0.25)
+
+
+def losses_with_ddp(rank: int, cfgs, batches, folder) -> None:
+    for index, cfg in enumerate(cfgs):
+        torch.manual_seed(0)
+        model = build_model(cfg).train()
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        steps = []
+        with EventStorage():
+            for _ in range(2):
+                losses = model(batches[rank])
+                optimizer.zero_grad()
+                sum(losses.values()).backward()
+                optimizer.step()
+                steps.append({name: loss.item() for name, loss in losses.items()})
+        torch.save([steps, model.module.head.cls_pred.weight], f"{folder}/{index}_{rank}.pth")
+
+
+def test_two_processes_of_which_one_has_no_object(small_cfg, make_batch, tmp_path):
+    cfgs = [small_cfg(CONFIGS[name], *SMALL) for name in ("vfnet", "atss")]
+    batches = [make_batch([3]), make_batch([0])]
+    spawn_cpu(losses_with_ddp, 2, cfgs, batches, str(tmp_path))
+    for index, cfg in enumerate(cfgs):
+        saved = [torch.load(tmp_path / f"{index}_{rank}.pth") for rank in range(2)]
+        (first, weight), (second, other) = saved
+        assert all(math.isfinite(x) for step in first + second for x in step.values())
+        assert first[0]["loss_box"] > 0 and second[0]["loss_box"] == 0
+        assert torch.equal(weight, other)
+
+        torch.manual_seed(0)
+        alone = build_model(cfg).train()(batches[0])
+        # Half of the positive points a process, so twice the losses of one process.
+        expected = {name: 2 * loss.item() for name, loss in alone.items()}
+        assert first[0] == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import cv2
+import pytest
+import torch
+from torchvision.ops import batched_nms
+
+from iou_d2.ops import nms
+from iou_d2.ops.nms import iou_guided_nms, soft_nms
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def iou_by_hand(a, b):
+    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    inner = width * height
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner
+    return inner / union if union else 0.0
+
+
+def algorithm_1(boxes, cls_scores, rank_scores, classes, threshold):
+    """IoU-guided NMS as the paper prints it; the first of equal ranks comes first."""
+    left = sorted(range(len(boxes)), key=lambda i: -rank_scores[i])
+    keep, scores = [], []
+    while left:
+        best, others = left[0], []
+        score = cls_scores[best]
+        for i in left[1:]:
+            if classes[i] == classes[best] and iou_by_hand(boxes[best], boxes[i]) > threshold:
+                score = max(score, cls_scores[i])
+            else:
+                others.append(i)
+        keep.append(best)
+        scores.append(score)
+        left = others
+    return keep, scores
+
+
+def random_case(generator, side):
+    """Whole coordinates and few scores: ties of ranks, of IoU and threshold, boxes without area."""
+    count = int(torch.randint(0, 40, (1,), generator=generator))
+    corner = torch.randint(0, side // 4, (count, 2), generator=generator).float()
+    size = torch.randint(0, side, (count, 2), generator=generator).float()
+    cls_scores = torch.randint(1, 9, (count,), generator=generator) / 8
+    rank_scores = torch.randint(1, 5, (count,), generator=generator) / 8
+    classes = torch.randint(0, 3, (count,), generator=generator)
+    return torch.cat([corner, corner + size], dim=1), cls_scores, rank_scores, classes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pairs", [1, 7, 2**17])
+@pytest.mark.parametrize("threshold", [0.25, 0.5, 0.75])
+def test_guided_nms_equals_algorithm_1_in_2700_cases(monkeypatch, device, pairs, threshold):
+    monkeypatch.setattr(nms, "_CPU_PAIRS", pairs)
+    monkeypatch.setattr(nms, "_GPU_PAIRS", pairs)
+    generator = torch.Generator().manual_seed(0)
+    suppressed = 0
+    for number in range(300):
+        case = random_case(generator, side=(8, 32)[number % 2])
+        keep, scores = iou_guided_nms(*[x.to(device) for x in case], threshold)
+        expected = algorithm_1(*[x.tolist() for x in case], threshold)
+        assert (keep.tolist(), scores.tolist()) == expected, number
+        suppressed += len(case[0]) - len(keep)
+    assert suppressed > 150
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.7])
+def test_an_iou_that_rounds_to_the_threshold_is_handed_over_as_torchvision_suppresses_it(threshold):
+    """3/10, 6/10 and 7/10 in float32 and in float64 lie on different sides of each other."""
+    share = 10 * threshold
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, share, 10]])
+    ranks, classes = torch.tensor([0.9, 0.1]), torch.zeros(2, dtype=torch.int64)
+    keep, scores = iou_guided_nms(boxes, torch.tensor([0.2, 0.8]), ranks, classes, threshold)
+    assert keep.tolist() == batched_nms(boxes, ranks, classes, threshold).tolist()
+    assert scores[0].item() == pytest.approx(0.8 if len(keep) == 1 else 0.2)
+
+
+def test_a_suppressed_box_gives_its_score_to_its_first_suppressor_alone():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 4, 10, 14], [0.0, 2, 10, 12]])
+    ranks, classes = torch.tensor([0.7, 0.9, 0.5]), torch.zeros(3, dtype=torch.int64)
+    keep, scores = iou_guided_nms(boxes, torch.tensor([0.3, 0.2, 0.9]), ranks, classes, 0.5)
+    assert keep.tolist() == [1, 0]
+    assert scores.tolist() == pytest.approx([0.9, 0.3])
+
+
+def test_ranked_by_class_score_it_is_plain_nms():
+    generator = torch.Generator().manual_seed(3)
+    corner = torch.rand(500, 2, generator=generator) * 60
+    boxes = torch.cat([corner, corner + 30], dim=1)
+    scores, classes = torch.rand(500, generator=generator), torch.arange(500) % 4
+    keep, new = iou_guided_nms(boxes, scores, scores, classes, 0.5)
+    assert torch.equal(keep, batched_nms(boxes, scores, classes, 0.5)) and len(keep) < 400
+    assert torch.equal(new, scores[keep])
+
+
+def test_memory_stays_bounded_for_10000_boxes(monkeypatch):
+    sizes, iou = [], nms._iou
+    monkeypatch.setattr(
+        nms, "_iou", lambda a, b: sizes.append(a[0].numel() * b[0].numel()) or iou(a, b)
+    )
+    corner = torch.rand(10_000, 2, generator=torch.Generator().manual_seed(0)) * 1000
+    scores = torch.linspace(0, 1, 10_000)
+    boxes, classes = torch.cat([corner, corner + 50], dim=1), torch.zeros(10_000, dtype=torch.int64)
+    iou_guided_nms(boxes, scores, scores, classes, 0.5)
+    assert 0 < max(sizes) <= nms._CPU_PAIRS
+
+
+@pytest.mark.parametrize("side", [2.0, -3.0, float("nan"), 1e20])
+def test_strange_boxes_are_kept_as_torchvision_keeps_them(side):
+    boxes = torch.tensor([[0.0, 0, 4, 4], [0.0, 0, side, side], [1.0, 1, 1, 1], [0.0, 0, 4, 4]])
+    ranks, classes = torch.tensor([0.4, 0.9, 0.6, 0.5]), torch.zeros(4, dtype=torch.int64)
+    keep, scores = iou_guided_nms(boxes, ranks.flip(0), ranks, classes, 0.5)
+    assert sorted(keep.tolist()) == sorted(batched_nms(boxes, ranks, classes, 0.5).tolist())
+    assert torch.isfinite(scores).all()
+
+
+def test_half_precision_and_no_boxes():
+    case = random_case(torch.Generator().manual_seed(9), 32)
+    half = [case[0].half(), case[1].half(), case[2].half(), case[3]]
+    keep, scores = iou_guided_nms(*half, 0.5)
+    assert keep.tolist() == algorithm_1(*[x.tolist() for x in case], 0.5)[0]
+    assert scores.dtype == torch.float16
+    empty = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    keep, scores = iou_guided_nms(torch.zeros(0, 4), empty[0], empty[0], empty[1], 0.5)
+    assert keep.shape == scores.shape == (0,) and keep.dtype == torch.int64
+    keep, scores = soft_nms(torch.zeros(0, 4), *empty, "linear")
+    assert keep.shape == scores.shape == (0,) and keep.dtype == torch.int64
+
+
+def test_wrong_shapes_and_methods_are_named():
+    boxes, scores, classes = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"rank_scores is \(3,\), not \(2,\)"):
+        iou_guided_nms(boxes, scores, scores[:2], classes, 0.5)
+    with pytest.raises(ValueError, match=r"Boxes are \(R, 4\), not \(3, 5\)"):
+        soft_nms(torch.zeros(3, 5), scores, classes, "linear")
+    with pytest.raises(ValueError, match="'linear' or 'gaussian', not 'cubic'"):
+        soft_nms(boxes, scores, classes, "cubic")
+
+
+@pytest.mark.parametrize(("method", "code"), [("linear", 1), ("gaussian", 2)])
+def test_soft_nms_equals_opencv_for_whole_pixels_and_one_class(method, code):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        corner = torch.randint(0, 40, (30, 2), generator=generator)
+        size = torch.randint(5, 30, (30, 2), generator=generator)
+        scores = torch.rand(30, generator=generator)
+        updated, indices = cv2.dnn.softNMSBoxes(
+            torch.cat([corner, size], dim=1).tolist(), scores.tolist(), 0.001, 0.3, 0, 0.5, code
+        )
+        boxes = torch.cat([corner, corner + size], dim=1)
+        keep, new = soft_nms(boxes, scores, torch.zeros(30, dtype=torch.int64), method)
+        assert keep.tolist() == list(indices.ravel())
+        torch.testing.assert_close(new, torch.from_numpy(updated).ravel())
+
+
+def test_soft_nms_leaves_other_classes_alone_and_its_input_unchanged():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 10], [0.0, 0, 10, 8]])
+    scores, classes = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0])
+    keep, new = soft_nms(boxes, scores, classes, "linear")
+    assert keep.tolist() == [0, 1, 2]
+    assert new.tolist() == pytest.approx([0.9, 0.8, 0.7 * 0.2])
+    assert scores.tolist() == pytest.approx([0.9, 0.8, 0.7])
