@@ -19,13 +19,13 @@ import cv2
 import numpy as np
 import torch
 import tqdm
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
-from iou_d2 import add_iou_config, load_config
-from iou_d2.config import set_class_names, use_available_device
+from iou_d2 import get_config
+from iou_d2.config import set_class_names
 from iou_d2.detectors.visualize import detection_label, draw_boxes
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
@@ -148,9 +148,7 @@ def read_class_names(weights: str) -> list[str]:
 
 
 def setup(arguments: argparse.Namespace) -> CfgNode:
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, arguments.config_file, arguments.opts)
+    cfg = get_config(arguments.config_file, arguments.opts)
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("Nothing is trained: give MODEL.WEIGHTS at the end of the command line.")
     names = read_class_names(cfg.MODEL.WEIGHTS) or cfg.MODEL.CLASS_NAMES
@@ -159,7 +157,6 @@ def setup(arguments: argparse.Namespace) -> CfgNode:
     else:
         classes = max(cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         cfg.MODEL.CLASS_NAMES = [f"class {index}" for index in range(classes)]
-    use_available_device(cfg)
     cfg.freeze()
     return cfg
 

@@ -15,7 +15,7 @@ import os
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -24,8 +24,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import setup_logger
 
-from iou_d2 import add_iou_config, load_config
-from iou_d2.config import set_class_names, use_available_device
+from iou_d2 import get_config
+from iou_d2.config import set_class_names
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import class_names, register_dataset
 from iou_d2.data.shapes import ensure_shapes
@@ -93,10 +93,7 @@ def use_datasets(cfg: CfgNode, eval_only: bool) -> None:
 
 
 def setup(args) -> CfgNode:
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, args.config_file, args.opts)
-    use_available_device(cfg)
+    cfg = get_config(args.config_file, args.opts)
     use_datasets(cfg, args.eval_only)
     cfg.freeze()
     default_setup(cfg, args)

@@ -15,14 +15,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torchvision.ops import batched_nms
 
-from iou_d2 import add_iou_config, load_config
-from iou_d2.config import use_available_device
+from iou_d2 import get_config
 from iou_d2.detectors.iou_net_inference import Postprocessor
 from iou_d2.ops.jitter import jittered_boxes
 from iou_d2.ops.nms import iou_guided_nms
@@ -31,10 +29,7 @@ DETECTIONS, CANDIDATES = 100, 1000
 
 
 def build(config_file: str):
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, config_file, ["MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"])
-    use_available_device(cfg)
+    cfg = get_config(config_file, ["MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"])
     torch.manual_seed(0)
     return build_model(cfg).eval()
 

@@ -15,14 +15,12 @@ import statistics
 import time
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
-from iou_d2 import add_iou_config, load_config
-from iou_d2.config import use_available_device
+from iou_d2 import get_config
 
 PAIRS = {
     "shapes": ("configs/quick/retinanet_shapes.yaml", "configs/quick/iou_retinanet_shapes.yaml"),
@@ -31,10 +29,7 @@ PAIRS = {
 
 
 def build(config_file: str):
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, config_file, ["MODEL.WEIGHTS", "", "MODEL.IOU_RETINANET.ALPHA", "1.0"])
-    use_available_device(cfg)
+    cfg = get_config(config_file, ["MODEL.WEIGHTS", "", "MODEL.IOU_RETINANET.ALPHA", "1.0"])
     torch.manual_seed(0)
     return build_model(cfg)
 

@@ -14,13 +14,11 @@ import resource
 import time
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 
-from iou_d2 import add_iou_config, load_config
-from iou_d2.config import use_available_device
+from iou_d2 import get_config
 
 
 def peak_gib() -> float:
@@ -64,11 +62,8 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1)
     args = parser.parse_args()
 
-    cfg = get_cfg()
-    add_iou_config(cfg)
     overrides = ["MODEL.WEIGHTS", "", "MODEL.UNITBOX.NUM_CLASSES", str(args.classes)]
-    load_config(cfg, args.config, overrides)
-    use_available_device(cfg)
+    cfg = get_config(args.config, overrides)
     model = build_model(cfg).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9)
     batch = random_batch(args.batch, args.height, args.width, args.classes)

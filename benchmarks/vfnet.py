@@ -20,14 +20,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
-from iou_d2 import add_iou_config, load_config
-from iou_d2.config import use_available_device
+from iou_d2 import get_config
 from iou_d2.detectors.vfnet import star_offsets
 from iou_d2.ops.assign import level_points
 
@@ -43,10 +41,7 @@ CONFIGS = {
 
 
 def build(config_file: str):
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, config_file, BACKBONE)
-    use_available_device(cfg)
+    cfg = get_config(config_file, BACKBONE)
     torch.manual_seed(0)
     return build_model(cfg)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 
 def add_iou_config(cfg: CfgNode) -> None:
@@ -158,6 +158,19 @@ def _add_unitbox(cfg: CfgNode) -> None:
     node.NMS_THRESH_TEST = 0.5
     # Of "ellipses": confidence over which a pixel belongs to a region. The paper gives none.
     node.REGION_THRESH_TEST = 0.5
+
+
+def get_config(config_file: str | os.PathLike = "", overrides: Sequence[str] = ()) -> CfgNode:
+    """Detectron2's defaults, the keys of iou_d2, `config_file` and KEY VALUE `overrides`, each over
+    what stands before it; on the CPU where CUDA is asked for and is not there.
+
+    Raises what `load_config` does.
+    """
+    cfg = get_cfg()
+    add_iou_config(cfg)
+    load_config(cfg, os.fspath(config_file), overrides)
+    use_available_device(cfg)
+    return cfg
 
 
 def load_config(cfg: CfgNode, config_file: str, overrides: Sequence[str] = ()) -> None:

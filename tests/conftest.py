@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from iou_d2 import add_iou_config, load_config
+from iou_d2 import get_config
 
 SMALL = (
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
@@ -23,9 +22,7 @@ def small_cfg():
     """A function: config file -> its config with a backbone of a few thousand parameters."""
 
     def load(config_file: str, *overrides: str):
-        cfg = get_cfg()
-        add_iou_config(cfg)
-        load_config(cfg, config_file, [*SMALL, *overrides])
+        cfg = get_config(config_file, [*SMALL, *overrides])
         return cfg
 
     return load

@@ -17,15 +17,14 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
-from iou_d2 import add_iou_config, load_config
+from iou_d2 import get_config
 from iou_d2.analysis import load_json, metric_by_iteration, plot_curves, recall_by_false_positives
-from iou_d2.config import use_available_device
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import register_dataset
 from iou_d2.evaluation import build_evaluator, coco_precision, summarize_ap
@@ -36,10 +35,7 @@ FALSE_POSITIVES = (10, 30, 100, 300, 1000)
 
 def setup(run: Path) -> CfgNode:
     """The config of a run, with its first test set registered."""
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, str(run / "config.yaml"), ["MODEL.WEIGHTS", str(run / "model_final.pth")])
-    use_available_device(cfg)
+    cfg = get_config(run / "config.yaml", ["MODEL.WEIGHTS", str(run / "model_final.pth")])
     cfg.DATASETS.TEST = (register_dataset(cfg.DATASETS.TEST[0], run / "datasets"),)
     return cfg
 

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from iou_d2 import add_iou_config, load_config
+from iou_d2 import get_config
 from iou_d2.engine.convert import (
     LAYOUTS,
     PixelFormat,
@@ -88,9 +88,7 @@ def convert_names(path: str, tensors: dict, source: str, target: str) -> dict[st
 
 
 def read_config(config_file: str, overrides: list[str]) -> CfgNode:
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, config_file, overrides)
+    cfg = get_config(config_file, overrides)
     cfg.MODEL.DEVICE = "cpu"
     if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT is RGB or BGR, but {config_file} has {cfg.INPUT.FORMAT}.")

@@ -14,15 +14,14 @@ from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from tabulate import tabulate
 from torch import Tensor
 
-from iou_d2 import add_iou_config, load_config
-from iou_d2.config import use_available_device
+from iou_d2 import get_config
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import register_dataset
 from iou_d2.detectors.iou_net_inference import Postprocessor
@@ -121,10 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=200)
     args = parser.parse_args(argv)
 
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, str(args.run / "config.yaml"))
-    use_available_device(cfg)
+    cfg = get_config(args.run / "config.yaml")
     model = build_model(cfg).eval()
     DetectionCheckpointer(model).load(str(args.run / "model_final.pth"))
     print(report(*measure(model, read_images(cfg, args.images, args.run / "datasets"))))

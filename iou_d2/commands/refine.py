@@ -21,15 +21,15 @@ from collections import defaultdict
 import torch
 import tqdm
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torch import nn
 
-from iou_d2 import add_iou_config, load_config
-from iou_d2.config import set_class_names, use_available_device
+from iou_d2 import get_config
+from iou_d2.config import set_class_names
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.evaluation import coco_precision, summarize_ap
 from iou_d2.evaluation.coco import instances_to_results
@@ -43,11 +43,8 @@ def read_json(path: str):
 
 
 def setup(config_file: str, overrides: list[str], class_names: list[str]) -> CfgNode:
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, config_file, overrides)
+    cfg = get_config(config_file, overrides)
     set_class_names(cfg, class_names)
-    use_available_device(cfg)
     cfg.freeze()
     return cfg
 

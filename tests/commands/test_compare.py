@@ -8,10 +8,9 @@ import shutil
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from iou_d2 import add_iou_config, load_config
+from iou_d2 import get_config
 from iou_d2.commands import compare as compare_runs
 from iou_d2.config import set_class_names
 from iou_d2.data.shapes import ShapesSpec, write_shapes
@@ -33,11 +32,9 @@ def runs(tmp_path_factory):
     for seed, (name, results) in enumerate([("first", perfect), ("second", [])]):
         run = folder / name
         (run / "inference").mkdir(parents=True)
-        cfg = get_cfg()
-        add_iou_config(cfg)
         data = f"('coco:{folder}/shapes/instances.json:{folder}/shapes/images',)"
         overrides = ["MODEL.DEVICE", "cpu", "DATASETS.TEST", data, "DATALOADER.NUM_WORKERS", "0"]
-        load_config(cfg, CONFIG, overrides)
+        cfg = get_config(CONFIG, overrides)
         set_class_names(cfg, [c["name"] for c in truth["categories"]])
         (run / "config.yaml").write_text(cfg.dump())
         torch.manual_seed(seed)

@@ -7,21 +7,18 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
 from checkpoint_helpers import CONFIG, DEFORMABLE, SMALL, assert_same, read
-from iou_d2 import add_iou_config, load_config
+from iou_d2 import get_config
 from iou_d2.commands.convert import main as convert
 from iou_d2.engine.convert import translate
 
 
 def write_mmdet(path, **extra):
     """A VFNet of the SMALL config in mmdetection's names, with counters as BatchNorm has."""
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, CONFIG, [*SMALL, "MODEL.DEVICE", "cpu"])
+    cfg = get_config(CONFIG, [*SMALL, "MODEL.DEVICE", "cpu"])
     state = build_model(cfg).state_dict()
     names = translate(list(state), "detectron2", "mmdet")
     state = {names[name]: x for name, x in state.items()}

@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from checkpoint_helpers import CONFIG, DEFORMABLE, SMALL, assert_same, read
-from iou_d2 import add_iou_config, load_config
+from iou_d2 import get_config
 from iou_d2.commands.convert import main as convert
 
 
@@ -177,9 +177,7 @@ def mmdet_vfnet_names(blocks=(3, 4, 6, 3), deformable=False):
 
 
 def vfnet(overrides):
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, CONFIG, [*overrides, "MODEL.DEVICE", "cpu"])
+    cfg = get_config(CONFIG, [*overrides, "MODEL.DEVICE", "cpu"])
     return randomize(build_model(cfg))
 
 

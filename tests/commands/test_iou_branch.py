@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from iou_d2 import add_iou_config, load_config
+from iou_d2 import get_config
 from iou_d2.commands import iou_branch as iou_branch
 from iou_d2.data.shapes import ShapesSpec, write_shapes
 
@@ -19,10 +18,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     write_shapes(ShapesSpec("val", 3, 64, 0), folder / "shapes")
     data = f"('coco:{folder}/shapes/instances.json:{folder}/shapes/images',)"
-    cfg = get_cfg()
-    add_iou_config(cfg)
     overrides = ["MODEL.DEVICE", "cpu", "DATASETS.TEST", data, "INPUT.MIN_SIZE_TEST", "64"]
-    load_config(cfg, "configs/quick/iou_net_shapes.yaml", overrides)
+    cfg = get_config("configs/quick/iou_net_shapes.yaml", overrides)
     torch.manual_seed(0)
     torch.save({"model": build_model(cfg).state_dict()}, folder / "model_final.pth")
     (folder / "config.yaml").write_text(cfg.dump())

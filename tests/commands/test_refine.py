@@ -6,10 +6,9 @@ import json
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from iou_d2 import add_iou_config, load_config
+from iou_d2 import get_config
 from iou_d2.commands import refine as refine_detections
 from iou_d2.data.shapes import ShapesSpec, write_shapes
 
@@ -40,9 +39,7 @@ def data(tmp_path_factory):
     ]
     assert len(results) > 5
     (folder / "results.json").write_text(json.dumps(results))
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, CONFIG, ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "5"])
+    cfg = get_config(CONFIG, ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", "5"])
     torch.manual_seed(0)
     model = build_model(cfg)
     torch.nn.init.normal_(model.roi_heads.iou_branch.iou_pred.weight, std=0.2)

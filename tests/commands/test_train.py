@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor, default_argument_parser
 
 import train_net
-from iou_d2 import add_iou_config, load_config
+from iou_d2 import get_config
 
 CONFIG = "configs/quick/iou_retinanet_shapes.yaml"
 TINY = (
@@ -92,10 +91,8 @@ def test_class_names_are_stored_with_the_model(trained):
 
 def test_default_predictor_takes_the_saved_config(trained):
     folder, _ = trained
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(
-        cfg, str(folder / "config.yaml"), ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
+    cfg = get_config(
+        str(folder / "config.yaml"), ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
     )
     found = DefaultPredictor(cfg)(np.zeros((50, 70, 3), dtype=np.uint8))["instances"]
     assert found.image_size == (50, 70)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from iou_d2 import add_iou_config, load_config
+from iou_d2 import get_config
 from iou_d2.commands.convert import main as convert
 from iou_d2.engine.convert import translate
 
@@ -43,9 +42,7 @@ def model(golden, tmp_path):
         [theirs, ours, "--from", "mmdet", "--to", "detectron2"]
         + ["--config-file", CONFIG, "--opts", *SMALL]
     )
-    cfg = get_cfg()
-    add_iou_config(cfg)
-    load_config(cfg, CONFIG, SMALL)
+    cfg = get_config(CONFIG, SMALL)
     model = build_model(cfg)
     DetectionCheckpointer(model).load(ours)
     return model

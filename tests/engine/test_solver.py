@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from torch import nn
 
-from iou_d2 import add_iou_config
+from iou_d2 import get_config
 from iou_d2.engine.solver import build_solver
 
 
 def cfg_with(**solver):
-    cfg = get_cfg()
-    add_iou_config(cfg)
+    cfg = get_config()
     for key, value in solver.items():
         cfg.SOLVER[key] = value
     return cfg
