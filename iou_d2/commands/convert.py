@@ -88,8 +88,7 @@ def convert_names(path: str, tensors: dict, source: str, target: str) -> dict[st
 
 
 def read_config(config_file: str, overrides: list[str]) -> CfgNode:
-    cfg = get_config(config_file, overrides)
-    cfg.MODEL.DEVICE = "cpu"
+    cfg = get_config(config_file, [*overrides, "MODEL.DEVICE", "cpu"])
     if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT is RGB or BGR, but {config_file} has {cfg.INPUT.FORMAT}.")
     return cfg
