@@ -9,6 +9,8 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
+from iou_d2.config_files import find_config
+
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
@@ -32,9 +34,18 @@ class _DatasetNames(argparse.Action):
         namespace.more_opts = [*namespace.more_opts, *values[end:]]
 
 
+def _config_path(name: str) -> str:
+    try:
+        return find_config(name) if name else ""
+    except FileNotFoundError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --config (also --config-file), --train, --test and the KEY VALUE pairs to `parser`, which
-    has none of them yet. `config_of` reads them; call it last, for the pairs are positional.
+    has none of them yet. Call it last, for the pairs are positional.
+
+    The parsed `config_file` is a path, also where a name was given. `config_of` reads them all.
     """
     parser.set_defaults(more_opts=[])
     parser.add_argument(
@@ -42,6 +53,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         "--config-file",
         dest="config_file",
         default="",
+        type=_config_path,
         metavar="CONFIG",
         help="name of a config that comes with iou_d2, such as quick/vfnet_own_data, or a file",
     )

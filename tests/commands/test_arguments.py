@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import pytest
 from detectron2.config import get_cfg
@@ -22,6 +23,16 @@ def test_the_config_is_the_named_one_with_its_own_datasets(option):
     cfg = config_of(parse(option, CONFIG))
     assert "RetinaNet" in cfg.MODEL.META_ARCHITECTURE
     assert cfg.DATASETS.TRAIN == get_cfg().DATASETS.TRAIN
+
+
+def test_a_name_becomes_the_path_of_a_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = parse("--config", "quick/retinanet_own_data").config_file
+    assert path.endswith(CONFIG) and os.path.isfile(path)
+    with pytest.raises(SystemExit):
+        parse("--config", "quick/retinanet_own")
+    error = capsys.readouterr().err
+    assert "There is no config file quick/retinanet_own. The nearest of" in error
 
 
 @pytest.mark.parametrize(
