@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import platform
+
+import detectron2
+import torch
 import torch.distributed as dist
+import torchvision
 from detectron2.utils import comm
+
+from iou_d2 import __version__
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "detectron2": detectron2.__version__,
+        "iou_d2": __version__,
+    }
 
 
 def create_local_process_group(processes: int) -> None:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import platform
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-import detectron2
 import torch
-import torchvision
 from detectron2.config import CfgNode
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
-import iou_d2
 from iou_d2.config_files import config_folder
 from iou_d2.data.cleaning import write_text
+
+from .compat import versions
 
 
 def describe_run(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> dict:
@@ -100,19 +98,9 @@ def device_name(device: str) -> str:
     return f"{device}, {torch.get_num_threads()} threads"
 
 
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "detectron2": detectron2.__version__,
-        "iou_d2": iou_d2.__version__,
-    }
-
-
 def commit() -> str | None:
     """The commit of the checkout that iou_d2 is imported from; None for an installed package."""
-    root = Path(iou_d2.__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
