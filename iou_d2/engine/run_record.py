@@ -79,9 +79,11 @@ def earlier_records(path: Path) -> list[dict]:
     """The records in the file at `path`, oldest first; none where it is not there or is damaged."""
     try:
         last = json.loads(path.read_text(encoding="utf-8"))
-        return [*last.pop("earlier", []), last]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return []
+    if not isinstance(last, dict):
+        return []
+    return [*last.pop("earlier", []), last]
 
 
 def config_name(config_file: str) -> str:

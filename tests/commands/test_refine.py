@@ -113,3 +113,38 @@ def test_what_is_wrong_is_named(data, tmp_path):
     (data / "other.json").write_text(json.dumps(truth))
     with pytest.raises(ValueError, match="categor"):
         run(data, gt="other.json")
+
+
+def detections(*counts: int) -> list[dict]:
+    return [{"image_id": image} for image, count in enumerate(counts) for _ in range(count)]
+
+
+def test_images_cut_off_at_the_limit_of_detectron2_are_warned_of():
+    warning = refine_detections.cut_off_warning(detections(100, 3, 100))
+    assert warning.startswith("2 of 3 images have exactly 100 detections")
+    assert "TEST.DETECTIONS_PER_IMAGE -1" in warning
+    for counts in ((), (99, 3), (100, 101)):
+        assert refine_detections.cut_off_warning(detections(*counts)) is None
+
+
+def test_the_warning_is_printed(data, capsys):
+    results = json.loads((data / "results.json").read_text())
+    first = [result for result in results if result["image_id"] == results[0]["image_id"]]
+    cut = [first[i % len(first)] for i in range(100)]
+    (data / "cut.json").write_text(json.dumps(cut))
+    refine_detections.main(
+        [
+            *("--config-file", CONFIG, "--gt", str(data / "shapes/instances.json")),
+            *("--images", str(data / "shapes/images"), "--results", str(data / "cut.json")),
+            *("--output", str(data / "out/cut.json"), "MODEL.DEVICE", "cpu"),
+            *("MODEL.WEIGHTS", str(data / "model.pth")),
+        ]
+    )
+    assert "1 of 1 images have exactly 100 detections" in capsys.readouterr().err
+
+
+def test_help_says_how_results_are_to_be_made(capsys):
+    with pytest.raises(SystemExit):
+        refine_detections.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "NMS_THRESH_TEST, at 1.0" in text and "TEST.DETECTIONS_PER_IMAGE -1" in text

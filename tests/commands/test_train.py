@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import torch
 import yaml
 from detectron2.engine import DefaultPredictor
+from PIL import Image
 
 from command_line import CONFIG, TINY, command, metrics_of, run
 from iou_d2 import get_config
@@ -98,6 +102,71 @@ def test_a_killed_run_resumes_with_iteration_learning_rate_and_momentum(
     printed = run(environment, command("--resume", *arguments))
     assert f"Starting training from iteration {start}" in printed
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == start
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["outcome"] == "finished" and record["earlier"][0]["outcome"] is None
+
+
+def test_what_was_mended_stands_in_the_log_once(environment, tmp_path):
+    image = {"id": 1, "file_name": "a.png", "width": 64, "height": 64}
+    boxes = [[8, 8, 30, 30], [5, 5, 0, 9]]
+    truth = {
+        "images": [image],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 1, "bbox": box, "area": 9, "iscrowd": 0}
+            for i, box in enumerate(boxes, start=1)
+        ],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(truth))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    data = ("--train", f"coco:{tmp_path}/train.json", "--test", f"coco:{tmp_path}/train.json")
+    arguments = (*TINY, "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", str(tmp_path / "out"))
+    run(environment, command(*data, *arguments))
+    log = (tmp_path / "out/log.txt").read_text()
+    assert log.count("1 boxes without area were dropped") == 1
+    for line in ("Rank of current process", "Starting training from iteration 0"):
+        assert log.count(line) == 1
+    config = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert config["DATASETS"]["TRAIN"][0] == f"coco:{tmp_path}/train.json:{tmp_path}"
+
+
+def test_a_run_and_its_evaluation_are_recorded_apart(environment, tmp_path):
+    where = ("OUTPUT_DIR", str(tmp_path), "SEED", "3")
+    expected = ("TEST.EXPECTED_RESULTS", "[['bbox','AP',99,1]]")
+    run(environment, command(*TINY, "SOLVER.MAX_ITER", "2", *where, *expected), fails=True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["config"] == "quick/iou_retinanet_shapes" and record["seed"] == 3
+    assert record["train"] == ["shapes_train_12x64"] and record["test"] == ["shapes_val_6x64"]
+    assert record["overrides"][-2:] == list(expected) and record["outcome"] == "SystemExit: 1"
+    assert record["results"]["localization/detections"] is not None and record["seconds"] > 0
+
+    before = (tmp_path / "run.json").read_bytes()
+    weights = ("MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
+    run(environment, command("--eval-only", *TINY, *where, *weights))
+    assert (tmp_path / "run.json").read_bytes() == before
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["outcome"] == "finished"
+    assert evaluation["results"].keys() == record["results"].keys()
+
+
+@pytest.mark.parametrize("script", ["train_net.py", "demo.py"])
+def test_threads_are_told_how_to_wait_before_torch_is_loaded(script):
+    """GNU's OpenMP reads the variable when torch loads it."""
+    code = f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("GOMP_SPINCOUNT is", os.environ.get("GOMP_SPINCOUNT"))
+sys.meta_path.insert(0, Watch())
+sys.argv[1:] = ["--help"]
+exec(compile(open({script!r}).read(), {script!r}, "exec"))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    for given, used in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        printed = run({**environment, **given}, [sys.executable, "-c", code])
+        assert printed.splitlines()[0] == f"GOMP_SPINCOUNT is {used}"
+        assert "--config" in printed
 
 
 def test_a_non_finite_loss_names_iteration_loss_and_images(environment, tmp_path):

@@ -106,6 +106,32 @@ def test_registering_twice_gives_the_same_name(tmp_path, data):
     assert register_coco(file, tmp_path / "images", tmp_path) == name
 
 
+@pytest.mark.parametrize("folder", ["images", "."])
+def test_a_registered_file_is_not_read_again(tmp_path, data, folder):
+    file = write(tmp_path, data)
+    if folder == ".":
+        for image in (tmp_path / "images").iterdir():
+            image.rename(tmp_path / image.name)
+        (tmp_path / "images").rmdir()
+    name = register_coco(file, None, tmp_path)
+    file.write_text("no JSON")
+    assert register_coco(file, None, tmp_path) == name
+    assert register_coco(file, tmp_path / folder, tmp_path) == name
+
+
+def test_images_that_came_later_are_found_before_those_beside_the_file(tmp_path, data):
+    file = write(tmp_path, data)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    for image in (tmp_path / "elsewhere").iterdir():
+        (tmp_path / image.name).write_bytes(image.read_bytes())
+    assert register_coco(file, None, tmp_path) == f"coco:{file}:{tmp_path}"
+    (tmp_path / "images").mkdir()
+    assert register_coco(file, None, tmp_path) == f"coco:{file}:{tmp_path}"
+    (tmp_path / "images").rmdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "images")
+    assert register_coco(file, None, tmp_path) == f"coco:{file}:{tmp_path / 'images'}"
+
+
 def test_unused_categories_are_kept(tmp_path, data):
     data["annotations"] = []
     name = register_coco(write(tmp_path, data), None, tmp_path)
