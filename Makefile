@@ -1,6 +1,7 @@
-# demo, test, lint and bench each set up what they need, and are quick when nothing changed.
+# demo, test, lint, bench and wheel-check each set up what they need, and are quick when nothing changed.
 #   make demo          train a detector, evaluate it, draw pictures into output/demo
 #   make test          run the tests
+#   make wheel-check   build the wheel, install it elsewhere and train there
 #   make DETECTRON2=git demo    with upstream's main branch in place of Detectron2 0.5
 
 DETECTRON2 ?= release
@@ -12,14 +13,11 @@ DEMO := output/demo
 RUN := output/iou_retinanet_shapes
 SHAPES_VAL := $(or $(DETECTRON2_DATASETS),datasets)/shapes/shapes_val_400x128
 
-# GCC's OpenMP threads spin for milliseconds while they wait, which stalls all where cores are few.
-export GOMP_SPINCOUNT ?= 10000
-
-.PHONY: demo test lint bench cuda-compile clean
+.PHONY: demo test lint bench cuda-compile wheel-check clean
 .DELETE_ON_ERROR:
 
 # Without its stamp an environment is half made, so it is made anew: that repairs any interruption.
-$(VENV)/installed: requirements.txt tools/install_detectron2.py
+$(VENV)/installed: requirements.txt iou_d2/commands/install_detectron2.py
 	@echo "Setting up $(VENV): two to three minutes and 6 GB of disk."
 	test -e $@ || $(BASE_PYTHON) -m venv --clear $(VENV)
 	rm -f $@ $(VENV)/built
@@ -34,9 +32,9 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard iou_d2/layer
 
 demo: $(VENV)/built
 	$(PYTHON) train_net.py --config-file configs/quick/iou_retinanet_shapes.yaml OUTPUT_DIR $(RUN)
-	$(PYTHON) -m iou_d2.commands.draw --gt $(SHAPES_VAL)/instances.json --images $(SHAPES_VAL)/images \
+	$(PYTHON) -m iou_d2 draw --gt $(SHAPES_VAL)/instances.json --images $(SHAPES_VAL)/images \
 		--results $(RUN)/inference/coco_instances_results.json --output $(DEMO)
-	$(PYTHON) -m iou_d2.commands.analyze --gt $(SHAPES_VAL)/instances.json \
+	$(PYTHON) -m iou_d2 analyze --gt $(SHAPES_VAL)/instances.json \
 		--results $(RUN)/inference/coco_instances_results.json --output $(DEMO)
 	@echo "The model and its figures are in $(RUN), the pictures in $(DEMO)."
 
@@ -58,6 +56,10 @@ cuda-compile: $(VENV)/installed
 		echo "There is no nvcc in $(CUDA_HOME)/bin, so the CUDA sources are NOT compiled."; \
 	fi
 
+wheel-check: $(VENV)/built
+	tools/check_wheel.sh $(abspath $(PYTHON))
+
+bench: export GOMP_SPINCOUNT ?= 10000  # as the commands do, see iou_d2/commands/threads.py
 bench: $(VENV)/built
 	for script in benchmarks/*.py; do $(PYTHON) $$script || exit 1; done
 

@@ -1,22 +1,51 @@
 """Builds iou_d2 with its one compiled module, for the CPU and, where a toolkit is found, CUDA.
 
 FORCE_CUDA=1 demands the CUDA kernels, FORCE_CUDA=0 leaves them out; TORCH_CUDA_ARCH_LIST names the
-GPUs to build for.
+GPUs to build for. Where nothing can be compiled, or with IOU_D2_NO_EXTENSION=1, PrRoI pooling runs
+on plain tensor operations instead. All other metadata is in pyproject.toml.
 """
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from setuptools import find_packages, setup
-from torch.utils import cpp_extension
+import setuptools
+from setuptools import errors, find_packages, setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"iou_d2 needs setuptools 77 or newer to be built, and this is {setuptools.__version__}. "
+        "Run `pip install 'setuptools>=77,<82'` (torch asks for less than 82)."
+    )
+
+NO_EXTENSION = os.environ.get("IOU_D2_NO_EXTENSION", "0") not in ("", "0")
+if not NO_EXTENSION:
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"iou_d2 is compiled for the torch of its environment, and there is none ({error}). "
+            "Install torch first, and then iou_d2 with `pip install --no-build-isolation`; or set "
+            "IOU_D2_NO_EXTENSION=1."
+        )
 
 CSRC = "iou_d2/layers/csrc/"
 SOURCES = [CSRC + "prroi_pool.cpp", CSRC + "prroi_pool_cpu.cpp"]
 CUDA_SOURCES = [CSRC + "prroi_pool_cuda.cu"]
 # Without a GPU to ask, torch would build for all that it knows. T4, A100, RTX 30, H100, newer.
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"
+# Of setuptools, of torch where ninja fails, and of both where a compiler cannot be run.
+BUILD_ERRORS = (
+    errors.CompileError,
+    errors.LinkError,
+    errors.PlatformError,
+    RuntimeError,
+    OSError,
+    subprocess.SubprocessError,
+)
 
 
 def why_no_cuda():
@@ -71,27 +100,45 @@ def extension():
     )
 
 
+def build_ext():
+    """The class of the command that compiles, and goes on without where that fails."""
+
+    class BuildOrWarn(cpp_extension.BuildExtension):
+        def build_extensions(self):
+            try:
+                self.check_compiler()
+                super().build_extensions()
+            except BUILD_ERRORS as error:
+                if os.environ.get("FORCE_CUDA") == "1":
+                    raise
+                self.go_without(error)
+
+        def check_compiler(self):
+            """torch and ninja say of a missing compiler no more than a traceback."""
+            if self.compiler.compiler_type != "unix":
+                return
+            for compiler in (cpp_extension.get_cxx_compiler(), self.compiler.compiler_so[0]):
+                if shutil.which(compiler) is None:
+                    raise errors.CompileError(f"there is no compiler {compiler}")
+
+        def go_without(self, error):
+            for extension in self.extensions:
+                # What an earlier build left would be installed.
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+            self.extensions = []
+            print(
+                f"WARNING: the operator of iou_d2 could not be compiled ({error}). PrRoI pooling "
+                "will use plain tensor operations, which are slow and need much memory.",
+                file=sys.stderr,
+            )
+
+    return BuildOrWarn
+
+
 setup(
-    name="iou_d2",
-    version="0.1.0",
-    description="Detectors that know how well their boxes fit, for Detectron2",
-    license="Apache-2.0",
-    python_requires=">=3.9",
-    packages=find_packages(include=["iou_d2", "iou_d2.*"]),
-    # torch, torchvision and Detectron2 come in builds that only the user can choose.
-    install_requires=["numpy", "fvcore", "pycocotools", "matplotlib"],
-    extras_require={
-        "eval": ["faster-coco-eval"],
-        "dev": [
-            "pytest",
-            "pytest-timeout",
-            "hypothesis",
-            "ruff",
-            "onnx",
-            "onnxscript",
-            "onnxruntime",
-        ],
-    },
-    ext_modules=[extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    # The configs lie beside the package in a checkout and in it when it is installed.
+    packages=[*find_packages(include=["iou_d2", "iou_d2.*"]), "iou_d2.configs"],
+    package_dir={"iou_d2.configs": "configs"},
+    ext_modules=[] if NO_EXTENSION else [extension()],
+    cmdclass={} if NO_EXTENSION else {"build_ext": build_ext()},
 )

@@ -11,6 +11,8 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from . import backbones, detectors  # noqa: F401  (for what they register)
+from .config_files import find_config
 from .old_keys import register_old_keys, rename_old_keys
 
 
@@ -168,24 +170,28 @@ def get_config(config_file: str | os.PathLike = "", overrides: Sequence[str] = (
     """Detectron2's defaults, the keys of iou_d2, `config_file` and KEY VALUE `overrides`, each over
     what stands before it; on the CPU where CUDA is asked for and is not there.
 
-    Raises what `load_config` does.
+    `config_file` is a path, or the name of a config that comes with iou_d2, such as
+    "quick/vfnet_own_data". Raises what `load_config` does.
     """
     cfg = get_cfg()
     add_iou_config(cfg)
-    load_config(cfg, os.fspath(config_file), overrides)
+    load_config(cfg, config_file, overrides)
     use_available_device(cfg)
     return cfg
 
 
-def load_config(cfg: CfgNode, config_file: str, overrides: Sequence[str] = ()) -> None:
-    """Merge `config_file` (may be empty) and then KEY VALUE `overrides` into `cfg`, in place.
+def load_config(
+    cfg: CfgNode, config_file: str | os.PathLike, overrides: Sequence[str] = ()
+) -> None:
+    """Merge `config_file` (a path, a name as in `get_config`, or empty) and then KEY VALUE
+    `overrides` into `cfg`, in place.
 
     Raises:
         FileNotFoundError, ValueError, KeyError: sentences that name the file and the key; an
             unknown key comes with the nearest valid one.
     """
     if config_file:
-        _merge_file(cfg, config_file)
+        _merge_file(cfg, find_config(config_file))
 
     if len(overrides) % 2:
         raise ValueError(f"Overrides are pairs of KEY VALUE, but {list(overrides)} has no pairs.")
@@ -225,8 +231,6 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
 
 def _read_yaml(cfg: CfgNode, config_file: str) -> dict:
     """The content of `config_file` over that of its bases."""
-    if not os.path.isfile(config_file):
-        raise FileNotFoundError(f"There is no config file {config_file}.")
     try:
         # Detectron2's own configs compute anchor sizes with !!python tags, which are "unsafe".
         content = cfg.load_yaml_with_base(config_file, allow_unsafe=True)

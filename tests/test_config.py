@@ -77,10 +77,37 @@ def test_a_wrong_file_is_named(tmp_path, text, sentence):
 
 
 def test_a_missing_file_and_a_lonely_key_are_named():
-    with pytest.raises(FileNotFoundError, match="no config file nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match="no config file nowhere.yaml. The nearest of"):
         load("nowhere.yaml")
     with pytest.raises(ValueError, match="SOLVER.BASE_LR"):
         load("", "SOLVER.BASE_LR")
+
+
+@pytest.mark.parametrize("name", ["quick/vfnet_own_data", "quick/vfnet_own_data.yaml"])
+def test_a_name_finds_the_config_that_comes_with_iou_d2(tmp_path, monkeypatch, name):
+    want = load("configs/quick/vfnet_own_data.yaml").dump()
+    monkeypatch.chdir(tmp_path)
+    assert load(name).dump() == want
+    (tmp_path / "quick").mkdir()
+    (tmp_path / name).write_text("SEED: 3")  # a file wins over a name
+    assert load(name).SEED == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("configs/quick/vfnet_own_data.yaml", "but one .* give its name, quick/vfnet_own_data.$"),
+        ("/x/configs/vfnet_R_50_FPN_1x", "but one .* give its name, vfnet_R_50_FPN_1x.$"),
+        ("vfnet_own_data", "The nearest of .*: quick/vfnet_own_data,"),
+        ("quick", "The nearest of .*: quick/"),
+        ("../configs/quick", "The nearest of .*: quick/"),
+    ],
+)
+def test_an_unknown_name_comes_with_the_nearest(tmp_path, monkeypatch, name, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"^There is no config file {name}.*{sentence}"):
+        load(name)
 
 
 def test_a_saved_config_loads_again(tmp_path):

@@ -48,7 +48,7 @@ def draw_pair(
     return beside(draw(truth, truth_labels), draw(found, found_labels))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder for the pictures")
     parser.add_argument("--number", type=int, default=12, help="pictures, spread over the set")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     coco = COCO(arguments.gt)
     categories = {

@@ -39,12 +39,12 @@ def row(run: Path) -> list[str]:
     return [run.resolve().name, str(config["SEED"]), *values]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
-    runs = parser.parse_args().runs
+    runs = parser.parse_args(argv).runs
     names = ["r class score", "r confidence", "r predicted IoU"]
     headers = ["run", "seed", *AP_KEYS, *names]
     print(tabulate([row(run) for run in runs], headers, "github", disable_numparse=True))

@@ -12,6 +12,7 @@ R RoIs, P x Q bins.
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -21,15 +22,20 @@ try:
     import iou_d2._C  # noqa: F401  (registers the operators)
 
     HAS_EXTENSION = True
-except ModuleNotFoundError as error:
-    if error.name != "iou_d2._C":
-        raise
+except ImportError as error:
+    # Not there, or compiled for another torch, whose symbols it does not find.
     HAS_EXTENSION = False
+    _REASON = str(error)
+
+
+@functools.cache
+def _warn_of_slowness() -> None:
     warnings.warn(
-        "iou_d2 was installed without its compiled operator: PrRoI pooling uses plain tensor "
-        "operations, which are slow and need much memory. Run "
-        "`pip install --no-build-isolation -e .` to compile it.",
-        stacklevel=2,
+        "iou_d2 runs without its compiled operator: PrRoI pooling uses plain tensor operations, "
+        f"which are slow and need much memory ({_REASON}). Installing iou_d2 from its source with "
+        "`pip install -v --no-build-isolation --no-cache-dir --no-deps --force-reinstall` compiles "
+        "it for this torch, or says why not.",
+        stacklevel=3,
     )
 
 
@@ -64,8 +70,11 @@ def prroi_pool(
         RuntimeError: on a second derivative.
     """
     height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
-    if HAS_EXTENSION and not torch.onnx.is_in_onnx_export():
+    exporting = torch.onnx.is_in_onnx_export()
+    if HAS_EXTENSION and not exporting:
         return torch.ops.iou_d2.prroi_pool(features, rois, spatial_scale, height, width, aligned)
+    if not exporting:
+        _warn_of_slowness()
     return prroi_pool_reference(features, rois, (height, width), spatial_scale, aligned)
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from install_detectron2 import NO_C_MODULE, Replacement, mend
+from iou_d2.commands.install_detectron2 import NO_C_MODULE, Replacement, mend
 
 SCRIPT = "tools/install_detectron2.py"
 

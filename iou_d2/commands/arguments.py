@@ -1,0 +1,86 @@
+"""The arguments by which commands take a config: --config, --train, --test and KEY VALUE pairs.
+
+Needs no torch until `config_of` reads the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+
+from iou_d2.config_files import find_config
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+# A config key where a name of a dataset could stand: words in capitals joined by dots, or one of
+# the keys that lie in no node.
+_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD|CUDNN_BENCHMARK")
+
+
+class _DatasetNames(argparse.Action):
+    """Collects the names of datasets; what begins with a config key goes to `more_opts`.
+
+    argparse gives an option with several values all that follows, and so the KEY VALUE pairs too.
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        keys = [index for index, value in enumerate(values) if _KEY.fullmatch(value)]
+        end = keys[0] if keys else len(values)
+        if end == 0:
+            parser.error(f"{option_string} takes names of datasets, but {values[0]} is a key.")
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *values[:end]])
+        namespace.more_opts = [*namespace.more_opts, *values[end:]]
+
+
+def _config_path(name: str) -> str:
+    try:
+        return find_config(name) if name else ""
+    except FileNotFoundError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --config (also --config-file), --train, --test and the KEY VALUE pairs to `parser`, which
+    has none of them yet. Call it last, for the pairs are positional.
+
+    The parsed `config_file` is a path, also where a name was given. `config_of` reads them all.
+    """
+    parser.set_defaults(more_opts=[])
+    parser.add_argument(
+        "--config",
+        "--config-file",
+        dest="config_file",
+        default="",
+        type=_config_path,
+        metavar="CONFIG",
+        help="name of a config that comes with iou_d2, such as quick/vfnet_own_data, or a file",
+    )
+    for option, key in (("--train", "DATASETS.TRAIN"), ("--test", "DATASETS.TEST")):
+        parser.add_argument(
+            option,
+            nargs="+",
+            action=_DatasetNames,
+            metavar="DATASET",
+            help=f"one or more names in place of {key}, such as coco:instances.json",
+        )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
+    )
+
+
+def config_of(args: argparse.Namespace) -> CfgNode:
+    """The config that the arguments of `add_config_arguments` name. --train and --test win over
+    DATASETS.TRAIN and DATASETS.TEST among the pairs.
+
+    Raises what `iou_d2.get_config` does.
+    """
+    from iou_d2 import get_config
+
+    cfg = get_config(args.config_file, [*args.more_opts, *args.opts])
+    if args.train:
+        cfg.DATASETS.TRAIN = tuple(args.train)
+    if args.test:
+        cfg.DATASETS.TEST = tuple(args.test)
+    return cfg

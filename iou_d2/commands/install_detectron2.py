@@ -1,0 +1,187 @@
+"""Give this Python environment a Detectron2.
+
+An importable Detectron2 (upstream main, your own build) is left alone. Otherwise the Python part of
+Detectron2 0.5 is taken from PyPI (the sdist detectron2-cdo, checked by sha256), mended for current
+NumPy, Pillow, setuptools and torch and for the absence of compiled operators, and installed as a
+pure-Python wheel named detectron2. With --git, upstream main is built from its repository instead.
+
+    iou-d2 install-detectron2 [--git]
+
+Needs pip, and torch where Detectron2 is built; neither Detectron2 nor anything else of iou_d2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+SDIST = "detectron2-cdo==0.5"
+SDIST_SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
+UPSTREAM = "https://github.com/facebookresearch/detectron2"
+
+
+class Replacement(NamedTuple):
+    """`old` becomes `new` in `file`, at exactly `count` places."""
+
+    file: str
+    old: str
+    new: str
+    count: int
+
+
+NO_C = "from detectron2 import _no_C as _C"
+REPLACEMENTS = [
+    # NumPy 1.24 took the aliases of Python's own types away.
+    Replacement("data/build.py", "np.int)", "int)", 1),
+    Replacement("data/build.py", "np.int\n", "int\n", 1),
+    Replacement("data/datasets/pascal_voc.py", "np.str)", "str)", 1),
+    Replacement("evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", 2),
+    Replacement("evaluation/sem_seg_evaluation.py", "np.int)", "int)", 2),
+    Replacement("evaluation/sem_seg_evaluation.py", "np.float)", "float)", 5),
+    Replacement("structures/masks.py", "np.bool)", "bool)", 2),
+    Replacement("utils/video_visualizer.py", "np.bool)", "bool)", 1),
+    Replacement("utils/visualizer.py", "np.bool)", "bool)", 3),
+    # Pillow 10 took Image.LINEAR away.
+    Replacement("data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR", 1),
+    # setuptools 82 took pkg_resources away.
+    Replacement("model_zoo/model_zoo.py", "import pkg_resources\n", "", 1),
+    Replacement(
+        "model_zoo/model_zoo.py",
+        "pkg_resources.resource_filename(\n"
+        '        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
+        'os.path.join(os.path.dirname(__file__), "configs", config_path)',
+        1,
+    ),
+    # torch 2 has no Caffe2, and wants the indexing of meshgrid in words.
+    Replacement("export/__init__.py", "from .api import *\n", "", 1),
+    Replacement(
+        "modeling/anchor_generator.py",
+        "torch.meshgrid(shifts_y, shifts_x)",
+        'torch.meshgrid(shifts_y, shifts_x, indexing="ij")',
+        1,
+    ),
+    # The sdist has no C++ sources.
+    Replacement("evaluation/fast_eval_api.py", "from detectron2 import _C", NO_C, 1),
+    Replacement("layers/deform_conv.py", "from detectron2 import _C", NO_C, 1),
+    Replacement("layers/roi_align_rotated.py", "from detectron2 import _C", NO_C, 1),
+    Replacement("layers/rotated_boxes.py", "from detectron2 import _C", NO_C, 1),
+]
+
+NO_C_MODULE = f'''"""Stands where the compiled operators would be: each raises when it is called."""
+
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def missing(*args, **kwargs):
+        raise RuntimeError(
+            f"detectron2._C.{{name}} is a compiled operator, and this Detectron2 0.5 was installed "
+            "without them. Detectron2 main, from {UPSTREAM}, builds them."
+        )
+
+    return missing
+'''
+
+WHEEL_SETUP = """
+from setuptools import find_packages, setup
+
+setup(
+    name="detectron2",
+    version="0.5",
+    packages=find_packages(include=["detectron2*"]),
+    package_data={"detectron2.model_zoo": ["configs/**/*.yaml", "configs/**/*.py", "configs/*.*"]},
+    license_files=["LICENSE"],
+    install_requires=[
+        "Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8",
+        "tabulate", "cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore>=0.1.5,<0.1.6",
+        "iopath>=0.1.7,<0.1.10", "omegaconf>=2.1", "hydra-core>=1.1",
+    ],
+)
+"""
+
+
+def mend(package: Path, replacements: list[Replacement]) -> None:
+    """Apply `replacements` under `package`; another number of places than expected stops."""
+    for file, old, new, count in replacements:
+        path = package / file
+        text = path.read_text()
+        found = text.count(old)
+        if found != count:
+            sys.exit(
+                f"{file} of {SDIST} has {old!r} at {found} places where {count} were expected, so "
+                "nothing was installed."
+            )
+        path.write_text(text.replace(old, new))
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
+
+
+def installed_detectron2() -> str | None:
+    """Describe the Detectron2 of this environment, None where there is none; a broken one stops."""
+    probe = (
+        "import importlib.util as u, sys\n"
+        "if u.find_spec('detectron2') is None: sys.exit(3)\n"
+        "import detectron2.engine as e, detectron2 as d\n"
+        "print(d.__version__, 'at', d.__path__[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    if done.returncode == 3:
+        return None
+    if done.returncode != 0:
+        sys.exit(
+            f"The Detectron2 of this environment does not import:\n{done.stderr}"
+            "Remove it (pip uninstall detectron2) or mend it, and run this again."
+        )
+    return done.stdout.strip().splitlines()[-1]
+
+
+def install_release(work: Path) -> None:
+    """Download, check, mend, build and install Detectron2 0.5 in the empty folder `work`."""
+    wanted = work / "sdist.txt"
+    wanted.write_text(f"{SDIST} --hash=sha256:{SDIST_SHA256}\n")
+    # pip checks the hash before it runs any of the sdist; setup.py needs the torch that is here.
+    flags = ["--no-deps", "--no-build-isolation", "--no-binary=:all:", "--require-hashes"]
+    pip("download", "--quiet", *flags, "-r", str(wanted), "-d", str(work))
+
+    with tarfile.open(next(work.glob("*.tar.gz"))) as archive:
+        archive.extractall(work, filter="data")
+    source = next(path for path in work.iterdir() if path.is_dir())
+    package = source / "detectron2"
+    mend(package, REPLACEMENTS)
+    (package / "_no_C.py").write_text(NO_C_MODULE)
+    (source / "setup.py").write_text(WHEEL_SETUP)
+
+    build = ["--no-deps", "--no-build-isolation", "--no-cache-dir"]
+    pip("wheel", "--quiet", *build, "-w", str(work), str(source))
+    pip("install", "--quiet", str(next(work.glob("detectron2-*.whl"))))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--git", action="store_true", help="build upstream main instead of 0.5")
+    arguments = parser.parse_args(argv)
+
+    present = installed_detectron2()
+    if present is not None:
+        print(f"Detectron2 {present} is left as it is.")
+        return
+    if arguments.git:
+        pip("install", "--no-build-isolation", f"git+{UPSTREAM}")
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            install_release(Path(work))
+    print(f"Installed Detectron2 {installed_detectron2()}.")
+
+
+if __name__ == "__main__":
+    main()
