@@ -18,13 +18,8 @@ from tabulate import tabulate
 from torchvision.ops import batched_nms
 
 from common import build, in_turn, machine
-from iou_d2.detectors.iou_net_inference import (
-    GradientAscent,
-    GuidedNMS,
-    PlainNMS,
-    Postprocessor,
-    predict_ious,
-)
+from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor, predict_ious
+from iou_d2.detectors.iou_net_nms import GuidedNMS, PlainNMS
 from iou_d2.ops.jitter import jittered_boxes
 from iou_d2.ops.nms import iou_guided_nms
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from iou_d2 import get_config
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import register_dataset
-from iou_d2.detectors.iou_net_inference import GradientAscent, PlainNMS, Postprocessor
+from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
+from iou_d2.detectors.iou_net_nms import PlainNMS
 from iou_d2.ops.boxes import aligned_iou
 from iou_d2.ops.jitter import jittered_boxes
 

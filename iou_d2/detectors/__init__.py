@@ -3,6 +3,7 @@
 from . import (  # noqa: F401
     faster_rcnn,
     iou_net,
+    iou_retinanet,
     point_detector,
     retinanet,
     unitbox,

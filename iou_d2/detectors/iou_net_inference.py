@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from iou_d2.ops.nms import iou_guided_nms, soft_nms
 from iou_d2.ops.refine import leave_inference_mode, refine_boxes
 
 from .dense import first, part_named
+from .iou_net_nms import NMS, build_nms
 
 
 def select_boxes(
@@ -47,80 +46,6 @@ def select_boxes(
         scores=probabilities[row, classes],
         pred_classes=classes,
     )
-
-
-# (class scores, predicted IoUs), each (R,), -> (R,): what ranks candidates in IoU-guided NMS.
-Ranking = Callable[[Tensor, Tensor], Tensor]
-
-
-def rank_by_iou(scores: Tensor, ious: Tensor) -> Tensor:
-    """Algorithm 1."""
-    return ious
-
-
-def rank_by_product(scores: Tensor, ious: Tensor) -> Tensor:
-    return scores * ious.clamp(min=0)
-
-
-class NMS(Protocol):
-    """Which candidates of one image are kept, and their new scores."""
-
-    # Whether candidates must have `pred_ious`.
-    needs_ious: bool
-
-    def __call__(self, candidates: Instances) -> tuple[Tensor, Tensor]:
-        """R candidates -> the indices (S,) of the kept ones in any order, their scores (S,)."""
-
-
-@dataclass(frozen=True)
-class PlainNMS:
-    """Detectron2's; an IoU over `threshold` suppresses."""
-
-    threshold: float
-    needs_ious = False
-
-    def __call__(self, candidates: Instances) -> tuple[Tensor, Tensor]:
-        boxes, scores = candidates.pred_boxes.tensor, candidates.scores
-        keep = batched_nms(boxes, scores, candidates.pred_classes, self.threshold)
-        return keep, scores[keep]
-
-
-@dataclass(frozen=True)
-class GuidedNMS:
-    """IoU-guided NMS by the rank of `ranking`, or of class scores where it is None."""
-
-    threshold: float
-    ranking: Ranking | None = rank_by_iou
-
-    @property
-    def needs_ious(self) -> bool:
-        return self.ranking is not None
-
-    def __call__(self, candidates: Instances) -> tuple[Tensor, Tensor]:
-        scores = ranks = candidates.scores
-        if self.ranking is not None:
-            ranks = self.ranking(scores, candidates.pred_ious)
-        return iou_guided_nms(
-            candidates.pred_boxes.tensor, scores, ranks, candidates.pred_classes, self.threshold
-        )
-
-
-@dataclass(frozen=True)
-class SoftNMS:
-    """Soft-NMS, "linear" over `threshold` or "gaussian": see `soft_nms`."""
-
-    method: str
-    threshold: float
-    needs_ious = False
-
-    def __call__(self, candidates: Instances) -> tuple[Tensor, Tensor]:
-        return soft_nms(
-            candidates.pred_boxes.tensor,
-            candidates.scores,
-            candidates.pred_classes,
-            self.method,
-            threshold=self.threshold,
-        )
 
 
 # Replaces the `pred_boxes` of the detections of N images by what the box head makes of them.
@@ -293,24 +218,11 @@ class Postprocessor:
 def build_postprocessor(cfg) -> Postprocessor:
     """The Postprocessor that MODEL.IOU_NET asks for."""
     return Postprocessor(
-        nms=_build_nms(cfg),
+        nms=build_nms(cfg),
         max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
         refiner=_build_refiner(cfg.MODEL.IOU_NET),
         score_times_iou=cfg.MODEL.IOU_NET.SCORE_TIMES_IOU,
     )
-
-
-def _build_nms(cfg) -> NMS:
-    node, threshold = cfg.MODEL.IOU_NET, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST
-    rankings = {"iou": rank_by_iou, "score": None, "product": rank_by_product}
-    ranking = part_named(rankings, node.RANK_BY, "MODEL.IOU_NET.RANK_BY")
-    parts = {
-        "plain": PlainNMS(threshold),
-        "guided": GuidedNMS(threshold, ranking),
-        "soft_linear": SoftNMS("linear", threshold),
-        "soft_gaussian": SoftNMS("gaussian", threshold),
-    }
-    return part_named(parts, node.NMS, "MODEL.IOU_NET.NMS")
 
 
 def _build_refiner(node) -> Refiner | None:

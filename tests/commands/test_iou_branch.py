@@ -10,7 +10,8 @@ from detectron2.structures import Boxes, Instances
 from iou_d2 import get_config
 from iou_d2.commands import iou_branch
 from iou_d2.data.shapes import ShapesSpec, write_shapes
-from iou_d2.detectors.iou_net_inference import PlainNMS, Postprocessor
+from iou_d2.detectors.iou_net_inference import Postprocessor
+from iou_d2.detectors.iou_net_nms import PlainNMS
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from iou_d2.detectors.iou_net import IOU_CODES
+from iou_d2.detectors.iou_branch import IOU_CODES
 from iou_d2.detectors.pooler import use_prroi_pool
 from iou_d2.engine.compat import spawn_cpu
 

@@ -7,14 +7,16 @@ from detectron2.structures import Boxes, Instances
 
 from iou_d2.detectors.iou_net_inference import (
     GradientAscent,
-    GuidedNMS,
     IteratedRegression,
-    PlainNMS,
     Postprocessor,
+    select_boxes,
+)
+from iou_d2.detectors.iou_net_nms import (
+    GuidedNMS,
+    PlainNMS,
     SoftNMS,
     rank_by_iou,
     rank_by_product,
-    select_boxes,
 )
 
 SIZES = [(80, 120), (100, 60)]
