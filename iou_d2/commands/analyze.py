@@ -79,7 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     print(tabulate(table.items(), ["metric", "%"], "pipe", floatfmt=".2f"))
     print()
     correlations = localization_table(records, args.min_iou)
-    rows = [(name, f"{value:.4g}") for name, value in correlations.items()]
+    rows = [
+        (name, str(value) if isinstance(value, int) else f"{value:.4g}")
+        for name, value in correlations.items()
+    ]
     print(tabulate(rows, [f"IoU > {args.min_iou:g}", ""], "pipe", disable_numparse=True))
 
     output = Path(args.output)

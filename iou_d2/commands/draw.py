@@ -15,6 +15,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from iou_d2.analysis import load_json
+from iou_d2.commands.detect import unlike_names
 from iou_d2.detectors.visualize import detection_label, draw_boxes
 
 
@@ -72,15 +73,18 @@ def main(argv: list[str] | None = None) -> None:
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     ids = sorted(coco.getImgIds())
-    for image_id in ids[:: max(1, len(ids) // arguments.number)][: arguments.number]:
-        name = coco.loadImgs(image_id)[0]["file_name"]
+    ids = ids[:: max(1, len(ids) // arguments.number)][: arguments.number]
+    names = [image["file_name"] for image in coco.loadImgs(ids)]
+    pictures = unlike_names([f"{Path(name).stem}.png" for name in names])
+    for image_id, name, picture in zip(ids, names, pictures):
         image = cv2.imread(str(arguments.images / name))
         if image is None:
             raise ValueError(f"{arguments.images / name} cannot be read as an image.")
         truth = coco.loadAnns(coco.getAnnIds(image_id))
         best_last = sorted(found[image_id], key=lambda record: record["score"])
         drawn = draw_pair(image, truth, best_last, categories)
-        cv2.imwrite(str(arguments.output / f"{Path(name).stem}.png"), drawn)
+        if not cv2.imwrite(str(arguments.output / picture), drawn):
+            raise OSError(f"The picture {arguments.output / picture} cannot be written.")
     print(f"Pictures of ground truth (left) and predictions (right) are in {arguments.output}.")
 
 

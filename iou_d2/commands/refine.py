@@ -7,8 +7,10 @@
 
 Reads and writes COCO results, and prints AP before and after. Everything in MODEL.IOU_NET can be
 switched at the end of the command line, such as MODEL.IOU_NET.NMS plain; MODEL.ROI_HEADS has
-SCORE_THRESH_TEST and NMS_THRESH_TEST. IoU-guided NMS can only do its work on results that no NMS
-has thinned out: make them with MODEL.ROI_HEADS.NMS_THRESH_TEST 1.0 (arXiv 1807.11590, Table 1).
+SCORE_THRESH_TEST and NMS_THRESH_TEST. IoU-guided NMS can only do its work on results that nothing
+has thinned out: make them with the NMS threshold of the detector, such as
+MODEL.ROI_HEADS.NMS_THRESH_TEST, at 1.0 (arXiv 1807.11590, Table 1) and with
+TEST.DETECTIONS_PER_IMAGE -1.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 
 import torch
 import tqdm
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
@@ -40,6 +43,21 @@ METRICS = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
 def read_json(path: str):
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+def cut_off_warning(results: list[dict]) -> str | None:
+    """A sentence where images hold as many detections as Detectron2 leaves by default; None where
+    none does, and where one holds more, so that nothing was cut off there."""
+    limit = get_cfg().TEST.DETECTIONS_PER_IMAGE
+    counts = Counter(result["image_id"] for result in results)
+    if not counts or max(counts.values()) != limit:
+        return None
+    full = sum(count == limit for count in counts.values())
+    return (
+        f"{full} of {len(counts)} images have exactly {limit} detections, the default of "
+        "TEST.DETECTIONS_PER_IMAGE, and none has more: others were cut off, it seems. Make the "
+        "results with TEST.DETECTIONS_PER_IMAGE -1."
+    )
 
 
 def setup(config_file: str, overrides: list[str], class_names: list[str]) -> CfgNode:
@@ -142,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config", "--config-file", required=True, dest="config_file")
     parser.add_argument("--gt", required=True, metavar="FILE", help="ground truth, COCO JSON")
     parser.add_argument("--images", required=True, metavar="FOLDER")
     parser.add_argument("--results", required=True, metavar="FILE", help="COCO results to refine")
@@ -151,6 +169,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     truth, results = read_json(args.gt), read_json(args.results)
+    warning = cut_off_warning(results)
+    if warning:
+        print(warning, file=sys.stderr)
     categories = sorted(truth["categories"], key=lambda category: category["id"])
     names = [category["name"] for category in categories]
     before = summarize_ap(coco_precision(truth, results), names)  # also checks the ids

@@ -38,10 +38,13 @@ def register_coco(json_file: Path, image_folder: Path | None, clean_dir: Path) -
         FileNotFoundError: the JSON or images that it lists are not there.
         ValueError: the JSON is broken or contradicts itself.
     """
+    registered = _registered_name(json_file, image_folder)
+    if registered is not None:
+        return registered
     data = read_coco(json_file)
     if image_folder is None:
         image_folder = _find_image_folder(json_file, data["images"])
-    name = f"coco:{json_file}:{image_folder}"
+    name = _name(json_file, image_folder)
     if name in DatasetCatalog:
         return name
     images = [str(image_folder / image["file_name"]) for image in data["images"]]
@@ -157,8 +160,30 @@ def _parse(json_file: Path) -> Any:
         raise ValueError(f"{json_file} is not UTF-8 text: {error}.") from error
 
 
+def _name(json_file: Path, image_folder: Path) -> str:
+    return f"coco:{json_file}:{image_folder}"
+
+
+def _registered_name(json_file: Path, image_folder: Path | None) -> str | None:
+    """The name under which the file is registered with these images, found without reading it.
+
+    None if it is not registered, or where only its content tells which images it is about.
+    """
+    folders = _image_folders(json_file) if image_folder is None else [image_folder]
+    for folder in folders:
+        if _name(json_file, folder) in DatasetCatalog:
+            return _name(json_file, folder)
+        if folder.is_dir():  # the images may lie here
+            return None
+    return None
+
+
+def _image_folders(json_file: Path) -> list[Path]:
+    return [json_file.parent / "images", json_file.parent]
+
+
 def _find_image_folder(json_file: Path, images: Sequence[dict]) -> Path:
-    candidates = [json_file.parent / "images", json_file.parent]
+    candidates = _image_folders(json_file)
     first = images[0]["file_name"]
     for folder in candidates:
         if (folder / first).is_file():

@@ -1,4 +1,7 @@
-"""Detectors, heads and proposal generators, which register themselves by name."""
+"""Detectors, heads and proposal generators, which register themselves by name, as the backbones do
+of which configs build them."""
+
+from iou_d2 import backbones  # noqa: F401
 
 from . import (  # noqa: F401
     faster_rcnn,

@@ -50,10 +50,10 @@ class Array:
 
 
 def make_array(data: bytes | str, dtype: Dtype, shape: tuple = (), order: str = "C") -> np.ndarray:
-    """An array of numbers; `shape` and the length of `data` have to fit."""
+    """An array of numbers that can be written to; `shape` and the length of `data` have to fit."""
     if isinstance(data, str):  # bytes of Python 2
         data = data.encode("latin1")
-    return np.frombuffer(data, np.dtype(dtype.code)).reshape(shape, order=order)
+    return np.frombuffer(data, np.dtype(dtype.code)).reshape(shape, order=order).copy()
 
 
 # NumPy pickles arrays and scalars as calls of these, which NumPy 2 has in `numpy._core`.

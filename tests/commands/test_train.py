@@ -1,72 +1,21 @@
-"""train_net.py and demo.py as a user runs them: in their own processes, on a set of 12 images."""
+"""train_net.py as a user runs it: in a process of its own, on a set of 12 images."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
-import sys
 import time
 
-import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
-from detectron2.engine import DefaultPredictor, default_argument_parser
+from detectron2.engine import DefaultPredictor
 
-import train_net
+from command_line import CONFIG, TINY, command, metrics_of, run
 from iou_d2 import get_config
-
-CONFIG = "configs/quick/iou_retinanet_shapes.yaml"
-TINY = (
-    *("DATASETS.TRAIN", "('shapes_train_12x64',)", "DATASETS.TEST", "('shapes_val_6x64',)"),
-    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
-    *("DATALOADER.NUM_WORKERS", "0", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "2"),
-    *("SOLVER.BASE_LR", "0.01", "TEST.EXPECTED_RESULTS", "[]"),
-)
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    datasets = tmp_path_factory.mktemp("datasets")
-    return {
-        **os.environ,
-        "DETECTRON2_DATASETS": str(datasets),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.getcwd(),
-    }
-
-
-def command(*arguments: str, script: str = "train_net.py") -> list[str]:
-    return [sys.executable, script, "--config-file", CONFIG, *arguments]
-
-
-def run(environment, *arguments: str, script: str = "train_net.py", fails: bool = False) -> str:
-    done = subprocess.run(
-        command(*arguments, script=script),
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert (done.returncode != 0) == fails, done.stdout[-4000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def trained(environment, tmp_path_factory):
-    """A run of 4 iterations: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("run")
-    printed = run(environment, *TINY, "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", str(folder))
-    return folder, printed
-
-
-def metrics_of(folder) -> dict:
-    lines = (folder / "metrics.json").read_text().splitlines()
-    return {name: value for line in lines for name, value in json.loads(line).items()}
+from iou_d2.commands import train
+from iou_d2.engine.trainer import Trainer
 
 
 def test_training_leaves_what_detectron2_users_expect(trained):
@@ -102,7 +51,7 @@ def test_default_predictor_takes_the_saved_config(trained):
 def test_eval_only_repeats_the_figures_of_training(environment, trained, tmp_path):
     folder, _ = trained
     arguments = ("--eval-only", *TINY, "MODEL.WEIGHTS", str(folder / "model_final.pth"))
-    run(environment, *arguments, "OUTPUT_DIR", str(tmp_path))
+    run(environment, command(*arguments, "OUTPUT_DIR", str(tmp_path)))
     figures = metrics_of(tmp_path)
     assert figures.keys() >= {"bbox/AP", "bbox/AP90", "localization/pearson_confidence"}
     for name, value in figures.items():
@@ -131,8 +80,8 @@ def test_a_killed_run_resumes_with_iteration_learning_rate_and_momentum(
     (tmp_path / "model_9999999.pth.unfinished").write_bytes(b"half")
 
     monkeypatch.setenv("DETECTRON2_DATASETS", environment["DETECTRON2_DATASETS"])
-    parsed = default_argument_parser().parse_args(["--config-file", CONFIG, *arguments])
-    trainer = train_net.Trainer(train_net.setup(parsed))
+    parsed = train.make_parser().parse_args(["--config-file", CONFIG, *arguments])
+    trainer = Trainer(train.setup(parsed))
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == start
     assert trainer.scheduler.last_epoch == start
@@ -146,7 +95,7 @@ def test_a_killed_run_resumes_with_iteration_learning_rate_and_momentum(
         assert old[index]["momentum_buffer"].abs().sum() > 0
 
     arguments += ("SOLVER.MAX_ITER", str(start + 1), "DATASETS.TEST", "()")
-    printed = run(environment, "--resume", *arguments)
+    printed = run(environment, command("--resume", *arguments))
     assert f"Starting training from iteration {start}" in printed
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == start
 
@@ -154,7 +103,7 @@ def test_a_killed_run_resumes_with_iteration_learning_rate_and_momentum(
 def test_a_non_finite_loss_names_iteration_loss_and_images(environment, tmp_path):
     arguments = (*TINY, "SOLVER.MAX_ITER", "20", "SOLVER.BASE_LR", "1e30")
     arguments += ("SOLVER.CLIP_GRADIENTS.ENABLED", "False", "SOLVER.WARMUP_ITERS", "0")
-    printed = run(environment, *arguments, "OUTPUT_DIR", str(tmp_path), fails=True)
+    printed = run(environment, command(*arguments, "OUTPUT_DIR", str(tmp_path)), fails=True)
     sentence = next(line for line in printed.splitlines() if "FloatingPointError: At it" in line)
     assert "At iteration 1 the losses {'loss_" in sentence
     assert "are not finite, for the images with the ids [" in sentence
@@ -162,53 +111,6 @@ def test_a_non_finite_loss_names_iteration_loss_and_images(environment, tmp_path
 
 def test_a_typo_fails_before_anything_is_made(environment, tmp_path):
     arguments = ("OUTPUT_DIR", str(tmp_path / "out"), "SOLVER.MAX_ITERS", "3")
-    printed = run(environment, *TINY, *arguments, fails=True)
+    printed = run(environment, command(*TINY, *arguments), fails=True)
     assert "The nearest valid key is SOLVER.MAX_ITER." in printed
     assert not (tmp_path / "out").exists()
-
-
-def demo(environment, folder, source: list[str], output, fails: bool = False) -> str:
-    weights = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
-    arguments = (*source, "--output", str(output), "--confidence-threshold", "0", *weights)
-    return run(environment, *arguments, "INPUT.MIN_SIZE_TEST", "64", script="demo.py", fails=fails)
-
-
-def test_demo_draws_folders_and_globs_and_names_classes(environment, trained, tmp_path):
-    folder, _ = trained
-    for name in ("a/x.png", "b/x.png", "c/y.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        cv2.imwrite(str(tmp_path / name), np.full((48, 64, 3), 90, dtype=np.uint8))
-    source = ["--input", str(tmp_path / "a"), str(tmp_path / "b/x.png"), str(tmp_path / "c/*.jpg")]
-    demo(environment, folder, source, tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "x.png", "x_2.png", "y.jpg", "detections.json"
-    }  # fmt: skip
-    records = json.loads((tmp_path / "out/detections.json").read_text())
-    assert [r["height"] for r in records] == [48, 48, 48]
-    names = yaml.safe_load((folder / "config.yaml").read_text())["MODEL"]["CLASS_NAMES"]
-    for detection in (d for record in records for d in record["detections"]):
-        assert detection["class"] in names and 0 <= detection["pred_iou"] <= 1
-
-
-def test_demo_draws_a_video(environment, trained, tmp_path):
-    folder, _ = trained
-    path = str(tmp_path / "in.avi")
-    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
-    for value in (0, 100, 200):
-        writer.write(np.full((48, 64, 3), value, dtype=np.uint8))
-    writer.release()
-    demo(environment, folder, ["--video-input", path], tmp_path / "out")
-    assert len(json.loads((tmp_path / "out/detections.json").read_text())) == 3
-    drawn = cv2.VideoCapture(str(tmp_path / "out/in.mp4"))
-    assert int(drawn.get(cv2.CAP_PROP_FRAME_COUNT)) == 3
-
-
-def test_demo_names_what_it_cannot_read(environment, trained, tmp_path):
-    folder, _ = trained
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    for source, sentence in (
-        (["--input", str(tmp_path / "none*.png")], "none*.png names no image."),
-        (["--input", str(tmp_path / "broken.png")], "broken.png cannot be read as an image"),
-        (["--video-input", str(tmp_path / "broken.png")], "broken.png"),
-    ):
-        assert sentence in demo(environment, folder, source, tmp_path / "out", fails=True)

@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from iou_d2.detectors.iou_branch import IOU_CODES
 from iou_d2.detectors.pooler import use_prroi_pool
-from iou_d2.engine.compat import spawn_cpu
+from processes import spawn_cpu
 
 IOU_NET = "configs/quick/iou_net_shapes.yaml"
 STANDALONE = "configs/quick/iou_net_standalone_shapes.yaml"

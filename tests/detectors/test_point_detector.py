@@ -10,8 +10,8 @@ from detectron2.utils.events import EventStorage
 
 from iou_d2.detectors.point_detector import centerness_quality, iou_quality
 from iou_d2.detectors.point_heads import exp_distances
-from iou_d2.engine.compat import spawn_cpu
 from iou_d2.ops.box_losses import KINDS
+from processes import spawn_cpu
 
 NAMES = ("vfnet", "vfnet_star", "vfnet_vfl", "vfnet_raw", "atss", "atss_iou", "fcos")
 CONFIGS = {name: f"configs/{name}_R_50_FPN_1x.yaml" for name in NAMES}

@@ -12,8 +12,8 @@ from detectron2.utils.events import EventStorage
 
 from iou_d2.detectors.iou_retinanet import IOU_LOSSES, confidence
 from iou_d2.detectors.retinanet import AnchorPrediction
-from iou_d2.engine.compat import spawn_cpu
 from iou_d2.ops.box_losses import KINDS
+from processes import spawn_cpu
 
 IOU_AWARE = "configs/iou_retinanet_R_50_FPN_1x.yaml"
 PLAIN = "configs/retinanet_R_50_FPN_1x.yaml"

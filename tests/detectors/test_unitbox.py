@@ -14,7 +14,7 @@ from torch import nn
 from iou_d2.detectors.dense import DenseNMS
 from iou_d2.detectors.unitbox import REGIONS, UnitBoxHead, assign_pixels
 from iou_d2.detectors.unitbox_inference import EllipseFit, PixelNMS
-from iou_d2.engine.compat import spawn_cpu
+from processes import spawn_cpu
 
 QUICK = "configs/quick/unitbox_shapes.yaml"
 VGG = "configs/unitbox_vgg16_faces.yaml"

@@ -7,8 +7,8 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
-from iou_d2.engine.compat import spawn_cpu
 from iou_d2.evaluation import COCOLocalizationEvaluator
+from processes import spawn_cpu
 from random_coco import make_random_coco
 
 

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
+import copy
+import pickle
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from iou_d2.engine import compat
-from iou_d2.engine.compat import AtomicCheckpointer, ResumableTrainer
+from iou_d2.engine import checkpoint
+from iou_d2.engine.checkpoint import AtomicCheckpointer, ReadCheckpointer
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
 
 
 def test_a_checkpoint_holds_model_parts_and_extras(tmp_path):
@@ -31,7 +39,7 @@ def test_a_crash_while_writing_leaves_the_good_checkpoint(tmp_path, monkeypatch)
         file.write(good[: len(good) // 2])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(compat.torch, "save", die_half_way)
+    monkeypatch.setattr(checkpoint.torch, "save", die_half_way)
     for name in ("model_1", "model_2"):
         with pytest.raises(OSError, match="No space left"):
             checkpointer.save(name)
@@ -46,21 +54,21 @@ def test_nothing_is_saved_where_no_folder_is_given(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_optimizer_of_other_parameters_is_refused_with_a_way_out():
-    trainer = ResumableTrainer.__new__(ResumableTrainer)
-    trainer._hooks = []
-    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    one_group = torch.optim.SGD(weights, lr=0.1)
-    two_groups = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=0.1)
-    trainer._trainer = SimpleNamespace(optimizer=one_group)
-    with pytest.raises(ValueError, match="Detectron2 version .* that began the run"):
-        trainer.load_state_dict(
-            {"iteration": 3, "_trainer": {"optimizer": two_groups.state_dict()}}
-        )
-
-
-def test_a_checkpoint_without_optimizer_is_refused_with_a_way_out():
-    trainer = ResumableTrainer.__new__(ResumableTrainer)
-    trainer._hooks = []
-    with pytest.raises(KeyError, match="holds no optimizer state.*MODEL.WEIGHTS"):
-        trainer.load_state_dict({"iteration": 3})
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_was_read_is_loaded_as_detectron2_loads_the_file(tmp_path, name, wrapped):
+    """Detectron2 is the oracle, also for a .pkl that it takes for one of Caffe2."""
+    source, ours, theirs = (Backbone() for _ in range(3))
+    weights = source.state_dict()
+    if name.endswith(".pkl"):
+        weights = {key: value.numpy() for key, value in weights.items()}
+    content = {"model": weights, "__author__": "somebody"} if wrapped else weights
+    if name.endswith(".pkl"):
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, tmp_path / name)
+    DetectionCheckpointer(theirs).load(str(tmp_path / name))
+    ReadCheckpointer(ours, copy.deepcopy(content)).load(str(tmp_path / name))
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value)
+    assert torch.equal(ours.conv.weight, source.conv.weight)

@@ -1,0 +1,136 @@
+"""demo.py as a user runs it, and what `iou-d2 detect` makes of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from command_line import command, run
+from iou_d2 import get_config
+from iou_d2.commands import detect
+
+
+def demo(environment, folder, source: list[str], output, fails: bool = False) -> str:
+    weights = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
+    arguments = (*source, "--output", str(output), "--confidence-threshold", "0", *weights)
+    arguments = (*arguments, "INPUT.MIN_SIZE_TEST", "64")
+    return run(environment, command(*arguments, script="demo.py"), fails=fails)
+
+
+def test_demo_draws_folders_and_globs_and_names_classes(environment, trained, tmp_path):
+    folder, _ = trained
+    for name in ("a/x.png", "b/x.png", "c/y.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), np.full((48, 64, 3), 90, dtype=np.uint8))
+    source = ["--input", str(tmp_path / "a"), str(tmp_path / "b/x.png"), str(tmp_path / "c/*.jpg")]
+    demo(environment, folder, source, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "x.png", "x_2.png", "y.jpg", "detections.json"
+    }  # fmt: skip
+    records = json.loads((tmp_path / "out/detections.json").read_text())
+    assert [r["height"] for r in records] == [48, 48, 48]
+    names = yaml.safe_load((folder / "config.yaml").read_text())["MODEL"]["CLASS_NAMES"]
+    for detection in (d for record in records for d in record["detections"]):
+        assert detection["class"] in names and 0 <= detection["pred_iou"] <= 1
+
+
+def test_demo_draws_a_video(environment, trained, tmp_path):
+    folder, _ = trained
+    path = str(tmp_path / "in.avi")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    for value in (0, 100, 200):
+        writer.write(np.full((48, 64, 3), value, dtype=np.uint8))
+    writer.release()
+    demo(environment, folder, ["--video-input", path], tmp_path / "out")
+    assert len(json.loads((tmp_path / "out/detections.json").read_text())) == 3
+    drawn = cv2.VideoCapture(str(tmp_path / "out/in.mp4"))
+    assert int(drawn.get(cv2.CAP_PROP_FRAME_COUNT)) == 3
+
+
+def test_demo_names_what_it_cannot_read(environment, trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for source, sentence in (
+        (["--input", str(tmp_path / "none*.png")], "none*.png names no image."),
+        (["--input", str(tmp_path / "broken.png")], "broken.png cannot be read as an image"),
+        (["--video-input", str(tmp_path / "broken.png")], "broken.png"),
+    ):
+        assert sentence in demo(environment, folder, source, tmp_path / "out", fails=True)
+
+
+CLASSES = ["cat", "dog", "cow"]
+SMALL = (
+    *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "8", "MODEL.FPN.OUT_CHANNELS", "64"),
+    *("MODEL.RETINANET.NUM_CLASSES", "3", "INPUT.MIN_SIZE_TEST", "64"),
+    *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"),
+)
+CONFIG = "configs/quick/retinanet_shapes.yaml"
+
+
+@pytest.fixture
+def state():
+    """The weights of a RetinaNet of three classes."""
+    torch.manual_seed(0)
+    return detect.DefaultPredictor(get_config(CONFIG, SMALL)).model.state_dict()
+
+
+def write(path, content) -> str:
+    if path.suffix == ".pth":
+        torch.save(content, path)
+    else:
+        arrays = {name: weight.numpy() for name, weight in content["model"].items()}
+        path.write_bytes(pickle.dumps({**content, "model": arrays}))
+    return str(path)
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array")
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
+def test_one_read_of_the_checkpoint_gives_names_and_weights(tmp_path, monkeypatch, state, name):
+    content = {"model": state, "__author__": "iou_d2", "class_names": CLASSES}
+    weights = write(tmp_path / name, content)
+    cfg, checkpoint = detect.setup(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights])
+    assert cfg.MODEL.CLASS_NAMES == CLASSES
+    for reader in (torch, pickle):
+        monkeypatch.setattr(reader, "load", None)
+    demo = detect.Demo(cfg, checkpoint, 0.0)
+    loaded = demo.predictor.model.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    _, detections = demo(np.full((64, 64, 3), 90, dtype=np.uint8))
+    assert detections and {d["class"] for d in detections} <= set(CLASSES)
+
+
+def test_classes_without_names_are_called_by_their_number(tmp_path):
+    config, overrides = "configs/quick/unitbox_shapes.yaml", ["MODEL.DEVICE", "cpu"]
+    torch.manual_seed(0)
+    model = detect.DefaultPredictor(get_config(config, overrides)).model
+    weights = write(tmp_path / "model.pth", {"model": model.state_dict()})
+    cfg, checkpoint = detect.setup(config, [*overrides, "MODEL.WEIGHTS", weights])
+    demo = detect.Demo(cfg, checkpoint, 0.0)
+    assert [demo.class_name(index) for index in range(2)] == ["class 0", "class 1"]
+
+
+def test_the_number_of_names_is_that_of_the_heads(tmp_path, state):
+    weights = write(tmp_path / "model.pth", {"model": state, "class_names": CLASSES})
+    cfg, _ = detect.setup("configs/quick/unitbox_shapes.yaml", ["MODEL.WEIGHTS", weights])
+    numbers = [cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES]
+    assert numbers == [3, 3]
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    weights = tmp_path / "model.pkl"
+    weights.write_bytes(pickle.dumps({"model": {}, "class_names": print}))
+    with pytest.raises(ValueError, match="is refused, and nothing in it was run"):
+        detect.setup(CONFIG, ["MODEL.WEIGHTS", str(weights)])
+
+
+def test_equal_names_are_told_apart():
+    names = ["x.png", "x.png", "x_2.png", "y.png", "x.jpg"]
+    assert detect.unlike_names(names) == ["x.png", "x_2.png", "x_2_2.png", "y.png", "x.jpg"]
