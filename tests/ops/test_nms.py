@@ -123,7 +123,7 @@ def test_ordinary_boxes_are_kept_as_torchvision_keeps_them(device, count):
 @pytest.mark.parametrize(
     "names", [(0, 1, 2), (-2, -1, 0), (7, 581929, 2**60), (0, 2**24, -(2**24))]
 )
-@pytest.mark.parametrize("shift", [0, -33, -(2**18), 2**20])
+@pytest.mark.parametrize("shift", [0, -18, -(2**18), 2**20])
 def test_classes_never_meet_wherever_boxes_lie_and_whatever_classes_are_called(
     device, names, shift
 ):
