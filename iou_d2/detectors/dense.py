@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from detectron2.layers import batched_nms
 from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
+
+from iou_d2.ops.nms import batched_nms
 
 from .visualize import is_time_to_draw, visualize_training
 
@@ -204,7 +205,6 @@ class DenseNMS:
         """Candidates of all levels of one image -> its detections, best first. Candidates whose
         box is not finite are left out."""
         candidates = Instances.cat(list(levels))
-        candidates = candidates[candidates.pred_boxes.tensor.isfinite().all(dim=1)]
         classes = candidates.pred_classes
         keep = batched_nms(
             candidates.pred_boxes.tensor,

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from detectron2.layers import batched_nms
 from detectron2.structures import Instances
 from torch import Tensor
 
-from iou_d2.ops.nms import iou_guided_nms, soft_nms
+from iou_d2.ops.nms import batched_nms, iou_guided_nms, soft_nms
 
 from .dense import part_named
 
@@ -42,7 +41,7 @@ class NMS(Protocol):
 
 @dataclass(frozen=True)
 class PlainNMS:
-    """Detectron2's; an IoU over `threshold` suppresses."""
+    """By class score; an IoU over `threshold` suppresses."""
 
     threshold: float
     needs_ious = False

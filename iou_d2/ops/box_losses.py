@@ -62,7 +62,8 @@ def box_iou_loss(boxes: Tensor, targets: Tensor, kind: str) -> Tensor:
     if kind == "iou":
         return 1 - aligned_iou(boxes, targets)
     if kind == "unitbox":
-        return -aligned_iou(boxes, targets).clamp(min=MIN_IOU).log()
+        iou = aligned_iou(boxes, targets)
+        return -torch.where(iou < MIN_IOU, MIN_IOU, iou).log()  # `clamp` treats ties by version
     if kind == "giou":
         return generalized_box_iou_loss(boxes, targets)
     if kind == "diou":
