@@ -59,7 +59,8 @@ cuda-compile: $(VENV)/installed
 wheel-check: $(VENV)/built
 	tools/check_wheel.sh $(abspath $(PYTHON))
 
-bench: export GOMP_SPINCOUNT ?= 10000  # as the commands do, see iou_d2/commands/threads.py
+# As the commands do: iou_d2/commands/threads.py says why.
+bench: export GOMP_SPINCOUNT ?= 10000
 bench: $(VENV)/built
 	for script in benchmarks/*.py; do $(PYTHON) $$script || exit 1; done
 

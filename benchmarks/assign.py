@@ -22,7 +22,8 @@ from tabulate import tabulate
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from iou_d2.ops.assign import ATSSAssigner, FCOSAssigner, level_points
+from iou_d2.ops.assign import ATSSAssigner, FCOSAssigner
+from iou_d2.ops.points import PointGrid
 
 STRIDES = (8, 16, 32, 64, 128)
 HEIGHT, WIDTH = 800, 1333
@@ -86,9 +87,9 @@ def megabytes(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def peak_memory(assign, features: list[Tensor], boxes: Tensor, offset: float) -> float:
+def peak_memory(assign, features: list[Tensor], boxes: Tensor, grid: PointGrid) -> float:
     """MB of one call; for a process of its own, whose allocator holds nothing back yet."""
-    points = level_points(features, STRIDES, offset)
+    points = grid(features)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
     before = megabytes("VmRSS")
     assign(points, STRIDES, boxes)
@@ -114,12 +115,13 @@ def main() -> None:
 
     features, boxes = random_image(arguments.objects, arguments.largest)
     rows = []
-    for name, assigner, dense in (
-        ("ATSS", ATSSAssigner(), dense_atss),
-        ("FCOS", FCOSAssigner(), dense_fcos),
-        ("FCOS, centers", FCOSAssigner(center_sampling_radius=1.5), dense_fcos),
+    corners, middles = PointGrid(STRIDES, 0.0), PointGrid(STRIDES, 0.5)
+    for name, assigner, grid, dense in (
+        ("ATSS", ATSSAssigner(), corners, dense_atss),
+        ("FCOS", FCOSAssigner(), middles, dense_fcos),
+        ("FCOS, centers", FCOSAssigner(center_sampling_radius=1.5), middles, dense_fcos),
     ):
-        points = level_points(features, STRIDES, assigner.point_offset)
+        points = grid(features)
         ways = {f"{name}, dense": partial(dense, assigner), name: assigner}
         expected, found = (way(points, STRIDES, boxes) for way in ways.values())
         assert torch.equal(found, expected), f"{name} assigns unlike the dense way."
@@ -130,7 +132,7 @@ def main() -> None:
         for (label, way), measured in zip(ways.items(), zip(*times)):
             wall, processor = zip(*measured)
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                memory = pool.apply(peak_memory, (way, features, boxes, assigner.point_offset))
+                memory = pool.apply(peak_memory, (way, features, boxes, grid))
             rows.append([label, min(wall), statistics.median(wall), min(processor), memory])
     print(
         f"{arguments.objects} objects, {sum(map(len, points))} points, torch {torch.__version__}, "

@@ -9,44 +9,27 @@ image; refinement moves 100 boxes by 5 steps without an early stop, which is the
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torchvision.ops import batched_nms
 
-from iou_d2 import get_config
-from iou_d2.detectors.iou_net_inference import Postprocessor
+from common import build, in_turn, machine
+from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor, predict_ious
+from iou_d2.detectors.iou_net_nms import GuidedNMS, PlainNMS
 from iou_d2.ops.jitter import jittered_boxes
 from iou_d2.ops.nms import iou_guided_nms
 
 DETECTIONS, CANDIDATES = 100, 1000
 
 
-def build(config_file: str):
-    cfg = get_config(config_file, ["MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"])
-    torch.manual_seed(0)
-    return build_model(cfg).eval()
-
-
 def medians(parts: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each part; the first round is not counted."""
-    times = {name: [] for name in parts}
-    for _ in range(rounds + 1):
-        for name, function in parts.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+    """Median milliseconds of each part."""
+    times = in_turn(parts, rounds)
+    return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
 def random_boxes(count: int, height: int, width: int, objects: int = 0) -> torch.Tensor:
@@ -88,10 +71,9 @@ def nms_table(rounds: int, device: str) -> str:
 def model_table(model, height: int, width: int, rounds: int) -> str:
     image = {"image": torch.randint(256, (3, height, width), dtype=torch.uint8)}
     heads, branch = model.roi_heads, model.roi_heads.iou_branch
-    plain = Postprocessor(nms="plain", refine_steps=0)
-    ascent = Postprocessor(refine_steps=5, early_stop=0.0, max_drop=-float("inf"))
-    features = model.backbone(model.preprocess_image([image]).tensor)
-    features = [features[name] for name in heads.box_in_features]
+    plain, guided = Postprocessor(PlainNMS(0.5)), Postprocessor(GuidedNMS(0.5))
+    ascent = GradientAscent(steps=5, early_stop=0.0, max_drop=-float("inf"))
+    features = heads.levels(model.backbone(model.preprocess_image([image]).tensor))
     size = features[0].shape[2] * 4, features[0].shape[3] * 4
 
     def instances(count: int) -> list[Instances]:
@@ -106,16 +88,16 @@ def model_table(model, height: int, width: int, rounds: int) -> str:
         images = model.preprocess_image([image])
         maps = model.backbone(images.tensor)
         proposals, _ = model.proposal_generator(images, maps, None)
-        heads._regress(maps, proposals)
+        heads.regress(maps, proposals)
 
     detections, candidates = instances(DETECTIONS), instances(CANDIDATES)
     gt = random_boxes(8, *size).to(model.device)
     parts = {
         "forward of the detector, without its NMS": forward,
-        f"plain NMS, {CANDIDATES} boxes": lambda: plain._suppress(candidates[0]),
-        f"IoU-guided NMS, {CANDIDATES} boxes": lambda: ascent._suppress(candidates[0]),
-        f"predicted IoU, {CANDIDATES} boxes": lambda: ascent._predict(candidates, branch, features),
-        f"refinement, {DETECTIONS} boxes": lambda: ascent._ascend(detections, branch, features),
+        f"plain NMS, {CANDIDATES} boxes": lambda: plain.suppress(candidates[0]),
+        f"IoU-guided NMS, {CANDIDATES} boxes": lambda: guided.suppress(candidates[0]),
+        f"predicted IoU, {CANDIDATES} boxes": lambda: predict_ious(candidates, branch, features),
+        f"refinement, {DETECTIONS} boxes": lambda: ascent(detections, branch, features),
         "jittered boxes, 1000 of one image": lambda: jittered_boxes(
             gt, size, branch.offsets, per_gt=250, per_image=1000
         ),
@@ -136,12 +118,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
 
-    model = build(arguments.config)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    model = build(arguments.config, ["MODEL.RESNETS.NORM", "BN"]).eval()
     print(
-        f"{arguments.config}, {arguments.height} x {arguments.width} px, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{name or platform.machine()}, median of {arguments.rounds} rounds\n"
+        f"{arguments.config}, {arguments.height} x {arguments.width} px, {machine()}, "
+        f"median of {arguments.rounds} rounds\n"
     )
     print(model_table(model, arguments.height, arguments.width, arguments.rounds), flush=True)
     print()

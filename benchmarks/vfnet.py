@@ -13,90 +13,34 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import platform
 import resource
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
-from iou_d2 import get_config
+from common import (
+    build,
+    in_turn,
+    inference_runs,
+    machine,
+    random_batch,
+    training_runs,
+    training_step,
+)
 from iou_d2.detectors.vfnet import star_offsets
-from iou_d2.ops.assign import level_points
 
 BACKBONE = (
     *("MODEL.BACKBONE.NAME", "build_deformable_resnet_fpn_p6p7_backbone"),
-    *("MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.WEIGHTS", ""),
+    *("MODEL.RESNETS.STRIDE_IN_1X1", "False"),
 )
+CLASSES = 80
 CONFIGS = {
     "RetinaNet": "configs/retinanet_R_50_FPN_1x.yaml",
     "ATSS": "configs/atss_R_50_FPN_1x.yaml",
     "VFNet": "configs/vfnet_R_50_FPN_1x.yaml",
 }
-
-
-def build(config_file: str):
-    cfg = get_config(config_file, BACKBONE)
-    torch.manual_seed(0)
-    return build_model(cfg)
-
-
-def random_batch(height: int, width: int, objects: int = 8) -> list[dict]:
-    torch.manual_seed(0)
-    size = torch.tensor([width, height])
-    corner = torch.rand(objects, 2) * size * 0.6
-    truth = Instances((height, width))
-    truth.gt_boxes = Boxes(torch.cat([corner, corner + 0.05 * size + corner * 0.5], dim=1))
-    truth.gt_classes = torch.randint(80, (objects,))
-    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
-    return [{"image": image, "instances": truth, "height": height, "width": width}]
-
-
-def seconds(function: Callable) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def training_step(model, optimizer, batch: list[dict]) -> None:
-    with EventStorage():
-        losses = model(batch)
-    optimizer.zero_grad()
-    sum(losses.values()).backward()
-    optimizer.step()
-
-
-def in_turn(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round; a first round is not counted."""
-    times = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
-    return {name: values[1:] for name, values in times.items()}
-
-
-def training_runs(models: dict, batch: list[dict]) -> dict[str, Callable]:
-    def run(model):
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-        return lambda: training_step(model.train(), optimizer, batch)
-
-    return {name: run(model) for name, model in models.items()}
-
-
-def inference_runs(models: dict, batch: list[dict]) -> dict[str, Callable]:
-    def run(model):
-        return lambda: model.eval()(batch)
-
-    return {name: run(model) for name, model in models.items()}
 
 
 def parts_of_vfnet(model, batch: list[dict]) -> dict[str, Callable]:
@@ -105,9 +49,9 @@ def parts_of_vfnet(model, batch: list[dict]) -> dict[str, Callable]:
     channels = model.head.cls_star.weight.shape[1]
     features = [
         torch.randn(1, channels, -(-height // s), -(-width // s), device=model.device)
-        for s in model.strides
+        for s in model.grid.strides
     ]
-    points = level_points(features, model.strides, model.assigner.point_offset)
+    points = model.grid(features)
     truths = [x["instances"].to(model.device) for x in batch]
 
     def star_convolutions():
@@ -126,8 +70,9 @@ def parts_of_vfnet(model, batch: list[dict]) -> dict[str, Callable]:
 
 def peak_megabytes(config_file: str, size: tuple[int, int]) -> float:
     """Of a training step; on the CPU with what the process takes to start."""
-    model = build(config_file)
-    training_step(model.train(), torch.optim.SGD(model.parameters(), lr=1e-6), random_batch(*size))
+    model = build(config_file, BACKBONE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    training_step(model.train(), optimizer, random_batch(1, *size, CLASSES))
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -138,8 +83,8 @@ def table(size: tuple[int, int], rounds: int) -> None:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         peaks = [pool.apply(peak_megabytes, (path, size)) for path in CONFIGS.values()]
 
-    batch = random_batch(*size)
-    models = {name: build(config_file) for name, config_file in CONFIGS.items()}
+    batch = random_batch(1, *size, CLASSES)
+    models = {name: build(config_file, BACKBONE) for name, config_file in CONFIGS.items()}
     training = in_turn(training_runs(models, batch), rounds)
     with torch.no_grad():
         inference = in_turn(inference_runs(models, batch), rounds)
@@ -168,11 +113,7 @@ def main() -> None:
     parser.add_argument("--size", nargs="*", default=["480x640", "800x1333"], metavar="HxW")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{device or platform.machine()}, float32, 1 image, median of {arguments.rounds} rounds\n"
-    )
+    print(f"{machine()}, float32, 1 image, median of {arguments.rounds} rounds\n")
     for size in arguments.size:
         height, width = map(int, size.split("x"))
         table((height, width), arguments.rounds)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import yaml
@@ -12,6 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from . import backbones, detectors  # noqa: F401  (for what they register)
 from .config_files import find_config
+from .old_keys import register_old_keys, rename_old_keys
 
 
 def add_iou_config(cfg: CfgNode) -> None:
@@ -38,8 +40,9 @@ def add_iou_config(cfg: CfgNode) -> None:
 
     _add_box_losses(cfg)
     _add_iou_net(cfg)
-    _add_vfnet(cfg)
+    _add_point_detector(cfg)
     _add_unitbox(cfg)
+    register_old_keys(cfg)
 
 
 def _add_box_losses(cfg: CfgNode) -> None:
@@ -88,13 +91,13 @@ def _add_iou_net(cfg: CfgNode) -> None:
     node.SCORE_TIMES_IOU = False
 
 
-def _add_vfnet(cfg: CfgNode) -> None:
+def _add_point_detector(cfg: CfgNode) -> None:
     """VarifocalNet, arXiv 2008.13367, and its rivals ATSS (1912.02424) and FCOS (1904.01355).
 
     What every dense detector has is read from MODEL.RETINANET: IN_FEATURES, NUM_CLASSES, NUM_CONVS,
     PRIOR_PROB, SCORE_THRESH_TEST, TOPK_CANDIDATES_TEST, NMS_THRESH_TEST.
     """
-    cfg.MODEL.VFNET = node = CfgNode()
+    cfg.MODEL.POINT_DETECTOR = node = CfgNode()
     # "VFNetHead"; without refinement "StarHead"; without star convolutions "PointHead" and, with a
     # quality branch, "QualityHead" (ATSS, FCOS).
     node.HEAD = "VFNetHead"
@@ -111,9 +114,11 @@ def _add_vfnet(cfg: CfgNode) -> None:
     # FCOS: positive points lie within so many strides of an object's centre (1.5 in its authors'
     # later code), or anywhere in it with 0 (the paper, VarifocalNet's code).
     node.CENTER_SAMPLING_RADIUS = 0.0
-    # For each level the unit of distances, in pixels, which for FCOS is also the longest one that
-    # the level learns; the last level learns all longer ones.
-    node.REGRESS_RANGES = [64, 128, 256, 512, 1024]
+    # FCOS: the longest distance that each level learns, in pixels; the last one learns all longer
+    # ones, too.
+    node.MAX_DISTANCES = [64, 128, 256, 512, 1024]
+    # Pixels that a predicted distance of 1 means, for each level (VarifocalNet's code).
+    node.DISTANCE_UNITS = [64, 128, 256, 512, 1024]
     # Loss of the classes: "varifocal", "quality_focal" or "focal".
     node.CLS_LOSS = "varifocal"
     # What weighs the box losses and is learnt by class scores or by a quality branch: "iou" of the
@@ -130,14 +135,17 @@ def _add_vfnet(cfg: CfgNode) -> None:
 
 
 def _add_unitbox(cfg: CfgNode) -> None:
-    """UnitBox, arXiv 1608.01471, and the backbone of the paper."""
+    """UnitBox, arXiv 1608.01471, and the backbone of the paper.
+
+    What every dense detector has is read from MODEL.RETINANET: NUM_CLASSES, SCORE_THRESH_TEST,
+    TOPK_CANDIDATES_TEST (pixels a class), NMS_THRESH_TEST. Each class has a confidence map of its
+    own; the paper has faces alone.
+    """
     cfg.MODEL.VGG = CfgNode()
     # Features of VGG-16: "conv1" to "conv5" at strides 1 to 16, "pool1" to "pool5" at 2 to 32.
     cfg.MODEL.VGG.OUT_FEATURES = ["conv4", "conv5"]
 
     cfg.MODEL.UNITBOX = node = CfgNode()
-    # Each class has a confidence map of its own; the paper has faces alone.
-    node.NUM_CLASSES = 1
     # Features that the branches read: "after stage 4" and "after stage 5", of which the paper does
     # not say whether that is before pooling.
     node.CONFIDENCE_FEATURE = "conv4"
@@ -154,11 +162,6 @@ def _add_unitbox(cfg: CfgNode) -> None:
     # "nms" over the pixels whose confidence peaks (ours, the better one on faces and on shapes), or
     # "ellipses" fitted to the regions of confident pixels (the paper).
     node.INFERENCE = "nms"
-    # Of "nms": the least confidence of a detection, how many pixels a class go on to NMS, and the
-    # IoU over which it suppresses.
-    node.SCORE_THRESH_TEST = 0.05
-    node.TOPK_CANDIDATES_TEST = 1000
-    node.NMS_THRESH_TEST = 0.5
     # Of "ellipses": confidence over which a pixel belongs to a region. The paper gives none.
     node.REGION_THRESH_TEST = 0.5
 
@@ -188,17 +191,14 @@ def load_config(
             unknown key comes with the nearest valid one.
     """
     if config_file:
-        config_file = find_config(config_file)
-        _check_keys(cfg, _keys(_read_yaml(cfg, config_file)), config_file)
-        try:
-            cfg.merge_from_file(config_file)
-        except ValueError as error:
-            raise ValueError(f"{config_file} cannot be merged: {error}") from error
+        _merge_file(cfg, find_config(config_file))
 
     if len(overrides) % 2:
         raise ValueError(f"Overrides are pairs of KEY VALUE, but {list(overrides)} has no pairs.")
-    _check_keys(cfg, overrides[::2], "The command line")
-    cfg.merge_from_list(list(overrides))
+    values = dict(zip(overrides[::2], overrides[1::2]))
+    values = rename_old_keys(values, cfg.MODEL.META_ARCHITECTURE, "The command line")
+    _check_keys(cfg, values, "The command line")
+    cfg.merge_from_list([part for pair in values.items() for part in pair])
 
 
 def set_class_names(cfg: CfgNode, names: Sequence[str]) -> None:
@@ -206,7 +206,6 @@ def set_class_names(cfg: CfgNode, names: Sequence[str]) -> None:
     cfg.MODEL.CLASS_NAMES = list(names)
     cfg.MODEL.RETINANET.NUM_CLASSES = len(names)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
-    cfg.MODEL.UNITBOX.NUM_CLASSES = len(names)
 
 
 def use_available_device(cfg: CfgNode) -> None:
@@ -214,6 +213,20 @@ def use_available_device(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         print("CUDA is not available, so the model runs on the CPU.", flush=True)
         cfg.MODEL.DEVICE = "cpu"
+
+
+def _merge_file(cfg: CfgNode, config_file: str) -> None:
+    old = _flat(_read_yaml(cfg, config_file))
+    architecture = old.get("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
+    values = rename_old_keys(old, architecture, config_file)
+    _check_keys(cfg, values, config_file)
+    try:
+        if values.keys() == old.keys():
+            cfg.merge_from_file(config_file)
+        else:
+            cfg.merge_from_other_cfg(CfgNode(_nested(values)))
+    except ValueError as error:
+        raise ValueError(f"{config_file} cannot be merged: {error}") from error
 
 
 def _read_yaml(cfg: CfgNode, config_file: str) -> dict:
@@ -234,19 +247,31 @@ def _read_yaml(cfg: CfgNode, config_file: str) -> dict:
     return content
 
 
-def _keys(node: dict, prefix: str = "") -> list[str]:
-    """Dotted names of the values in `node`, such as "MODEL.RETINANET.NUM_CLASSES"."""
-    names = []
+def _flat(node: dict, prefix: str = "") -> dict[str, Any]:
+    """The values in `node` by dotted name, such as "MODEL.RETINANET.NUM_CLASSES"."""
+    values = {}
     for name, value in node.items():
         if isinstance(value, dict):
-            names += _keys(value, f"{prefix}{name}.")
+            values.update(_flat(value, f"{prefix}{name}."))
         else:
-            names.append(prefix + name)
-    return names
+            values[prefix + name] = value
+    return values
 
 
-def _check_keys(cfg: CfgNode, keys: Sequence[str], where: str) -> None:
-    valid = _keys(cfg)
+def _nested(values: dict[str, Any]) -> dict:
+    """The inverse of `_flat`."""
+    root = {}
+    for key, value in values.items():
+        *nodes, name = key.split(".")
+        node = root
+        for part in nodes:
+            node = node.setdefault(part, {})
+        node[name] = value
+    return root
+
+
+def _check_keys(cfg: CfgNode, keys: Iterable[str], where: str) -> None:
+    valid = list(_flat(cfg))
     for key in keys:
         if key not in valid:
             near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
-from torchvision.ops import batched_nms
 
 from iou_d2.analysis import (
     load_json,
@@ -26,6 +25,7 @@ from iou_d2.analysis import (
     read_records,
 )
 from iou_d2.evaluation import IOU_THRESHOLDS, ap_by_iou, coco_precision, summarize_ap
+from iou_d2.ops.nms import batched_nms
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

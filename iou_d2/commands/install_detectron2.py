@@ -7,12 +7,14 @@ pure-Python wheel named detectron2. With --git, upstream main is built from its 
 
     iou-d2 install-detectron2 [--git]
 
-Needs pip, and torch where Detectron2 is built; neither Detectron2 nor anything else of iou_d2.
+Needs torch and pip, and no other part of iou_d2.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import tarfile
@@ -22,6 +24,7 @@ from typing import NamedTuple
 
 SDIST = "detectron2-cdo==0.5"
 SDIST_SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
+SETUPTOOLS = "setuptools>=77,<82"  # 82 has no pkg_resources, which Detectron2 main imports
 UPSTREAM = "https://github.com/facebookresearch/detectron2"
 
 
@@ -121,7 +124,22 @@ def mend(package: Path, replacements: list[Replacement]) -> None:
 
 
 def pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments])
+    if done.returncode != 0:
+        sys.exit(f"`pip {arguments[0]}` failed, for the reason above: no Detectron2 was installed.")
+
+
+def prepare_build() -> None:
+    """Detectron2's setup.py needs torch, so it is built with the setuptools of this environment,
+    which has to know how wheels are made. Those of Python 3.9 to 3.11 do not."""
+    if importlib.util.find_spec("torch") is None:
+        sys.exit("Detectron2 needs torch, which is not installed. Install torch first.")
+    try:
+        major = int(importlib.metadata.version("setuptools").split(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        major = 0
+    if major < 77:
+        pip("install", "--quiet", SETUPTOOLS)
 
 
 def installed_detectron2() -> str | None:
@@ -175,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     if present is not None:
         print(f"Detectron2 {present} is left as it is.")
         return
+    prepare_build()
     if arguments.git:
         pip("install", "--no-build-isolation", f"git+{UPSTREAM}")
     else:

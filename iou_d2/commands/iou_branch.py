@@ -24,7 +24,8 @@ from torch import Tensor
 from iou_d2 import get_config
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import register_dataset
-from iou_d2.detectors.iou_net_inference import Postprocessor
+from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
+from iou_d2.detectors.iou_net_nms import PlainNMS
 from iou_d2.ops.boxes import aligned_iou
 from iou_d2.ops.jitter import jittered_boxes
 
@@ -54,9 +55,9 @@ def on_detected(
     heads, maps: dict[str, Tensor], proposals: list[Instances], truth: Instances
 ) -> Tensor:
     """Predicted and true IoU, and the true IoU after refinement, (R, 3) of an image's boxes."""
-    refine, heads.postprocessor = heads.postprocessor, Postprocessor(nms="plain", refine_steps=0)
-    (found,) = heads._forward_box(maps, proposals)
-    heads.postprocessor = refine
+    branch, levels = heads.iou_branch, heads.levels(maps)
+    plain = Postprocessor(PlainNMS(heads.postprocessor.nms.threshold))
+    (found,) = plain(heads.candidates(maps, proposals), branch, levels)
     same_class = found.pred_classes[:, None] == truth.gt_classes
     ious = pairwise_iou(found.pred_boxes, truth.gt_boxes) * same_class
     iou, object_ = ious.max(dim=1)
@@ -64,21 +65,25 @@ def on_detected(
     found, matched = found[keep], truth.gt_boxes.tensor[object_[keep]]
     before = [found.pred_ious, iou[keep]]
     if len(found):
-        refine._ascend([found], heads.iou_branch, [maps[name] for name in heads.box_in_features])
+        heads.postprocessor.refiner([found], branch, levels)
     return torch.stack([*before, aligned_iou(found.pred_boxes.tensor, matched)], dim=1)
 
 
 @torch.no_grad()
 def measure(model, images) -> tuple[Tensor, Tensor]:
-    """`on_jittered` and `on_detected` of all images, one after another."""
+    """`on_jittered` and `on_detected` of all images, one after another.
+
+    Raises ValueError where the model does not refine by ascent."""
     heads, jittered, detected = model.roi_heads, [], []
+    if not isinstance(heads.postprocessor.refiner, GradientAscent):
+        raise ValueError("The model does not refine its boxes by ascent on the predicted IoU.")
     torch.manual_seed(0)
     for image in images:
         batch = model.preprocess_image([image])
         maps = model.backbone(batch.tensor)
         proposals, _ = model.proposal_generator(batch, maps, None)
         truth = image["instances"].to(model.device)
-        features = [maps[name] for name in heads.box_in_features]
+        features = heads.levels(maps)
         jittered.append(on_jittered(heads.iou_branch, features, truth))
         detected.append(on_detected(heads, maps, proposals, truth))
     return torch.cat(jittered).cpu(), torch.cat(detected).cpu()

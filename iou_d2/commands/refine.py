@@ -126,7 +126,7 @@ def refine_image(
         detections, class_of, original, images.image_sizes[0], heads.score_threshold
     )
     features = model.backbone(images.tensor)
-    refined = heads.postprocess(features, [candidates.to(model.device)])[0].to("cpu")
+    refined = heads.detect(features, [candidates.to(model.device)])[0].to("cpu")
     results = instances_to_results(detector_postprocess(refined, *original), record["image_id"])
     category_ids = {index: id_ for id_, index in class_of.items()}
     for result in results:

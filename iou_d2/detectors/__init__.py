@@ -1,8 +1,12 @@
-"""Detectors, heads and proposal generators, which register themselves by name."""
+"""Detectors, heads and proposal generators, which register themselves by name, as the backbones do
+of which configs build them."""
+
+from iou_d2 import backbones  # noqa: F401
 
 from . import (  # noqa: F401
     faster_rcnn,
     iou_net,
+    iou_retinanet,
     point_detector,
     retinanet,
     unitbox,

@@ -1,4 +1,4 @@
-"""Faster R-CNN and Cascade R-CNN with any of the box losses of box_losses.py.
+"""Faster R-CNN and Cascade R-CNN with any of the box losses of ops/box_losses.py, and any pooler.
 
 Detectron2 0.5 has smooth L1 and GIoU, main DIoU and CIoU too. Names of parameters, initial weights
 and normalisers are Detectron2's.
@@ -10,6 +10,7 @@ it says so), K classes, L levels. `deltas` are the (dx, dy, dw, dh) of Box2BoxTr
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.modeling.roi_heads import (
@@ -19,26 +20,36 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
 )
 from detectron2.structures import Boxes
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from iou_d2.ops.box_losses import box_regression_loss, check_kind
+from iou_d2.ops.box_losses import BoxDeltas, BoxLoss, build_box_loss
+
+from .pooler import AnyPooler
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class BoxLossRPN(RPN):
-    """RPN with the loss that MODEL.RPN.BBOX_REG_LOSS_TYPE names."""
+    """RPN whose box loss is a part: the one that MODEL.RPN.BBOX_REG_LOSS_TYPE names."""
 
     @configurable
-    def __init__(self, *, box_reg_loss_type: str = "smooth_l1", **kwargs):
+    def __init__(self, *, box_loss: BoxLoss, **kwargs):
         """
         Args:
-            box_reg_loss_type: one of `box_losses.KINDS`.
+            box_loss: of the deltas of anchors that match an object.
             kwargs: those of Detectron2's RPN.
         """
-        # Detectron2 0.5 knows two types only. Its own term is always smooth L1, and replaced.
         super().__init__(**kwargs)
-        check_kind(box_reg_loss_type, "MODEL.RPN.BBOX_REG_LOSS_TYPE")
-        self.box_loss_type = box_reg_loss_type
+        self.box_loss = box_loss
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        arguments = super().from_config(cfg, input_shape)
+        # Detectron2 0.5 knows two types only, and none of its own is used.
+        kind = arguments.pop("box_reg_loss_type")
+        beta = arguments.pop("smooth_l1_beta")
+        arguments["box_loss"] = build_box_loss(kind, beta, "MODEL.RPN.BBOX_REG_LOSS_TYPE")
+        return arguments
 
     def losses(
         self,
@@ -56,34 +67,47 @@ class BoxLossRPN(RPN):
             gt_labels: N tensors (R of all levels,): 1 object, 0 background, -1 not sampled.
             gt_boxes: N tensors (R of all levels, 4), the ground truth that each anchor matches.
         """
-        losses = super().losses(anchors, logits, gt_labels, deltas, gt_boxes)
-        positive = torch.stack(gt_labels) == 1  # (N, R)
-        loss = box_regression_loss(
-            torch.cat(deltas, dim=1)[positive],
-            Boxes.cat(anchors).tensor.expand(len(gt_labels), -1, -1)[positive],
-            torch.stack(gt_boxes)[positive],
-            self.box2box_transform,
-            self.box_loss_type,
-            self.smooth_l1_beta,
+        labels = torch.stack(gt_labels)  # (N, R)
+        positive, sampled = labels == 1, labels >= 0
+        storage = get_event_storage()
+        for name, mask in (("pos", positive), ("neg", labels == 0)):
+            storage.put_scalar(f"rpn/num_{name}_anchors", mask.sum().item() / len(labels))
+        class_loss = F.binary_cross_entropy_with_logits(
+            torch.cat(logits, dim=1)[sampled], labels[sampled].float(), reduction="sum"
         )
-        loss = loss / (self.batch_size_per_image * len(gt_labels))
-        losses["loss_rpn_loc"] = loss * self.loss_weight.get("loss_rpn_loc", 1.0)
-        return losses
+        predicted = BoxDeltas(
+            torch.cat(deltas, dim=1)[positive],
+            Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)[positive],
+            self.box2box_transform,
+        )
+        box_loss = self.box_loss.of_deltas(predicted, torch.stack(gt_boxes)[positive])
+        count = self.batch_size_per_image * len(labels)
+        losses = {"loss_rpn_cls": class_loss / count, "loss_rpn_loc": box_loss / count}
+        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
 
 class BoxLossOutputLayers(FastRCNNOutputLayers):
-    """FastRCNNOutputLayers with the loss that MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE names."""
+    """FastRCNNOutputLayers whose box loss is a part: the one that
+    MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE names."""
 
     @configurable
-    def __init__(self, input_shape, *, box_reg_loss_type: str = "smooth_l1", **kwargs):
+    def __init__(self, input_shape, *, box_loss: BoxLoss, **kwargs):
         """
         Args:
             input_shape: ShapeSpec of the features, or their number of channels.
-            box_reg_loss_type: one of `box_losses.KINDS`.
+            box_loss: of the deltas of proposals that match an object.
             kwargs: those of Detectron2's class.
         """
-        check_kind(box_reg_loss_type, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE")
-        super().__init__(input_shape, box_reg_loss_type=box_reg_loss_type, **kwargs)
+        super().__init__(input_shape, **kwargs)
+        self.box_loss = box_loss
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        arguments = super().from_config(cfg, input_shape)
+        kind = arguments.pop("box_reg_loss_type")
+        beta = arguments.pop("smooth_l1_beta")
+        arguments["box_loss"] = build_box_loss(kind, beta, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE")
+        return arguments
 
     def box_reg_loss(
         self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor
@@ -101,20 +125,17 @@ class BoxLossOutputLayers(FastRCNNOutputLayers):
         objects = torch.nonzero((gt_classes >= 0) & (gt_classes < self.num_classes)).squeeze(1)
         deltas = pred_deltas[objects].reshape(len(objects), pred_deltas.shape[1] // 4, 4)
         columns = gt_classes[objects].clamp(max=deltas.shape[1] - 1)  # all 0 for (R, 4)
-        loss = box_regression_loss(
+        predicted = BoxDeltas(
             deltas[torch.arange(len(objects), device=objects.device), columns],
             proposal_boxes[objects],
-            gt_boxes[objects],
             self.box2box_transform,
-            self.box_reg_loss_type,
-            self.smooth_l1_beta,
         )
-        return loss / max(len(gt_classes), 1)
+        return self.box_loss.of_deltas(predicted, gt_boxes[objects]) / max(len(gt_classes), 1)
 
 
 @ROI_HEADS_REGISTRY.register()
-class BoxLossROIHeads(StandardROIHeads):
-    """StandardROIHeads with BoxLossOutputLayers."""
+class BoxLossROIHeads(AnyPooler, StandardROIHeads):
+    """StandardROIHeads with BoxLossOutputLayers and any pooler."""
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
@@ -124,8 +145,8 @@ class BoxLossROIHeads(StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class BoxLossCascadeROIHeads(CascadeROIHeads):
-    """CascadeROIHeads with BoxLossOutputLayers."""
+class BoxLossCascadeROIHeads(AnyPooler, CascadeROIHeads):
+    """CascadeROIHeads with BoxLossOutputLayers and any pooler."""
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):

@@ -10,143 +10,24 @@ pixels of the network input.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN
-from detectron2.modeling.roi_heads import build_box_head
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import Tensor
 
-from iou_d2.ops.jitter import jitter_offsets, jittered_boxes
-
-from .dense import reduce_mean
 from .faster_rcnn import BoxLossCascadeROIHeads, BoxLossROIHeads
-from .iou_net_inference import Postprocessor, select_boxes
-from .pooler import PrRoIPooler, from_roi_pooler
-
-
-def iou_loss(outputs: Tensor, ious: Tensor, loss_type: str) -> Tensor:
-    """Sum over RoIs of the loss between predicted and true IoU.
-
-    Args:
-        outputs: (R,) of the branch.
-        ious: (R,) true IoUs in [0, 1].
-        loss_type: "smooth_l1" with beta 1 on 2 * IoU - 1 (the authors'), or "bce" after a sigmoid
-            on the IoU.
-
-    Returns:
-        A scalar; 0, with gradients, where R is 0.
-    """
-    if loss_type == "smooth_l1":
-        return F.smooth_l1_loss(outputs, 2 * ious - 1, reduction="sum")
-    if loss_type == "bce":
-        return F.binary_cross_entropy_with_logits(outputs, ious, reduction="sum")
-    raise ValueError(f"MODEL.IOU_NET.LOSS_TYPE is 'smooth_l1' or 'bce', not {loss_type!r}.")
-
-
-class IoUBranch(nn.Module):
-    """PrRoI pooling -> FC layers like those of the box head -> one IoU a class."""
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        pooler: PrRoIPooler,
-        head: nn.Module,
-        num_outputs: int,
-        loss_type: str = "smooth_l1",
-        loss_weight: float = 5.0,
-        rois_per_gt: int = 250,
-        rois_per_image: int = 1000,
-    ):
-        """
-        Args:
-            pooler: that of the box head.
-            head: (R, C, P, P) -> (R, output_shape.channels).
-            num_outputs: K, or 1 for an IoU that knows no class.
-            loss_type, loss_weight: see `iou_loss`; factor of it.
-            rois_per_gt, rois_per_image: training RoIs, see `jittered_boxes`.
-        """
-        super().__init__()
-        self.pooler = pooler
-        self.head = head
-        self.iou_pred = nn.Linear(head.output_shape.channels, num_outputs)
-        nn.init.normal_(self.iou_pred.weight, std=0.01)
-        nn.init.zeros_(self.iou_pred.bias)
-        iou_loss(torch.zeros(0), torch.zeros(0), loss_type)  # raises for another type
-        self.loss_type = loss_type
-        self.loss_weight = loss_weight
-        self.rois_per_gt = rois_per_gt
-        self.rois_per_image = rois_per_image
-        self.register_buffer("offsets", jitter_offsets(), persistent=False)
-
-    @classmethod
-    def from_config(cls, cfg, pooler: PrRoIPooler, channels: int):
-        side = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
-        agnostic = cfg.MODEL.IOU_NET.CLASS_AGNOSTIC
-        return {
-            "pooler": pooler,
-            "head": build_box_head(cfg, ShapeSpec(channels=channels, height=side, width=side)),
-            "num_outputs": 1 if agnostic else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-            "loss_type": cfg.MODEL.IOU_NET.LOSS_TYPE,
-            "loss_weight": cfg.MODEL.IOU_NET.LOSS_WEIGHT,
-            "rois_per_gt": cfg.MODEL.IOU_NET.ROIS_PER_GT,
-            "rois_per_image": cfg.MODEL.IOU_NET.ROIS_PER_IMAGE,
-        }
-
-    def forward(
-        self,
-        features: list[Tensor],
-        boxes: list[Boxes],
-        classes: Tensor,
-        levels: Tensor | None = None,
-    ) -> Tensor:
-        """Outputs (R,) for the class (R,) of each of the boxes of N images.
-
-        `levels` (R,) fixes the pyramid level of each box; by default its area decides.
-        """
-        outputs = self.iou_pred(self.head(self.pooler(features, boxes, levels))).float()
-        if outputs.shape[1] == 1:
-            return outputs[:, 0]
-        return outputs.gather(1, classes[:, None]).squeeze(1)
-
-    def losses(self, features: list[Tensor], targets: list[Instances]) -> dict[str, Tensor]:
-        """{"loss_iou": ...}: the mean over jittered boxes, whose number is the mean over processes
-        and at least 1. Without a ground truth 0, with gradients."""
-        boxes, classes, ious = [], [], []
-        for target in targets:
-            jittered, index, iou = jittered_boxes(
-                target.gt_boxes.tensor,
-                target.image_size,
-                self.offsets,
-                per_gt=self.rois_per_gt,
-                per_image=self.rois_per_image,
-            )
-            boxes.append(Boxes(jittered))
-            classes.append(target.gt_classes[index])
-            ious.append(iou)
-        outputs, ious = self(features, boxes, torch.cat(classes)), torch.cat(ious)
-        count = reduce_mean(ious.new_tensor(float(len(ious)))).clamp(min=1)
-        loss = iou_loss(outputs, ious, self.loss_type)
-        return {"loss_iou": self.loss_weight * loss / count}
-
-    def predict(
-        self,
-        features: list[Tensor],
-        boxes: list[Boxes],
-        classes: Tensor,
-        levels: Tensor | None = None,
-    ) -> Tensor:
-        """Predicted IoU (R,) of boxes of these classes, in float32 also under autocast, since the
-        gradients that refine boxes are small. Differentiable in the boxes; under "smooth_l1" it may
-        leave [0, 1]. Arguments as in `forward`."""
-        with torch.autocast(features[0].device.type, enabled=False):
-            features = [feature.float() for feature in features]
-            outputs = self(features, boxes, classes, levels)
-        return outputs.sigmoid() if self.loss_type == "bce" else (outputs + 1) / 2
+from .iou_branch import IoUBranch
+from .iou_net_inference import (
+    GradientAscent,
+    Postprocessor,
+    build_postprocessor,
+    select_boxes,
+)
+from .pooler import PrRoIPooler
 
 
 class _IoUNetHeads:
@@ -165,7 +46,7 @@ class _IoUNetHeads:
         Args:
             iou_branch, postprocessor: the parts of IoU-Net.
             score_threshold: class score over which a box goes on to NMS.
-            kwargs: those of Detectron2's class; `box_pooler` is a PrRoIPooler.
+            kwargs: those of Detectron2's class.
         """
         super().__init__(**kwargs)
         self.iou_branch = iou_branch
@@ -175,68 +56,76 @@ class _IoUNetHeads:
     @classmethod
     def from_config(cls, cfg, input_shape):
         arguments = super().from_config(cfg, input_shape)
-        arguments["box_pooler"] = from_roi_pooler(arguments["box_pooler"])
+        pooler, postprocessor = arguments["box_pooler"], build_postprocessor(cfg)
+        ascends = isinstance(postprocessor.refiner, GradientAscent)
+        if ascends and not isinstance(pooler, PrRoIPooler):
+            raise ValueError(
+                f"MODEL.ROI_BOX_HEAD.POOLER_TYPE is {cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE!r}, which "
+                "has no gradient for boxes: IoU-Net refines them through 'PrRoIPool'. Set that, or "
+                "MODEL.IOU_NET.REFINE_STEPS 0."
+            )
         channels = input_shape[arguments["box_in_features"][0]].channels
-        arguments["iou_branch"] = IoUBranch(cfg, arguments["box_pooler"], channels)
-        arguments["postprocessor"] = Postprocessor(
-            nms=cfg.MODEL.IOU_NET.NMS,
-            rank_by=cfg.MODEL.IOU_NET.RANK_BY,
-            nms_threshold=cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
-            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-            refine_by=cfg.MODEL.IOU_NET.REFINE_BY,
-            refine_steps=cfg.MODEL.IOU_NET.REFINE_STEPS,
-            step_size=cfg.MODEL.IOU_NET.REFINE_STEP_SIZE,
-            early_stop=cfg.MODEL.IOU_NET.REFINE_EARLY_STOP,
-            max_drop=cfg.MODEL.IOU_NET.REFINE_MAX_DROP,
-            roll_back=cfg.MODEL.IOU_NET.REFINE_ROLL_BACK,
-            score_times_iou=cfg.MODEL.IOU_NET.SCORE_TIMES_IOU,
-        )
-        arguments["score_threshold"] = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
-        return arguments
+        return {
+            **arguments,
+            "iou_branch": IoUBranch(cfg, pooler, channels),
+            "postprocessor": postprocessor,
+            "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+        }
 
     def forward(self, images, features: dict[str, Tensor], proposals, targets=None):
         """See Detectron2's ROIHeads; the losses have a "loss_iou" more."""
         results, losses = super().forward(images, features, proposals, targets)
         if self.training:
-            losses.update(self.iou_branch.losses(self._levels(features), targets))
+            losses.update(self.iou_branch.losses(self.levels(features), targets))
         return results, losses
 
-    def postprocess(
-        self, features: dict[str, Tensor], candidates: list[Instances]
+    def levels(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """The features that the box head and the IoU branch pool from, by level."""
+        return [features[name] for name in self.box_in_features]
+
+    def regress(
+        self, features: dict[str, Tensor], proposals: list[Instances]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """N boxes (R, 4 or 4K) and N class probabilities (R, K + 1) of the `proposal_boxes`."""
+        raise NotImplementedError
+
+    def candidates(
+        self, features: dict[str, Tensor], proposals: list[Instances]
     ) -> list[Instances]:
+        """What N images send to NMS: see `select_boxes`."""
+        boxes, probabilities = self.regress(features, proposals)
+        return [
+            select_boxes(*of_image, proposal.image_size, self.score_threshold)
+            for *of_image, proposal in zip(boxes, probabilities, proposals)
+        ]
+
+    def detect(self, features: dict[str, Tensor], candidates: list[Instances]) -> list[Instances]:
         """NMS and refinement of boxes of any origin: see Postprocessor."""
 
         def regress(detections: list[Instances]) -> None:
             proposals = [Instances(x.image_size, proposal_boxes=x.pred_boxes) for x in detections]
-            for x, boxes in zip(detections, self._regress(features, proposals)[0]):
+            for x, boxes in zip(detections, self.regress(features, proposals)[0]):
                 boxes = boxes.view(len(x), boxes.shape[1] // 4, 4)  # (R, 1 or K, 4)
                 own = x.pred_classes if boxes.shape[1] > 1 else torch.zeros_like(x.pred_classes)
                 x.pred_boxes = Boxes(boxes[torch.arange(len(x), device=own.device), own])
                 x.pred_boxes.clip(x.image_size)
 
-        return self.postprocessor(candidates, self.iou_branch, self._levels(features), regress)
+        return self.postprocessor(candidates, self.iou_branch, self.levels(features), regress)
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances], *targets):
         if self.training:
             return super()._forward_box(features, proposals, *targets)
-        boxes, probabilities = self._regress(features, proposals)
-        candidates = [
-            select_boxes(*of_image, proposal.image_size, self.score_threshold)
-            for *of_image, proposal in zip(boxes, probabilities, proposals)
-        ]
-        return self.postprocess(features, candidates)
-
-    def _levels(self, features: dict[str, Tensor]) -> list[Tensor]:
-        return [features[name] for name in self.box_in_features]
+        return self.detect(features, self.candidates(features, proposals))
 
 
 @ROI_HEADS_REGISTRY.register()
 class IoUNetROIHeads(_IoUNetHeads, BoxLossROIHeads):
     """StandardROIHeads with an IoU branch; masks and keypoints are those of the refined boxes."""
 
-    def _regress(self, features: dict[str, Tensor], proposals: list[Instances]):
-        """N boxes (R, 4 or 4K) and N class probabilities (R, K + 1) of the proposals."""
-        pooled = self.box_pooler(self._levels(features), [x.proposal_boxes for x in proposals])
+    def regress(
+        self, features: dict[str, Tensor], proposals: list[Instances]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        pooled = self.box_pooler(self.levels(features), [x.proposal_boxes for x in proposals])
         predictions = self.box_predictor(self.box_head(pooled))
         return (
             self.box_predictor.predict_boxes(predictions, proposals),
@@ -248,14 +137,16 @@ class IoUNetROIHeads(_IoUNetHeads, BoxLossROIHeads):
 class IoUNetCascadeROIHeads(_IoUNetHeads, BoxLossCascadeROIHeads):
     """CascadeROIHeads with an IoU branch."""
 
-    def _regress(self, features: dict[str, Tensor], proposals: list[Instances]):
-        """N boxes (R, 4) of the last stage, and N mean class probabilities (R, K + 1) of all."""
+    def regress(
+        self, features: dict[str, Tensor], proposals: list[Instances]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The boxes (R, 4) of the last stage, and the mean class probabilities of all."""
         image_sizes = [x.image_size for x in proposals]
         boxes, probabilities = [], []
         for stage, predictor in enumerate(self.box_predictor):
             if stage > 0:
                 proposals = self._create_proposals_from_boxes(boxes, image_sizes)
-            predictions = self._run_stage(self._levels(features), proposals, stage)
+            predictions = self._run_stage(self.levels(features), proposals, stage)
             boxes = predictor.predict_boxes(predictions, proposals)
             probabilities.append(predictor.predict_probs(predictions, proposals))
         mean = [sum(stages) * (1.0 / len(stages)) for stages in zip(*probabilities)]
@@ -289,4 +180,4 @@ class StandaloneIoUNet(GeneralizedRCNN):
         with torch.no_grad():
             features = self.backbone(self.preprocess_image(batched_inputs).tensor)
         heads = self.roi_heads
-        return heads.iou_branch.losses([features[x] for x in heads.box_in_features], targets)
+        return heads.iou_branch.losses(heads.levels(features), targets)

@@ -22,7 +22,7 @@ from iou_d2.layers.deform_conv import ModulatedDeformConv
 POINT_HEAD_REGISTRY = Registry("POINT_HEAD")
 POINT_HEAD_REGISTRY.__doc__ = """
 Heads of PointDetector: `head(cfg, input_shapes)` is a module that turns L features (N, C, H, W)
-into L PointPredictions.
+into L PointPredictions, whose boxes have `head.num_stages` stages.
 """
 
 
@@ -35,6 +35,8 @@ class PointPrediction(NamedTuple):
     distances: tuple[Tensor, ...]
     # (N, 1, H, W), how well the final box fits, before the sigmoid.
     quality_logits: Tensor | None = None
+    # (HW, 2), where the points are; the detector knows them, a head does not.
+    points: Tensor | None = None
 
 
 def exp_distances(raw: Tensor, scale: Tensor, unit: Tensor | float) -> Tensor:
@@ -71,11 +73,24 @@ def level_scales(num_levels: int) -> nn.ParameterList:
     return nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(num_levels))
 
 
+def _tower(channels: int, num_convs: int, num_groups: int, deformable: bool) -> nn.Sequential:
+    """Convolutions of which the last one may be a deformable one."""
+    last = num_convs - 1
+    return nn.Sequential(
+        *(
+            conv_norm_relu(channels, num_groups, deformable and index == last)
+            for index in range(num_convs)
+        )
+    )
+
+
 class TwoTowerHead(nn.Module):
     """Two towers of convolutions and the class scores; a head adds its boxes.
 
     The levels share everything but the factors of their distances.
     """
+
+    num_stages = 1
 
     @configurable
     def __init__(
@@ -95,34 +110,35 @@ class TwoTowerHead(nn.Module):
             channels: of the features and of the towers.
             strides: pixels of a cell of each level.
             units: pixels that a distance of 1 means, for each level.
-            num_convs: convolutions of a tower.
+            num_convs: convolutions of a tower; 0 reads the features as they are.
             num_groups: of the GroupNorm behind each of them.
             prior_prob: class score of every point at first.
             deformable: whether the last convolution of a tower is a deformable one.
         """
         super().__init__()
-        if len(units) != len(strides):
-            raise ValueError(
-                f"MODEL.VFNET.REGRESS_RANGES has {len(units)} entries for {len(strides)} levels."
-            )
         self.strides = list(strides)
         self.units = list(units)
-        last = [False] * (num_convs - 1) + [deformable]
-        self.cls_tower = nn.Sequential(*(conv_norm_relu(channels, num_groups, x) for x in last))
-        self.box_tower = nn.Sequential(*(conv_norm_relu(channels, num_groups, x) for x in last))
+        self.cls_tower = _tower(channels, num_convs, num_groups, deformable)
+        self.box_tower = _tower(channels, num_convs, num_groups, deformable)
         self.cls_pred = conv3x3(channels, num_classes, -math.log((1 - prior_prob) / prior_prob))
 
     @classmethod
     def from_config(cls, cfg, input_shapes: list[ShapeSpec]):
+        units = cfg.MODEL.POINT_DETECTOR.DISTANCE_UNITS
+        if len(units) != len(input_shapes):
+            raise ValueError(
+                f"MODEL.POINT_DETECTOR.DISTANCE_UNITS has {len(units)} entries for "
+                f"{len(input_shapes)} levels."
+            )
         return {
             "channels": input_shapes[0].channels,
             "num_classes": cfg.MODEL.RETINANET.NUM_CLASSES,
             "strides": [shape.stride for shape in input_shapes],
-            "units": cfg.MODEL.VFNET.REGRESS_RANGES,
+            "units": units,
             "num_convs": cfg.MODEL.RETINANET.NUM_CONVS,
-            "num_groups": cfg.MODEL.VFNET.NUM_GROUPS,
+            "num_groups": cfg.MODEL.POINT_DETECTOR.NUM_GROUPS,
             "prior_prob": cfg.MODEL.RETINANET.PRIOR_PROB,
-            "deformable": cfg.MODEL.VFNET.DEFORMABLE_TOWER,
+            "deformable": cfg.MODEL.POINT_DETECTOR.DEFORMABLE_TOWER,
         }
 
     def forward(self, features: list[Tensor]) -> list[PointPrediction]:
@@ -157,7 +173,7 @@ class PointHead(TwoTowerHead):
 @POINT_HEAD_REGISTRY.register()
 class QualityHead(PointHead):
     """PointHead and, on the box tower, how well a box fits: the centerness of FCOS and ATSS, or the
-    IoU (MODEL.VFNET.QUALITY)."""
+    IoU (MODEL.POINT_DETECTOR.QUALITY)."""
 
     @configurable
     def __init__(self, *, channels: int, **kwargs):

@@ -6,6 +6,8 @@ Letters: N images, M boxes of all images, C channels, L levels; boxes XYXY in pi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from detectron2.modeling.poolers import (
     ROIPooler,
@@ -16,6 +18,9 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from iou_d2.layers import PrRoIPool
+
+# POOLER_TYPE of precise RoI pooling -> whether it is aligned.
+ALIGNED = {"PrRoIPool": True, "PrRoIPoolLegacy": False}
 
 
 class PrRoIPooler(ROIPooler):
@@ -133,13 +138,35 @@ def from_roi_pooler(pooler: ROIPooler, aligned: bool = True) -> PrRoIPooler:
     )
 
 
-def build_pooler(pooler_type: str, sampling_ratio: int = 0, **settings) -> ROIPooler:
-    """The pooler that a config's ``POOLER_TYPE`` names: "PrRoIPool", "PrRoIPoolLegacy" (not
-    aligned), or Detectron2's.
+class AnyPooler:
+    """Stands before Detectron2's ROI heads: POOLER_TYPE of ROI_BOX_HEAD, ROI_MASK_HEAD and
+    ROI_KEYPOINT_HEAD may also be "PrRoIPool" or "PrRoIPoolLegacy" (not aligned), beside "ROIPool",
+    "ROIAlign" (not aligned) and "ROIAlignV2"."""
 
-    `settings` are the keywords common to ROIPooler and PrRoIPooler: output_size, scales,
-    canonical_box_size and canonical_level.
-    """
-    if pooler_type in ("PrRoIPool", "PrRoIPoolLegacy"):
-        return PrRoIPooler(**settings, aligned=pooler_type == "PrRoIPool")
-    return ROIPooler(**settings, sampling_ratio=sampling_ratio, pooler_type=pooler_type)
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        return _with_pooler(super()._init_box_head, cfg, input_shape, "ROI_BOX_HEAD", "box_pooler")
+
+    @classmethod
+    def _init_mask_head(cls, cfg, input_shape):
+        names = "ROI_MASK_HEAD", "mask_pooler"
+        return _with_pooler(super()._init_mask_head, cfg, input_shape, *names)
+
+    @classmethod
+    def _init_keypoint_head(cls, cfg, input_shape):
+        names = "ROI_KEYPOINT_HEAD", "keypoint_pooler"
+        return _with_pooler(super()._init_keypoint_head, cfg, input_shape, *names)
+
+
+def _with_pooler(init: Callable, cfg, input_shape, node: str, name: str) -> dict:
+    """What `init`, one of Detectron2's, makes of `cfg`, with the pooler that POOLER_TYPE names."""
+    pooler_type = cfg.MODEL[node].POOLER_TYPE
+    if pooler_type not in ALIGNED:
+        return init(cfg, input_shape)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL[node].POOLER_TYPE = "ROIAlignV2"
+    parts = init(cfg, input_shape)
+    if name in parts:
+        parts[name] = from_roi_pooler(parts[name], ALIGNED[pooler_type])
+    return parts

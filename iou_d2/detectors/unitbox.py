@@ -13,53 +13,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
-from detectron2.modeling.backbone import Backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from iou_d2.ops.box_losses import box_side_loss, check_kind
+from iou_d2.ops.box_losses import BoxLoss, build_box_loss
 
-from .dense import normalized_images, postprocess, reduce_mean
+from .dense import DenseDetector, build_dense_nms, part_named, reduce_mean
 from .unitbox_inference import EllipseFit, PixelNMS, boxes_of, distances_of
-from .visualize import is_time_to_draw, visualize_training
 
 # Share of positive pixels that an untrained confidence branch predicts.
 PRIOR_CONFIDENCE = 0.01
+# Of smooth L1 as a box loss, in pixels.
+SMOOTH_L1_BETA = 1.0
 
 
-def assign_pixels(boxes: Tensor, image_size: tuple[int, int], region: str) -> Tensor:
+def in_box(u: Tensor, v: Tensor) -> Tensor:
+    """All of an object's box is its region: Algorithm 1 of the paper."""
+    return torch.ones(len(v), len(u), dtype=torch.bool, device=u.device)
+
+
+def in_ellipse(u: Tensor, v: Tensor) -> Tensor:
+    """The ellipse inscribed in the box of an object is its region: the confidence of Fig. 2."""
+    return v.square()[:, None] + u.square() <= 1
+
+
+# (u, v), the centres of w columns and h rows of pixels, from -1 at the left or upper side of a box
+# to 1 at the other, -> whether they belong to its object: (h, w).
+Region = Callable[[Tensor, Tensor], Tensor]
+REGIONS: dict[str, Region] = {"box": in_box, "ellipse": in_ellipse}
+
+
+def assign_pixels(boxes: Tensor, image_size: tuple[int, int], region: Region) -> Tensor:
     """The object that each pixel belongs to: of those whose region holds its centre the smallest.
 
     Args:
-        boxes: (G, 4). One that holds no pixel's centre gets no pixel.
+        boxes: (G, 4). One that holds no pixel's centre, or is not finite, gets no pixel.
         image_size: (H, W), without padding.
-        region: "box", or "ellipse" for the one inscribed in it.
+        region: which pixels of a box are its object's.
 
     Returns:
         (H, W) int64: the index of an object, -1 for background. The paper does not say what
         happens where objects overlap; of equally large ones the first wins.
     """
     owner = torch.full(image_size, -1, device=boxes.device)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+    (finite,) = torch.where(boxes.isfinite().all(dim=1))
+    area = (boxes[finite, 2:] - boxes[finite, :2]).prod(dim=1)
     corners = boxes.tolist()
-    for index in area.argsort(stable=True).flip(0).tolist():
+    for index in finite[area.argsort(stable=True).flip(0)].tolist():
         x1, y1, x2, y2 = corners[index]
         rows, columns = _centers_between(y1, y2), _centers_between(x1, x2)
-        window = owner[rows, columns]
-        if region == "box":
-            window.fill_(index)
-            continue
         y = torch.arange(image_size[0], device=owner.device)[rows] + 0.5
         x = torch.arange(image_size[1], device=owner.device)[columns] + 0.5
-        u = (2 * x - x1 - x2) / (x2 - x1)
-        v = (2 * y - y1 - y2) / (y2 - y1)
-        window[v.square()[:, None] + u.square() <= 1] = index
+        mask = region((2 * x - x1 - x2) / (x2 - x1), (2 * y - y1 - y2) / (y2 - y1))
+        owner[rows, columns][mask] = index
     return owner
 
 
@@ -102,86 +115,78 @@ def _upsample(x: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
     return x[:, :, : size[0], : size[1]]
 
 
+class PixelPredictions(NamedTuple):
+    """What UnitBox says of every pixel."""
+
+    logits: Tensor  # (N, K, H, W), confidence before the sigmoid
+    distances: Tensor  # (N, 4, H, W)
+    # A scalar 0 with a gradient to every feature: DistributedDataParallel waits for all parameters.
+    zero: Tensor
+
+    def of_image(self, image: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Logits (K, h, w) and distances (4, h, w) of an image (h, w) without its padding, which
+        counts neither in the losses nor as a detection."""
+        height, width = image_size
+        return self.logits[image, :, :height, :width], self.distances[image, :, :height, :width]
+
+
 @META_ARCH_REGISTRY.register()
-class UnitBox(nn.Module):
+class UnitBox(DenseDetector):
     """One confidence map a class and one map of boxes, both as large as the image."""
 
     @configurable
     def __init__(
         self,
         *,
-        backbone: Backbone,
         head: UnitBoxHead,
         head_in_features: tuple[str, str],
-        detect: Callable[[Tensor, Tensor], Instances],
-        region: str = "ellipse",
-        box_loss: str = "unitbox",
+        extract: Callable[[Tensor, Tensor], Instances],
+        region: Region = in_ellipse,
+        box_loss: BoxLoss,
         box_loss_weight: float = 1.0,
         confidence_loss_weight: float = 1.0,
-        pixel_mean: tuple[float, ...],
-        pixel_std: tuple[float, ...],
-        vis_period: int = 0,
-        input_format: str = "BGR",
+        **kwargs,
     ):
         """
         Args:
-            backbone: a Detectron2 backbone.
             head: takes the two features that `head_in_features` names: confidence, box.
-            detect: a PixelNMS or an EllipseFit.
-            region: the positive pixels of an object, see `assign_pixels`.
-            box_loss: see `box_side_loss`; lengths are in pixels.
+            extract: from the maps of an image to its detections: a PixelNMS or an EllipseFit.
+            region: the positive pixels of an object.
+            box_loss: of the sides of the boxes, in pixels.
             box_loss_weight, confidence_loss_weight: factors of the two losses.
-            pixel_mean, pixel_std: of the channels of the input.
-            vis_period: iterations between two pictures of the training; 0 draws none.
-            input_format: what the channels of the input are.
+            kwargs: those of DenseDetector.
         """
-        super().__init__()
-        if region not in ("box", "ellipse"):
-            raise ValueError(f"MODEL.UNITBOX.REGION is 'box' or 'ellipse', but it is {region!r}.")
-        check_kind(box_loss, "MODEL.UNITBOX.BOX_LOSS")
-        self.backbone = backbone
+        super().__init__(**kwargs)
         self.head = head
         self.head_in_features = head_in_features
-        self.detect = detect
+        self.extract = extract
         self.region = region
         self.box_loss = box_loss
         self.box_loss_weight = box_loss_weight
         self.confidence_loss_weight = confidence_loss_weight
-        self.vis_period = vis_period
-        self.input_format = input_format
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
     @classmethod
     def from_config(cls, cfg):
-        node = cfg.MODEL.UNITBOX
-        backbone = build_backbone(cfg)
+        arguments, node = super().from_config(cfg), cfg.MODEL.UNITBOX
         names = (node.CONFIDENCE_FEATURE, node.BOX_FEATURE)
-        shapes = backbone.output_shape()
+        shapes = arguments["backbone"].output_shape()
         missing = set(names) - set(shapes)
         if missing:
             raise ValueError(
                 f"MODEL.UNITBOX reads the features {names}, but the backbone "
                 f"{cfg.MODEL.BACKBONE.NAME} puts out {', '.join(shapes)}."
             )
+        shapes = [shapes[name] for name in names]
         return {
-            "backbone": backbone,
-            "head": UnitBoxHead(*(shapes[name] for name in names), node.NUM_CLASSES),
+            **arguments,
+            "head": UnitBoxHead(*shapes, cfg.MODEL.RETINANET.NUM_CLASSES),
             "head_in_features": names,
-            "detect": _build_detect(cfg),
-            "region": node.REGION,
-            "box_loss": node.BOX_LOSS,
+            "extract": _build_extract(cfg),
+            "region": part_named(REGIONS, node.REGION, "MODEL.UNITBOX.REGION"),
+            "box_loss": build_box_loss(node.BOX_LOSS, SMOOTH_L1_BETA, "MODEL.UNITBOX.BOX_LOSS"),
             "box_loss_weight": node.BOX_LOSS_WEIGHT,
             "confidence_loss_weight": node.CONFIDENCE_LOSS_WEIGHT,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "vis_period": cfg.VIS_PERIOD,
-            "input_format": cfg.INPUT.FORMAT,
         }
-
-    @property
-    def device(self) -> torch.device:
-        return self.pixel_mean.device
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         # Files of torchvision hold a backbone alone: "features.0.weight" without "backbone.".
@@ -190,50 +195,32 @@ class UnitBox(nn.Module):
                 state_dict[f"{prefix}backbone.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def forward(self, batched_inputs: list[dict]):
-        """Losses by name while training; else one {"instances": Instances} an image."""
-        images = normalized_images(
-            batched_inputs, self.pixel_mean, self.pixel_std, self.backbone.size_divisibility
-        )
-        features = self.backbone(images.tensor)
-        size = images.tensor.shape[-2:]
-        logits, distances = self.head(*(features[name] for name in self.head_in_features), size)
-        # What lies in the padding counts neither in the losses nor as a detection.
-        maps = [
-            (logits[i, :, :height, :width], distances[i, :, :height, :width])
-            for i, (height, width) in enumerate(images.image_sizes)
-        ]
-        if self.training:
-            if is_time_to_draw(self.vis_period):
-                visualize_training(batched_inputs[0], self.detect(*maps[0]), self.input_format)
-            losses = self.losses(maps, [x["instances"].to(self.device) for x in batched_inputs])
-            # DistributedDataParallel waits for every parameter, also behind features not in use.
-            losses["loss_box"] += 0 * sum(x.float().mean() for x in features.values())
-            return losses
-        results = [self.detect(*of_image) for of_image in maps]
-        return postprocess(results, batched_inputs, images.image_sizes)
+    def predict(self, images: Tensor) -> PixelPredictions:
+        """Images (N, 3, H, W) -> what is said of each of their pixels."""
+        features = self.backbone(images)
+        maps = self.head(*(features[name] for name in self.head_in_features), images.shape[-2:])
+        return PixelPredictions(*maps, 0 * sum(x.float().mean() for x in features.values()))
 
     def losses(
-        self, maps: list[tuple[Tensor, Tensor]], gt_instances: list[Instances]
+        self,
+        predictions: PixelPredictions,
+        image_sizes: list[tuple[int, int]],
+        gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """Sigmoid cross-entropy over all pixels and classes, divided by the number of pixels, and
-        the box loss over the positive pixels, divided by theirs.
+        """ "loss_confidence", the sigmoid cross-entropy over all pixels and classes, divided by the
+        number of pixels, and "loss_box" over the positive pixels, divided by theirs.
 
-        Both numbers are means over processes and at least 1. Without a positive pixel the box loss
-        is 0, with gradients.
-
-        Args:
-            maps: of N images logits (K, H, W) and distances (4, H, W).
-            gt_instances: N, with `gt_boxes` and `gt_classes` in 0..K - 1.
+        Both numbers are means over processes and at least 1.
         """
-        confidence_loss = box_loss = positives = 0
-        for (logits, distances), truth in zip(maps, gt_instances):
+        confidence_loss = box_loss = positives = pixels = 0
+        for image, (size, truth) in enumerate(zip(image_sizes, gt_instances)):
+            logits, distances = predictions.of_image(image, size)
             if (truth.gt_classes >= len(logits)).any():
                 raise ValueError(
                     f"A ground truth has the class {truth.gt_classes.max()}, but "
-                    f"MODEL.UNITBOX.NUM_CLASSES is {len(logits)}."
+                    f"MODEL.RETINANET.NUM_CLASSES is {len(logits)}."
                 )
-            owner = assign_pixels(truth.gt_boxes.tensor, logits.shape[1:], self.region)
+            owner = assign_pixels(truth.gt_boxes.tensor, size, self.region)
             rows, columns = torch.nonzero(owner >= 0, as_tuple=True)  # (P,)
             owner = owner[rows, columns]
             target = torch.zeros_like(logits)
@@ -245,29 +232,30 @@ class UnitBox(nn.Module):
             # As boxes around the origin distances keep all their digits.
             origin = points.new_zeros(2)
             boxes = boxes_of(origin, distances[:, rows, columns].t())
-            box_loss += box_side_loss(boxes, boxes_of(origin, expected), self.box_loss).sum()
+            box_loss += self.box_loss.of_sides(boxes, boxes_of(origin, expected)).sum()
             positives += len(rows)
+            pixels += logits[0].numel()
 
-        pixels = sum(logits[0].numel() for logits, _ in maps)
         counts = torch.tensor([pixels, positives], dtype=torch.float32, device=self.device)
         pixels, positives = reduce_mean(counts).clamp(min=1)
         return {
             "loss_confidence": self.confidence_loss_weight * confidence_loss / pixels,
-            "loss_box": self.box_loss_weight * box_loss / positives,
+            "loss_box": self.box_loss_weight * box_loss / positives + predictions.zero,
         }
 
+    def detect(
+        self, predictions: PixelPredictions, image_sizes: list[tuple[int, int]]
+    ) -> list[Instances]:
+        return [
+            self.extract(*predictions.of_image(image, size))
+            for image, size in enumerate(image_sizes)
+        ]
 
-def _build_detect(cfg) -> Callable[[Tensor, Tensor], Instances]:
-    node = cfg.MODEL.UNITBOX
-    if node.INFERENCE == "nms":
-        return PixelNMS(
-            score_threshold=node.SCORE_THRESH_TEST,
-            topk=node.TOPK_CANDIDATES_TEST,
-            nms_threshold=node.NMS_THRESH_TEST,
-            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-        )
-    if node.INFERENCE == "ellipses":
-        return EllipseFit(node.REGION_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE)
-    raise ValueError(
-        f"MODEL.UNITBOX.INFERENCE is 'nms' or 'ellipses', but it is {node.INFERENCE!r}."
-    )
+
+def _build_extract(cfg) -> Callable[[Tensor, Tensor], Instances]:
+    node, key = cfg.MODEL.UNITBOX, "MODEL.UNITBOX.INFERENCE"
+    parts = {
+        "nms": PixelNMS(build_dense_nms(cfg)),
+        "ellipses": EllipseFit(node.REGION_THRESH_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
+    }
+    return part_named(parts, node.INFERENCE, key)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from .dense import detections_of_image, select_candidates
+from .dense import DenseNMS, first, select_candidates
 
 
 def boxes_of(points: Tensor, distances: Tensor) -> Tensor:
@@ -35,16 +35,14 @@ def distances_of(points: Tensor, boxes: Tensor) -> Tensor:
 
 @dataclass
 class PixelNMS:
-    """Detections from the pixels whose confidence peaks, by class-wise NMS (ours).
+    """Detections from the pixels whose confidence peaks, by class-wise NMS (ours), where each class
+    is a level of its own.
 
     Pixels beside a more confident one are left out: they have nearly the same box and lose in NMS,
     and one large object would fill up the best `topk`.
     """
 
-    score_threshold: float
-    topk: int
-    nms_threshold: float
-    max_detections: int
+    nms: DenseNMS
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, distances: Tensor) -> Instances:
@@ -53,9 +51,9 @@ class PixelNMS:
         confidence = (logits.sigmoid() * peaks).flatten(1)  # (K, HW)
         by_class = []
         for index, scores in enumerate(confidence):
-            chosen = select_candidates(scores[:, None], self.score_threshold, self.topk)
+            chosen = select_candidates(scores[:, None], self.nms.score_threshold, self.nms.topk)
             by_class.append(_read_boxes(distances, chosen.anchors, chosen.scores, index))
-        return detections_of_image(by_class, self.nms_threshold, self.max_detections)
+        return self.nms(by_class)
 
 
 @dataclass
@@ -78,8 +76,8 @@ class EllipseFit:
             pixels, scores = pixels.to(logits.device), scores.to(logits.device)
             by_class.append(_read_boxes(distances, pixels, scores, index))
         detections = Instances.cat(by_class)
-        best = detections.scores.argsort(descending=True)[: self.max_detections]
-        return detections[best]
+        best = detections.scores.argsort(descending=True)
+        return first(detections[best], self.max_detections)
 
 
 def _fit_ellipses(confidence: np.ndarray, threshold: float) -> tuple[Tensor, Tensor]:

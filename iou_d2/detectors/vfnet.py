@@ -2,7 +2,7 @@
 
 Every point predicts a box. Nine points of that box, its centre, corners and the middles of its
 sides, say what is in it and how to refine it: a deformable convolution looks there. The class score
-learns the IoU of the refined box (losses.py: varifocal_loss), so that it alone ranks detections.
+learns the IoU of the refined box by the varifocal loss, so that it alone ranks detections.
 
 Shape letters: N images, K classes, C channels. Distances are those from a point to the left, top,
 right and bottom of its box, in pixels of the network input.
@@ -114,9 +114,9 @@ class StarHead(TwoTowerHead):
         )
         offsets = star_offsets(initial / self.strides[level])
         logits = self.cls_pred(F.relu(self.cls_star(cls_feature, offsets)))
-        return PointPrediction(logits, self.boxes(box_feature, initial, offsets, level))
+        return PointPrediction(logits, self.stages(box_feature, initial, offsets, level))
 
-    def boxes(
+    def stages(
         self, box_feature: Tensor, initial: Tensor, offsets: Tensor, level: int
     ) -> tuple[Tensor, ...]:
         """Distances of all stages."""
@@ -127,6 +127,8 @@ class StarHead(TwoTowerHead):
 class VFNetHead(StarHead):
     """StarHead that refines its boxes through their stars too."""
 
+    num_stages = 2
+
     @configurable
     def __init__(self, *, channels: int, strides: Sequence[int], **kwargs):
         super().__init__(channels=channels, strides=strides, **kwargs)
@@ -134,7 +136,7 @@ class VFNetHead(StarHead):
         self.refine_pred = conv3x3(channels, 4)
         self.refine_scales = level_scales(len(strides))
 
-    def boxes(
+    def stages(
         self, box_feature: Tensor, initial: Tensor, offsets: Tensor, level: int
     ) -> tuple[Tensor, ...]:
         """The initial distances and the refined ones, which have no gradient to the initial."""

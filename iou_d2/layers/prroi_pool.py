@@ -144,8 +144,12 @@ def _bin_weights(start: torch.Tensor, end: torch.Tensor, bins: int, size: int) -
 
 def _right_half(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """Integral of 1 - t over the part of [low, high] in [0, 1]: length times height in the middle,
-    for a difference of antiderivatives would cancel."""
-    low, high = low.clamp(0, 1), high.clamp(0, 1)
+    for a difference of antiderivatives would cancel.
+
+    At 0, where the two halves of a hat meet, each has half of the gradient, as `maximum` shares it.
+    """
+    zero, one = low.new_zeros(()), low.new_ones(())
+    low, high = (x.maximum(zero).minimum(one) for x in (low, high))
     return (high - low) * (1 - (low + high) / 2)
 
 

@@ -22,28 +22,6 @@ from .boxes import aligned_iou
 _CPU_PAIRS, _GPU_PAIRS = 2**15, 2**23
 
 
-def level_points(features: Sequence[Tensor], strides: Sequence[int], offset: float) -> list[Tensor]:
-    """The point of every cell of the feature maps, float32, on the device of the features.
-
-    Args:
-        features: L maps (N, channels, H_l, W_l).
-        strides: pixels of a cell of each level.
-        offset: of the point in its cell, in cells: 0 the top left corner, 0.5 the centre.
-
-    Returns:
-        L tensors (H_l * W_l, 2), row by row: x = (column + offset) * stride, y from the row.
-    """
-    points = []
-    for feature, stride in zip(features, strides):
-        rows, columns = (
-            (torch.arange(size, device=feature.device, dtype=torch.float32) + offset) * stride
-            for size in feature.shape[-2:]
-        )
-        y, x = torch.meshgrid(rows, columns, indexing="ij")
-        points.append(torch.stack([x, y], dim=-1).view(-1, 2))
-    return points
-
-
 @dataclass(frozen=True)
 class ATSSAssigner:
     """Adaptive Training Sample Selection (arXiv 1912.02424, algorithm 1).
@@ -59,12 +37,10 @@ class ATSSAssigner:
     Args:
         topk: candidates a level, fewer where a level has fewer points.
         anchor_scale: side, in strides, of the square anchor centred on each point.
-        point_offset: for `level_points`.
     """
 
     topk: int = 9
     anchor_scale: float = 8.0
-    point_offset: float = 0.0
 
     def __post_init__(self) -> None:
         if self.topk < 1:
@@ -129,7 +105,6 @@ class FCOSAssigner:
         ranges: (lowest, highest) distance of each level in pixels, both inclusive.
         center_sampling_radius: take only points less than so many strides from the centre of the
             ground truth in x and in y; None takes all inside it.
-        point_offset: for `level_points`.
     """
 
     ranges: Sequence[tuple[float, float]] = (
@@ -140,7 +115,6 @@ class FCOSAssigner:
         (512, 1e8),
     )
     center_sampling_radius: float | None = None
-    point_offset: float = 0.5
 
     def __post_init__(self) -> None:
         if not all(low <= high for low, high in self.ranges):

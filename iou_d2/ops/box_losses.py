@@ -5,6 +5,10 @@ Shape letters: R boxes, P positive anchors or proposals. Boxes are XYXY in absol
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
 import torch
 import torch.nn.functional as F
 from fvcore.nn import smooth_l1_loss
@@ -58,7 +62,8 @@ def box_iou_loss(boxes: Tensor, targets: Tensor, kind: str) -> Tensor:
     if kind == "iou":
         return 1 - aligned_iou(boxes, targets)
     if kind == "unitbox":
-        return -aligned_iou(boxes, targets).clamp(min=MIN_IOU).log()
+        iou = aligned_iou(boxes, targets)
+        return -torch.where(iou < MIN_IOU, MIN_IOU, iou).log()  # `clamp` treats ties by version
     if kind == "giou":
         return generalized_box_iou_loss(boxes, targets)
     if kind == "diou":
@@ -68,71 +73,110 @@ def box_iou_loss(boxes: Tensor, targets: Tensor, kind: str) -> Tensor:
     raise ValueError(f"The kind of an IoU loss is one of {', '.join(IOU_KINDS)}, not {kind!r}.")
 
 
-def box_side_loss(
-    boxes: Tensor,
-    targets: Tensor,
-    kind: str,
-    unit: Tensor | float = 1.0,
-    beta: float = 1.0,
-) -> Tensor:
-    """Loss of each box whose sides are predicted as distances from a point, not reduced.
+class BoxDeltas:
+    """Predicted deltas of P boxes, and the boxes that they make of their anchors or proposals."""
 
-    The errors of the distances are those of the coordinates, since the point is the same.
+    def __init__(self, deltas: Tensor, anchors: Tensor, transform: Any):
+        """
+        Args:
+            deltas: (P, 4). Half precision, which cannot hold boxes of more than 2048 px to the
+                pixel, becomes float32.
+            anchors: (P, 4) XYXY, from which the deltas lead to boxes.
+            transform: Detectron2's Box2BoxTransform, or what has its `get_deltas` and
+                `apply_deltas`.
+        """
+        self.deltas = _at_least_float32(deltas)
+        self.anchors = anchors
+        self.transform = transform
 
-    Args:
-        boxes, targets: (R, 4) XYXY.
-        kind: "smooth_l1" or "l2", the squared error, each summed over the four sides; else an IoU
-            loss, see `box_iou_loss`.
-        unit: of the errors of "smooth_l1" and "l2", in pixels: one for all or (R, 1).
-        beta: of smooth L1, in that unit.
+    @cached_property
+    def boxes(self) -> Tensor:
+        """(P, 4) XYXY, decoded once."""
+        return self.transform.apply_deltas(self.deltas, self.anchors)
 
-    Returns:
-        (R,) in float32 at least; (0,) for no boxes.
-
-    Raises:
-        ValueError: another kind.
-    """
-    if kind not in ("smooth_l1", "l2"):
-        return box_iou_loss(boxes, targets, kind)
-    error = (_at_least_float32(boxes) - _at_least_float32(targets)) / unit
-    if kind == "l2":
-        return error.square().sum(dim=-1)
-    return smooth_l1_loss(error, torch.zeros_like(error), beta).sum(dim=-1)
+    def expected(self, targets: Tensor) -> Tensor:
+        """The deltas (P, 4) that would lead to `targets` (P, 4) XYXY."""
+        return self.transform.get_deltas(self.anchors, targets)
 
 
-def box_regression_loss(
-    deltas: Tensor, anchors: Tensor, targets: Tensor, transform, kind: str, beta: float = 0.0
-) -> Tensor:
-    """Sum over positive anchors or proposals of the loss of their boxes, in float32 at least.
+class BoxLoss(Protocol):
+    """The loss of predicted boxes: a part that detectors are given, see `build_box_loss`."""
 
-    Args:
-        deltas: (P, 4) predictions.
-        anchors: (P, 4) XYXY, from which the deltas lead to boxes.
-        targets: (P, 4) XYXY, the ground truth of each.
-        transform: Detectron2's Box2BoxTransform, or what has its `get_deltas` and `apply_deltas`.
-        kind: "smooth_l1" or "l2", the squared error, of the deltas; else that of the decoded boxes,
-            see `box_iou_loss`.
-        beta: of smooth L1; 0 is L1.
+    def of_sides(self, boxes: Tensor, targets: Tensor, unit: Tensor | float = 1.0) -> Tensor:
+        """Loss of each box whose sides are predicted as distances from a point, not reduced.
 
-    Returns:
+        The errors of the distances are those of the coordinates, since the point is the same.
+
+        Args:
+            boxes, targets: (R, 4) XYXY.
+            unit: of the errors, in pixels: one for all or (R, 1). The IoU losses have none.
+
+        Returns:
+            (R,) in float32 at least; (0,) for no boxes.
+        """
+
+    def of_deltas(self, predicted: BoxDeltas, targets: Tensor) -> Tensor:
+        """Sum over P boxes of the loss against `targets` (P, 4) XYXY, in float32 at least.
+
         A scalar; 0, with gradients, where P is 0.
+        """
 
-    Raises:
-        ValueError: another kind.
+
+@dataclass(frozen=True)
+class SmoothL1Loss:
+    """Smooth L1 of distances or deltas, summed over the four; `beta` in their unit, 0 is L1."""
+
+    beta: float
+
+    def of_sides(self, boxes: Tensor, targets: Tensor, unit: Tensor | float = 1.0) -> Tensor:
+        error = _side_errors(boxes, targets, unit)
+        return smooth_l1_loss(error, torch.zeros_like(error), self.beta).sum(dim=-1)
+
+    def of_deltas(self, predicted: BoxDeltas, targets: Tensor) -> Tensor:
+        expected = predicted.expected(targets)
+        return smooth_l1_loss(predicted.deltas, expected, self.beta, reduction="sum")
+
+
+@dataclass(frozen=True)
+class L2Loss:
+    """The squared error of distances or deltas, summed over the four."""
+
+    def of_sides(self, boxes: Tensor, targets: Tensor, unit: Tensor | float = 1.0) -> Tensor:
+        return _side_errors(boxes, targets, unit).square().sum(dim=-1)
+
+    def of_deltas(self, predicted: BoxDeltas, targets: Tensor) -> Tensor:
+        return F.mse_loss(predicted.deltas, predicted.expected(targets), reduction="sum")
+
+
+@dataclass(frozen=True)
+class BoxIoULoss:
+    """The loss of `IOU_KINDS` that `kind` names, of the boxes themselves: see `box_iou_loss`."""
+
+    kind: str
+
+    def of_sides(self, boxes: Tensor, targets: Tensor, unit: Tensor | float = 1.0) -> Tensor:
+        return box_iou_loss(boxes, targets, self.kind)
+
+    def of_deltas(self, predicted: BoxDeltas, targets: Tensor) -> Tensor:
+        return box_iou_loss(predicted.boxes, targets, self.kind).sum()
+
+
+def build_box_loss(kind: str, beta: float, key: str) -> BoxLoss:
+    """The loss that `kind` names, one of `KINDS`.
+
+    Args:
+        beta: of "smooth_l1".
+        key: the config key of `kind`, which the ValueError for another kind names.
     """
-    deltas = _at_least_float32(deltas)
-    if kind not in ("smooth_l1", "l2"):
-        return box_iou_loss(transform.apply_deltas(deltas, anchors), targets, kind).sum()
-    target_deltas = transform.get_deltas(anchors, targets)
-    if kind == "smooth_l1":
-        return smooth_l1_loss(deltas, target_deltas, beta, reduction="sum")
-    return F.mse_loss(deltas, target_deltas, reduction="sum")
-
-
-def check_kind(kind: str, key: str) -> None:
-    """Raises a ValueError that names the config `key` where `kind` is none of `KINDS`."""
     if kind not in KINDS:
         raise ValueError(f"{key} is one of {', '.join(KINDS)}, but it is {kind!r}.")
+    if kind == "smooth_l1":
+        return SmoothL1Loss(beta)
+    return L2Loss() if kind == "l2" else BoxIoULoss(kind)
+
+
+def _side_errors(boxes: Tensor, targets: Tensor, unit: Tensor | float) -> Tensor:
+    return (_at_least_float32(boxes) - _at_least_float32(targets)) / unit
 
 
 def _ciou_loss(boxes: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from torch import Tensor
 def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU of each box with the box at the same place of the other tensor.
 
-    Half precision is computed in float32. Differentiable in both arguments.
+    Whole numbers and half precision are computed in float32. Differentiable in both arguments:
+    where boxes touch and where a box has no width, the gradient is that of boxes that overlap and
+    of a box that opens; where two sides are equal, each has half of it.
 
     Args:
         boxes1, boxes2: (R, 4) XYXY.
@@ -34,11 +36,12 @@ def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     boxes1, boxes2 = _at_least_float32(boxes1), _at_least_float32(boxes2)
     top_left = torch.maximum(boxes1[..., :2], boxes2[..., :2])
     bottom_right = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
-    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
+    intersection = _not_negative(bottom_right - top_left).prod(dim=-1)
     union = _area(boxes1) + _area(boxes2) - intersection
     # Without the choice, which lets no gradient through, that of two lines would be infinite. NaN
     # is not 0 and stays.
-    iou = intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+    tiny = torch.finfo(union.dtype).tiny
+    iou = intersection / torch.where(union < tiny, tiny, union)
     return torch.where(union == 0, torch.zeros_like(iou), iou)
 
 
@@ -56,8 +59,14 @@ def centerness(points: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _area(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)
+    return _not_negative(boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+
+
+def _not_negative(lengths: Tensor) -> Tensor:
+    """`lengths.clamp(min=0)` through which a 0 has the gradient 1: that of `clamp` is another one
+    in torch 2.14."""
+    return torch.where(lengths < 0, 0, lengths)
 
 
 def _at_least_float32(boxes: Tensor) -> Tensor:
-    return boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
+    return boxes.to(torch.promote_types(boxes.dtype, torch.float32))

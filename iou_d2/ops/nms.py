@@ -1,17 +1,78 @@
-"""Non-maximum suppression that knows more than one score: IoU-guided NMS and Soft-NMS.
+"""Non-maximum suppression within classes: the usual one, IoU-guided NMS and Soft-NMS.
 
 Shape letters: R boxes of one image, S kept ones. Boxes are XYXY in absolute pixels. `classes` are
-integers; boxes of different classes never meet.
+integers; boxes of different classes never meet. A box or score that is not a number is never kept
+and does nothing to others, nor does a box that is not finite.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
+import math
 
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.ops import box_iou
+
+# Where torchvision sets the classes side by side, coordinates stay below this many pixels: there
+# float32 is exact to 1/128 pixel.
+_LARGEST_OFFSET = 2**17
 # Pairs of boxes compared at a time: what stays in a CPU's cache, and some hundred MB on a GPU.
 _CPU_PAIRS, _GPU_PAIRS = 2**17, 2**23
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
+    """What torchvision's `batched_nms` keeps, where classes are never to meet.
+
+    Torchvision moves the classes apart by offsets. At negative coordinates these are too short, for
+    many or large classes float32 rounds them, and one NaN makes all of them NaN. Where none of this
+    is so, the result is torchvision's to the last bit.
+
+    Args:
+        boxes: (R, 4); they and the scores are compared in float32.
+        scores: (R,) what ranks the boxes; of equal ones the first comes first.
+        classes: (R,).
+        threshold: an IoU over it suppresses.
+
+    Returns:
+        (S,) int64 indices of the kept boxes by falling score; (0,) for no boxes.
+
+    Raises:
+        ValueError: the arguments are not as many as the boxes.
+    """
+    _check_shapes(boxes, scores=scores, classes=classes)
+    if not len(boxes):
+        return torch.zeros(0, dtype=torch.int64, device=boxes.device)
+    boxes, scores = boxes.float(), scores.float()
+    # NaN is the lowest and the highest of what holds it. All in one tensor: one wait for a GPU.
+    extremes = [*boxes.aminmax(), scores.max(), *(x.float() for x in classes.aminmax())]
+    low, high, score, first, last = torch.stack(extremes).tolist()
+    if math.isnan(score) or not math.isfinite(high - low):
+        usable = _usable(boxes, scores).nonzero().squeeze(1)
+        return usable[batched_nms(boxes[usable], scores[usable], classes[usable], threshold)]
+
+    low = min(low, 0.0)
+    room = high - low + 1  # that torchvision takes for each class
+    if room <= _LARGEST_OFFSET and low < 0:
+        boxes = boxes - low
+    if first >= 0 and (last + 1) * room <= _LARGEST_OFFSET:
+        return torchvision.ops.batched_nms(boxes, scores, classes, threshold)
+    at_once = max(1, int(_LARGEST_OFFSET // room))
+    return _nms_in_groups(boxes, scores, classes, threshold, at_once)
+
+
+def _nms_in_groups(
+    boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, at_once: int
+) -> Tensor:
+    """`batched_nms` of so many classes `at_once`; a single one is given no offset."""
+    numbers = classes.unique(return_inverse=True)[1]
+    groups = numbers // at_once
+    kept = []
+    for index in groups.argsort(stable=True).split(groups.bincount().tolist()):
+        part = boxes[index], scores[index], numbers[index] % at_once
+        kept.append(index[torchvision.ops.batched_nms(*part, threshold)])
+    kept = torch.cat(kept).sort().values
+    return kept[scores[kept].sort(descending=True, stable=True).indices]
 
 
 def iou_guided_nms(
@@ -21,10 +82,10 @@ def iou_guided_nms(
 
     The box with the highest rank score is kept, and takes the highest class score of the boxes that
     it suppresses; and so on with the boxes that are left. Of equal rank scores the first comes
-    first. What is kept is what torchvision's `batched_nms` keeps.
+    first. What is kept is what `batched_nms` keeps.
 
     Args:
-        boxes: (R, 4), finite.
+        boxes: (R, 4).
         cls_scores: (R,) class scores, which the kept boxes inherit.
         rank_scores: (R,) what ranks the boxes, such as the predicted IoU.
         classes: (R,).
@@ -38,6 +99,12 @@ def iou_guided_nms(
         ValueError: the arguments are not as many as the boxes.
     """
     _check_shapes(boxes, cls_scores=cls_scores, rank_scores=rank_scores, classes=classes)
+    usable = _usable(boxes, cls_scores, rank_scores)
+    if not usable.all():
+        index = usable.nonzero().squeeze(1)
+        others = (x[index] for x in (boxes, cls_scores, rank_scores, classes))
+        keep, scores = iou_guided_nms(*others, threshold)
+        return index[keep], scores
     # In this order the first suppressor is the one of the lowest index, and ties are settled.
     order = rank_scores.sort(descending=True, stable=True).indices
     boxes, classes, cls_scores = boxes[order].float(), classes[order], cls_scores[order]
@@ -118,7 +185,9 @@ def soft_nms(
     if method not in ("linear", "gaussian"):
         raise ValueError(f"The method of Soft-NMS is 'linear' or 'gaussian', not {method!r}.")
     _check_shapes(boxes, scores=scores, classes=classes)
-    boxes, scores = boxes.float(), scores.clone()
+    # A score of 0 is never picked and boxes without a place overlap nothing.
+    scores = scores.where(_usable(boxes, scores), 0)
+    boxes = boxes.float()
     final = torch.zeros_like(scores)
     picks = []
     for _ in range(len(scores)):
@@ -147,6 +216,14 @@ def _iou(sides1: Tensor, sides2: Tensor) -> Tensor:
     inner = width.mul_(height)
     union = ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1)).sub_(inner)
     return inner.div_(union)
+
+
+def _usable(boxes: Tensor, *scores: Tensor) -> Tensor:
+    """(R,) whether a box is finite and its scores are numbers."""
+    usable = boxes.isfinite().all(dim=1)
+    for score in scores:
+        usable &= ~score.isnan()
+    return usable
 
 
 def _round_down(value: float, dtype: torch.dtype) -> Tensor:

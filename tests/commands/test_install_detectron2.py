@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from iou_d2.commands import install_detectron2
 from iou_d2.commands.install_detectron2 import NO_C_MODULE, Replacement, mend
 
 SCRIPT = "tools/install_detectron2.py"
@@ -31,6 +32,26 @@ def test_missing_operators_say_what_is_missing_and_where_to_get_it():
         module["__getattr__"]("nms_rotated")(1, 2)
     with pytest.raises(AttributeError):
         module["__getattr__"]("__path__")
+
+
+def test_without_torch_there_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match="Detectron2 needs torch, which is not installed."):
+        install_detectron2.prepare_build()
+
+
+@pytest.mark.parametrize(("version", "calls"), [("65.5.0", 1), ("80.9.0", 0)])
+def test_an_old_setuptools_is_replaced(monkeypatch, version, calls):
+    installed = []
+    monkeypatch.setattr(install_detectron2.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(install_detectron2, "pip", lambda *arguments: installed.append(arguments))
+    install_detectron2.prepare_build()
+    assert len(installed) == calls and all("setuptools>=77,<82" in call for call in installed)
+
+
+def test_a_pip_that_fails_ends_in_a_sentence():
+    with pytest.raises(SystemExit, match="`pip nonsense` failed"):
+        install_detectron2.pip("nonsense")
 
 
 def test_an_importable_detectron2_is_left_alone():

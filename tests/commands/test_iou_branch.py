@@ -8,8 +8,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from iou_d2 import get_config
-from iou_d2.commands import iou_branch as iou_branch
+from iou_d2.commands import iou_branch
 from iou_d2.data.shapes import ShapesSpec, write_shapes
+from iou_d2.detectors.iou_net_inference import Postprocessor
+from iou_d2.detectors.iou_net_nms import PlainNMS
 
 
 @pytest.fixture(scope="module")
@@ -47,28 +49,30 @@ def test_an_untrained_branch_knows_nothing(run, capsys):
 
 
 def test_only_boxes_on_an_object_of_their_class_count():
-    class Heads:
-        box_in_features = ()
-        iou_branch = None
-        postprocessor = None
+    class Branch:
+        def predict(self, features, boxes, classes, levels=None):
+            return torch.tensor([0.9, 0.8, 0.7])
 
-        def _forward_box(self, maps, proposals):
-            assert self.postprocessor.nms == "plain" and self.postprocessor.refine_steps == 0
+    class Heads:
+        iou_branch = Branch()
+
+        def levels(self, maps):
+            return []
+
+        def candidates(self, maps, proposals):
             found = Instances(
                 (50, 50), pred_boxes=Boxes([[0, 0, 10, 10.0]] * 2 + [[0, 0, 10, 3.0]])
             )
             found.pred_classes = torch.tensor([1, 0, 1])
-            found.scores = found.pred_ious = torch.tensor([0.9, 0.8, 0.7])
+            found.scores = torch.tensor([0.9, 0.8, 0.7])
             return [found]
 
-    class Refine:
-        def _ascend(self, detections, branch, features):
-            (found,) = detections
-            found.pred_boxes.tensor[:, 3] = 5.0
+    def refiner(detections, branch, features):
+        (found,) = detections
+        found.pred_boxes.tensor[:, 3] = 5.0
 
     heads = Heads()
-    heads.postprocessor = refine = Refine()
+    heads.postprocessor = Postprocessor(PlainNMS(0.5), refiner=refiner)
     truth = Instances((50, 50), gt_boxes=Boxes([[0, 0, 10, 8.0]]), gt_classes=torch.tensor([1]))
     values = iou_branch.on_detected(heads, {}, [], truth)
     assert values.tolist() == [pytest.approx([0.9, 0.8, 0.625])]
-    assert heads.postprocessor is refine

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from detectron2.structures import Boxes, Instances
+from torch import nn
 
-from iou_d2.detectors.dense import (
-    detections_of_image,
-    normalized_images,
-    reduce_mean,
-    select_candidates,
-)
+from iou_d2.detectors.dense import DenseDetector, DenseNMS, reduce_mean, select_candidates
 
 
 def test_select_candidates_equals_sorted_list():
@@ -27,7 +25,7 @@ def test_select_candidates_with_nothing_above_threshold():
         assert [len(part) for part in found] == [0, 0, 0]
 
 
-def test_detections_of_image_suppresses_within_a_class_and_across_levels():
+def test_nms_suppresses_within_a_class_and_across_levels():
     def level(boxes, scores, classes):
         return Instances(
             (50, 50),
@@ -39,11 +37,12 @@ def test_detections_of_image_suppresses_within_a_class_and_across_levels():
     first = level([[0, 0, 10, 10], [0, 0, 10, 10]], [0.6, 0.5], [0, 1])
     second = level([[0, 0, 10, 11], [30, 30, 40, 40]], [0.9, 0.1], [0, 0])
     empty = level([], [], [])
-    found = detections_of_image([first, second, empty], 0.5, 2)
+    nms = DenseNMS(score_threshold=0.05, topk=100, nms_threshold=0.5, max_detections=2)
+    found = nms([first, second, empty])
     assert torch.allclose(found.scores, torch.tensor([0.9, 0.5]))
     assert found.pred_classes.tolist() == [0, 1]
-    assert len(detections_of_image([empty, empty], 0.5, 2)) == 0
-    agnostic = detections_of_image([first, second, empty], 0.5, 9, class_agnostic=True)
+    assert len(nms([empty, empty])) == 0
+    agnostic = replace(nms, max_detections=-1, class_agnostic=True)([first, second, empty])
     assert torch.allclose(agnostic.scores, torch.tensor([0.9, 0.1]))
 
 
@@ -53,10 +52,24 @@ def test_reduce_mean_of_one_process_is_the_value_without_gradient():
     assert mean.item() == 3.0 and not mean.requires_grad
 
 
-def test_normalized_images_are_padded_behind_their_pixels():
-    mean, std = torch.tensor([1.0, 2, 3]).view(3, 1, 1), torch.tensor([1.0, 2, 4]).view(3, 1, 1)
+def test_one_box_that_is_not_finite_does_not_switch_nms_off():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [0, 0, float("nan"), 5]])
+    candidates = Instances(
+        (50, 50),
+        pred_boxes=Boxes(boxes),
+        scores=torch.tensor([0.9, 0.8, 0.95]),
+        pred_classes=torch.zeros(3, dtype=torch.int64),
+    )
+    nms = DenseNMS(score_threshold=0.05, topk=100, nms_threshold=0.5, max_detections=9)
+    assert nms([candidates]).pred_boxes.tensor.tolist() == [[0, 0, 10, 10]]
+
+
+def test_images_are_normalised_and_padded_behind_their_pixels():
     inputs = [{"image": torch.full((3, *size), 7, dtype=torch.uint8)} for size in ((5, 9), (8, 3))]
-    images = normalized_images(inputs, mean, std, 16)
+    backbone = nn.Identity()
+    backbone.size_divisibility = 16
+    model = DenseDetector(backbone=backbone, pixel_mean=[1.0, 2, 3], pixel_std=[1.0, 2, 4])
+    images = model.preprocess_image(inputs)
     assert images.tensor.shape == (2, 3, 16, 16) and images.image_sizes == [(5, 9), (8, 3)]
     expected = torch.zeros(2, 3, 16, 16)
     for index, (height, width) in enumerate(images.image_sizes):

@@ -10,7 +10,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import BitMasks, Boxes
 
 from iou_d2.detectors.faster_rcnn import BoxLossOutputLayers
-from iou_d2.ops.box_losses import KINDS
+from iou_d2.ops.box_losses import KINDS, build_box_loss
 
 PLAIN = "configs/faster_rcnn_R_50_FPN_1x.yaml"
 IOU_NET = "configs/iou_net_R_50_FPN_1x.yaml"
@@ -160,7 +160,7 @@ def test_loss_of_proposals_equals_a_loop(agnostic):
         box2box_transform=Box2BoxTransform(weights),
         num_classes=classes,
         cls_agnostic_bbox_reg=agnostic,
-        box_reg_loss_type="iou",
+        box_loss=build_box_loss("iou", 0.0, "KEY"),
     )
     proposals = random_boxes(40)
     targets = proposals + torch.randn(40, 4) * 2

@@ -22,7 +22,7 @@ SMALL = (
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
     *("MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.FPN.OUT_CHANNELS", "32"),
-    *("MODEL.RETINANET.NUM_CLASSES", "5", "MODEL.VFNET.NUM_GROUPS", "8"),
+    *("MODEL.RETINANET.NUM_CLASSES", "5", "MODEL.POINT_DETECTOR.NUM_GROUPS", "8"),
 )
 # Their name of a loss -> ours.
 LOSSES = {"loss_cls": "loss_cls", "loss_bbox": "loss_box_initial", "loss_bbox_rf": "loss_box"}

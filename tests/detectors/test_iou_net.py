@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from iou_d2.detectors.iou_net import iou_loss
+from iou_d2.detectors.iou_branch import IOU_CODES
 from iou_d2.detectors.pooler import use_prroi_pool
 from processes import spawn_cpu
 
@@ -22,6 +22,7 @@ CASCADE = (
     *("MODEL.ROI_HEADS.NAME", "IoUNetCascadeROIHeads"),
     *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"),
 )
+ALIGN = ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2")  # Detectron2's heads know no other
 OFF = ("MODEL.IOU_NET.NMS", "plain", "MODEL.IOU_NET.REFINE_STEPS", "0")
 
 
@@ -69,7 +70,7 @@ def test_loss_equals_closed_form(kind):
         else:
             error = abs(output - 2 * (iou - 0.5))
             expected += error**2 / 2 if error < 1 else error - 0.5
-    found = iou_loss(torch.tensor(outputs), torch.tensor(ious), kind)
+    found = IOU_CODES[kind].loss(torch.tensor(outputs), torch.tensor(ious))
     assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -104,8 +105,7 @@ def test_only_the_output_of_the_ground_truth_class_is_trained(build, make_batch)
     batch = make_batch([4])
     batch[0]["instances"].gt_classes[:] = 1
     branch = model.roi_heads.iou_branch
-    features = model.backbone(model.preprocess_image(batch).tensor)
-    features = [features[name] for name in model.roi_heads.box_in_features]
+    features = model.roi_heads.levels(model.backbone(model.preprocess_image(batch).tensor))
     branch.losses(features, [x["instances"] for x in batch])["loss_iou"].backward()
     trained = branch.iou_pred.weight.grad.abs().sum(dim=1) > 0
     assert trained.tolist() == [False, True, False]
@@ -120,8 +120,7 @@ def test_loss_is_the_mean_over_jittered_boxes_of_all_images(build, make_batch):
     branch.iou_pred.register_forward_hook(lambda module, inputs, output: seen.append(output))
     branch.pooler.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
     with torch.no_grad():
-        features = model.backbone(model.preprocess_image(batch).tensor)
-        features = [features[name] for name in model.roi_heads.box_in_features]
+        features = model.roi_heads.levels(model.backbone(model.preprocess_image(batch).tensor))
         found = branch.losses(features, [x["instances"] for x in batch])["loss_iou"].item()
 
     boxes, outputs = seen
@@ -149,7 +148,7 @@ def test_all_off_is_faster_rcnn_with_prroi_pool_exactly(build, make_batch, overr
     aware = build(*overrides, *OFF)
     name = aware.roi_heads.__class__.__name__.replace("IoUNetCascade", "Cascade")
     name = name.replace("IoUNetROIHeads", "StandardROIHeads")
-    plain = build(*overrides, "MODEL.ROI_HEADS.NAME", name)
+    plain = build(*overrides, "MODEL.ROI_HEADS.NAME", name, *ALIGN)
     use_prroi_pool(plain.roi_heads)
     plain.load_state_dict(aware.state_dict(), strict=False)
     batch = make_batch([0, 0], side=128)
@@ -185,7 +184,7 @@ def test_refinement_climbs_and_leaves_no_gradients(build, make_batch, mode):
 def test_predicted_iou_has_the_gradient_of_finite_differences(build):
     model = build().eval().double()
     features = model.backbone(torch.rand(1, 3, 96, 96, dtype=torch.float64))
-    features = [features[name].detach() for name in model.roi_heads.box_in_features]
+    features = [feature.detach() for feature in model.roi_heads.levels(features)]
     branch, classes = model.roi_heads.iou_branch, torch.tensor([1])
     # Detectron2's Boxes and `predict` are float32, so that the oracle is the layers in float64.
     levels = torch.tensor([0])
@@ -297,7 +296,7 @@ def test_standalone_training_changes_the_iou_branch_alone(build, make_batch):
 
 
 def test_zoo_weights_load_and_only_the_iou_branch_is_new(build, tmp_path):
-    plain = build("MODEL.ROI_HEADS.NAME", "StandardROIHeads")
+    plain = build("MODEL.ROI_HEADS.NAME", "StandardROIHeads", *ALIGN)
     weights = {name: value.numpy() for name, value in plain.state_dict().items()}
     path = tmp_path / "model_final.pkl"
     # The format of Detectron2's model zoo.
@@ -310,7 +309,10 @@ def test_zoo_weights_load_and_only_the_iou_branch_is_new(build, tmp_path):
     assert sorted(loaded.missing_keys) == expected and loaded.unexpected_keys == []
 
 
-@pytest.mark.parametrize(("key", "value"), [("LOSS_TYPE", "mse"), ("NMS", "hard")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("LOSS_TYPE", "mse"), ("NMS", "hard"), ("RANK_BY", "area"), ("REFINE_BY", "descent")],
+)
 def test_wrong_settings_are_named(build, key, value):
     with pytest.raises(ValueError, match=f"MODEL.IOU_NET.{key} is .*'{value}'"):
         build(f"MODEL.IOU_NET.{key}", value)

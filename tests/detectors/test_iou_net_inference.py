@@ -5,7 +5,19 @@ import torch
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 
-from iou_d2.detectors.iou_net_inference import Postprocessor, select_boxes
+from iou_d2.detectors.iou_net_inference import (
+    GradientAscent,
+    IteratedRegression,
+    Postprocessor,
+    select_boxes,
+)
+from iou_d2.detectors.iou_net_nms import (
+    GuidedNMS,
+    PlainNMS,
+    SoftNMS,
+    rank_by_iou,
+    rank_by_product,
+)
 
 SIZES = [(80, 120), (100, 60)]
 
@@ -47,13 +59,13 @@ def random_outputs(class_specific=True, classes=3, rows=60):
     return boxes, probabilities
 
 
-def run(boxes, probabilities, regress=None, branch=None, **settings):
+PLAIN, GUIDED = PlainNMS(0.5), GuidedNMS(0.5)
+
+
+def run(boxes, probabilities, regress=None, branch=None, nms=GUIDED, **settings):
     candidates = [select_boxes(*x, size, 0.05) for *x, size in zip(boxes, probabilities, SIZES)]
     features = [torch.zeros(len(SIZES), 1, 2, 2)]
-    return Postprocessor(**settings)(candidates, branch or Branch(), features, regress)
-
-
-OFF = {"nms": "plain", "refine_steps": 0}
+    return Postprocessor(nms, **settings)(candidates, branch or Branch(), features, regress)
 
 
 @pytest.mark.parametrize("topk", [-1, 0, 7, 100])
@@ -63,7 +75,7 @@ def test_all_off_is_detectron2_to_the_last_bit(class_specific, topk):
     boxes[0][3, 1] = float("nan")
     probabilities[1][5, 0] = float("inf")
     expected, _ = fast_rcnn_inference(boxes, probabilities, SIZES, 0.05, 0.5, topk)
-    found = run(boxes, probabilities, max_detections=topk, **OFF)
+    found = run(boxes, probabilities, nms=PLAIN, max_detections=topk)
     for a, b in zip(expected, found):
         assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
         assert torch.equal(a.scores, b.scores) and torch.equal(b.scores, b.cls_scores)
@@ -80,7 +92,8 @@ def iou(a, b):
 @pytest.mark.parametrize("rank_by", ["iou", "score", "product"])
 def test_guided_nms_ranks_by_what_the_key_says_and_the_best_scores_stay(rank_by):
     boxes, probabilities = random_outputs()
-    found = run(boxes, probabilities, rank_by=rank_by, refine_steps=0, max_detections=9)
+    ranking = {"iou": rank_by_iou, "score": None, "product": rank_by_product}[rank_by]
+    found = run(boxes, probabilities, nms=GuidedNMS(0.5, ranking), max_detections=9)
     for image, size in enumerate(SIZES):
         x = select_boxes(boxes[image], probabilities[image], size, 0.05)
         lists = [Boxes(torch.zeros(0, 4))] * image + [x.pred_boxes]
@@ -111,8 +124,9 @@ def test_refinement_raises_the_predicted_iou_and_keeps_all_else(mode):
     boxes, probabilities = random_outputs()
     with mode():
         boxes = [x * 1.0 for x in boxes]
-        before = run(boxes, probabilities, refine_steps=0)
-        after = run(boxes, probabilities, refine_steps=20, roll_back=True, early_stop=0.003)
+        before = run(boxes, probabilities)
+        ascent = GradientAscent(steps=20, roll_back=True, early_stop=0.003)
+        after = run(boxes, probabilities, refiner=ascent)
         classes = torch.cat([x.pred_classes for x in after])
         expected = Branch().predict([], [x.pred_boxes for x in after], classes)
     torch.testing.assert_close(torch.cat([x.pred_ious for x in after]), expected)
@@ -129,8 +143,8 @@ def test_a_box_keeps_its_level_while_it_moves():
     branch = Branch()
     boxes = [torch.tensor([[10.0, 10, 30.1, 30], [40.0, 40, 59.9, 60]]), torch.zeros(0, 4)]
     probabilities = [torch.tensor([[0.9, 0.1], [0.8, 0.2]]), torch.zeros(0, 2)]
-    settings = {"nms": "plain", "refine_steps": 3, "early_stop": 0.0, "max_drop": -1.0}
-    found = run(boxes, probabilities, branch=branch, step_size=30.0, **settings)
+    ascent = GradientAscent(steps=3, step_size=30.0, early_stop=0.0, max_drop=-1.0)
+    found = run(boxes, probabilities, branch=branch, nms=PLAIN, refiner=ascent)
     assert [x.tolist() for x in branch.levels] == [[1, 0]] * 4
     # It would have changed: the areas have crossed the border of the levels.
     assert Pooler().assign_levels([found[0].pred_boxes]).tolist() != [1, 0]
@@ -139,19 +153,18 @@ def test_a_box_keeps_its_level_while_it_moves():
 
 def test_scores_times_predicted_iou_are_sorted_again():
     boxes, probabilities = random_outputs()
-    for x in run(boxes, probabilities, score_times_iou=True, **OFF):
+    for x in run(boxes, probabilities, nms=PLAIN, score_times_iou=True):
         torch.testing.assert_close(x.scores, x.cls_scores * x.pred_ious)
         assert torch.equal(x.scores, x.scores.sort(descending=True).values)
         assert not torch.equal(x.cls_scores, x.cls_scores.sort(descending=True).values)
 
 
-@pytest.mark.parametrize("nms", ["soft_linear", "soft_gaussian"])
-def test_soft_nms_keeps_more_boxes_with_lower_scores(nms):
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_nms_keeps_more_boxes_with_lower_scores(method):
     boxes, probabilities = random_outputs()
-    settings = {"refine_steps": 0, "max_detections": -1}
     for plain, soft in zip(
-        run(boxes, probabilities, nms="plain", **settings),
-        run(boxes, probabilities, nms=nms, **settings),
+        run(boxes, probabilities, nms=PLAIN, max_detections=-1),
+        run(boxes, probabilities, nms=SoftNMS(method, 0.5), max_detections=-1),
     ):
         assert len(soft) > len(plain)
         assert soft.scores[0] == plain.scores[0] and soft.scores.sum() < 2 * plain.scores.sum()
@@ -166,8 +179,8 @@ def test_iterated_regression_takes_the_place_of_the_ascent():
             x.pred_boxes = Boxes(x.pred_boxes.tensor + 1)
 
     boxes, probabilities = random_outputs()
-    plain = run(boxes, probabilities, **OFF)
-    moved = run(boxes, probabilities, regress, nms="plain", refine_by="regression", refine_steps=3)
+    plain = run(boxes, probabilities, nms=PLAIN)
+    moved = run(boxes, probabilities, regress, nms=PLAIN, refiner=IteratedRegression(3))
     assert calls == [2, 2, 2]
     torch.testing.assert_close(moved[0].pred_boxes.tensor, plain[0].pred_boxes.tensor + 3)
     lists = [x.pred_boxes for x in moved]
@@ -177,17 +190,17 @@ def test_iterated_regression_takes_the_place_of_the_ascent():
     )
 
 
-@pytest.mark.parametrize("settings", [{}, OFF, {"nms": "soft_linear"}, {"rank_by": "product"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"refiner": GradientAscent()},
+        {"nms": PLAIN},
+        {"nms": SoftNMS("linear", 0.5)},
+        {"nms": GuidedNMS(0.5, rank_by_product)},
+    ],
+)
 def test_images_without_a_candidate(settings):
     empty = [torch.zeros(0, 12)] * 2, [torch.zeros(0, 4)] * 2
     for x in run(*empty, **settings):
         assert isinstance(x, Instances) and len(x) == 0
         assert x.pred_boxes.tensor.shape == (0, 4) and x.pred_ious.shape == (0,)
-
-
-@pytest.mark.parametrize(
-    ("name", "key"), [("nms", "NMS"), ("rank_by", "RANK_BY"), ("refine_by", "REFINE_BY")]
-)
-def test_unknown_settings_are_named(name, key):
-    with pytest.raises(ValueError, match=f"MODEL.IOU_NET.{key} is .*'wrong'"):
-        Postprocessor(**{name: "wrong"})

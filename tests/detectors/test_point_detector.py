@@ -10,7 +10,6 @@ from detectron2.utils.events import EventStorage
 
 from iou_d2.detectors.point_detector import centerness_quality, iou_quality
 from iou_d2.detectors.point_heads import exp_distances
-from iou_d2.ops.assign import level_points
 from iou_d2.ops.box_losses import KINDS
 from processes import spawn_cpu
 
@@ -18,8 +17,9 @@ NAMES = ("vfnet", "vfnet_star", "vfnet_vfl", "vfnet_raw", "atss", "atss_iou", "f
 CONFIGS = {name: f"configs/{name}_R_50_FPN_1x.yaml" for name in NAMES}
 # For objects in images of 96 px, small enough for loops.
 SMALL = (
-    *("MODEL.VFNET.REGRESS_RANGES", "[16, 32, 64, 128, 256]"),
-    *("MODEL.VFNET.ANCHOR_SCALE", "3.0", "MODEL.VFNET.NUM_GROUPS", "8"),
+    *("MODEL.POINT_DETECTOR.DISTANCE_UNITS", "[16, 32, 64, 128, 256]"),
+    *("MODEL.POINT_DETECTOR.MAX_DISTANCES", "[16, 32, 64, 128, 256]"),
+    *("MODEL.POINT_DETECTOR.ANCHOR_SCALE", "3.0", "MODEL.POINT_DETECTOR.NUM_GROUPS", "8"),
 )
 
 
@@ -41,13 +41,10 @@ def build(small_cfg):
 
 
 def predict(model, batch):
-    """What the head says, and where its points are."""
+    """What the model says of each level, and where its points are."""
     with torch.no_grad():
-        images = model.preprocess_image(batch)
-        features = model.backbone(images.tensor)
-        features = [features[name] for name in model.head_in_features]
-        points = level_points(features, model.strides, model.assigner.point_offset)
-        return model.head(features), points
+        predictions = model.predict(model.preprocess_image(batch).tensor)
+    return predictions, [prediction.points for prediction in predictions]
 
 
 def iou_and_giou(a: list[float], b: list[float]) -> tuple[float, float]:
@@ -94,8 +91,8 @@ def losses_by_hand(name: str, model, batch, kind: str = "giou") -> dict[str, flo
     cls = quality_loss = positives = 0
     for image, sample in enumerate(batch):
         truth = sample["instances"]
-        matches = model.assigner(points, model.strides, truth.gt_boxes.tensor).tolist()
-        for prediction, level, stride in zip(predictions, points, model.strides):
+        matches = model.assigner(points, model.grid.strides, truth.gt_boxes.tensor).tolist()
+        for prediction, level, stride in zip(predictions, points, model.grid.strides):
             for index, cell, point in cells(prediction, level):
                 match, q = matches[index], 0.0
                 gt = truth.gt_boxes.tensor[match].tolist() if match >= 0 else None
@@ -138,7 +135,7 @@ def test_losses_equal_loops(name, build, make_batch):
 @pytest.mark.parametrize("name", ["vfnet", "fcos"])
 def test_losses_of_other_kinds_equal_loops(name, kind, build, make_batch):
     beta = ("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", "0.2")
-    model = build(name, "MODEL.VFNET.BOX_LOSS", kind, *beta).train()
+    model = build(name, "MODEL.POINT_DETECTOR.BOX_LOSS", kind, *beta).train()
     batch = make_batch([3, 0, 5])
     expected = losses_by_hand(name, model, batch, kind)
     found = {name: loss.item() for name, loss in model(batch).items()}
@@ -163,7 +160,7 @@ def test_detections_equal_loops(name, class_wise, build, make_batch):
         name,
         *("MODEL.RETINANET.TOPK_CANDIDATES_TEST", str(topk)),
         *("MODEL.RETINANET.SCORE_THRESH_TEST", str(threshold)),
-        *("MODEL.VFNET.CLASS_AGNOSTIC_NMS", str(not class_wise)),
+        *("MODEL.POINT_DETECTOR.CLASS_AGNOSTIC_NMS", str(not class_wise)),
     ).eval()
     batch = make_batch([0, 0])
     predictions, points = predict(model, batch)
@@ -194,10 +191,14 @@ def test_what_detections_carry(build, make_batch):
     with torch.no_grad():
         plain = build("vfnet").eval()(make_batch([0]))[0]["instances"]
         ranked = build("atss").eval()(make_batch([0]))[0]["instances"]
+        iou_aware = build("atss_iou").eval()(make_batch([0]))[0]["instances"]
     assert set(plain.get_fields()) == {"pred_boxes", "scores", "pred_classes"}
     assert len(ranked) > 5
-    torch.testing.assert_close(ranked.scores, (ranked.cls_scores * ranked.pred_ious).sqrt())
+    quality = ranked.pred_centernesses
+    torch.testing.assert_close(ranked.scores, (ranked.cls_scores * quality).sqrt())
     assert (ranked.cls_scores > 0.05).all()
+    # A centerness is not called an IoU.
+    assert not ranked.has("pred_ious") and iou_aware.has("pred_ious")
 
 
 def test_qualities():
@@ -232,7 +233,7 @@ def test_a_positive_point_stays_one_however_bad_its_box(build, make_batch):
     batch = make_batch([3])
     model(batch)
     _, points = predict(model, batch)
-    matches = model.assigner(points, model.strides, batch[0]["instances"].gt_boxes.tensor)
+    matches = model.assigner(points, model.grid.strides, batch[0]["instances"].gt_boxes.tensor)
     assert (seen[0] > 0).sum() == (matches >= 0).sum() > 0
     assert seen[0].max().item() == pytest.approx(1e-6)
 
@@ -240,7 +241,7 @@ def test_a_positive_point_stays_one_however_bad_its_box(build, make_batch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cls_loss", ["varifocal", "quality_focal", "focal"])
 def test_losses_are_parts(kind, cls_loss, build, make_batch):
-    overrides = ("MODEL.VFNET.BOX_LOSS", kind, "MODEL.VFNET.CLS_LOSS", cls_loss)
+    overrides = ("MODEL.POINT_DETECTOR.BOX_LOSS", kind, "MODEL.POINT_DETECTOR.CLS_LOSS", cls_loss)
     losses = build("vfnet", *overrides).train()(make_batch([3]))
     assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
 
@@ -293,9 +294,9 @@ def test_distances_that_overflow_give_boxes_inside_the_image(build, make_batch):
 def test_boxes_in_the_padding_are_no_detections(build, make_batch):
     model = build("vfnet_vfl").eval()
     torch.nn.init.constant_(model.head.box_pred.bias, -3.0)
-    predictions, points = predict(model, make_batch([0], side=70))
-    for level, prediction in zip(points, predictions):
-        found = model.candidates(level, prediction, 0, (70, 70))
+    predictions, _ = predict(model, make_batch([0], side=70))
+    for prediction in predictions:
+        found = model.candidates(prediction, 0, (70, 70))
         assert (found.pred_boxes.area() > 0).all() and len(found) > 0
 
 
@@ -316,9 +317,9 @@ def test_an_image_is_matched_as_if_it_were_alone(name, build):
         truths.append(truth)
 
     def grid(height, width):
-        strides = model.strides
+        strides = model.grid.strides
         features = [torch.zeros(1, 1, -(-height // s), -(-width // s)) for s in strides]
-        return level_points(features, strides, model.assigner.point_offset)
+        return model.grid(features)
 
     def positives(points, matches):
         index = torch.nonzero(matches >= 0)[:, 0]
@@ -335,33 +336,67 @@ def test_an_image_is_matched_as_if_it_were_alone(name, build):
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        ("CLS_LOSS", "vfl", "one of .*'varifocal'.*, not 'vfl'"),
+        ("CLS_LOSS", "vfl", "one of varifocal, .* is 'vfl'"),
         ("BOX_LOSS", "l3", "one of .*giou.*, but it is 'l3'"),
-        ("QUALITY", "giou", "one of .*'iou'.*, not 'giou'"),
-        ("ASSIGNER", "max_iou", "'atss' or 'fcos', not 'max_iou'"),
-        ("REGRESS_RANGES", "[64, 128]", "has 2 entries for 5 levels"),
+        ("QUALITY", "giou", "'iou' or 'centerness', .* is 'giou'"),
+        ("ASSIGNER", "max_iou", "'atss' or 'fcos', but it is 'max_iou'"),
+        ("DISTANCE_UNITS", "[64, 128]", "has 2 entries for 5 levels"),
     ],
 )
 def test_wrong_settings_are_named(build, key, value, sentence):
-    with pytest.raises(ValueError, match=f"MODEL.VFNET.{key} .*{sentence}"):
-        build("vfnet", f"MODEL.VFNET.{key}", value)
+    with pytest.raises(ValueError, match=f"MODEL.POINT_DETECTOR.{key} .*{sentence}"):
+        build("vfnet", f"MODEL.POINT_DETECTOR.{key}", value)
 
 
 def test_a_weight_for_each_stage_is_asked_for(build, make_batch):
-    weights = ("MODEL.VFNET.BOX_LOSS_WEIGHTS", "[2.0]")
+    weights = ("MODEL.POINT_DETECTOR.BOX_LOSS_WEIGHTS", "[2.0]")
     with pytest.raises(ValueError, match=r"BOX_LOSS_WEIGHTS is \[2.0\], but .* of 2 stages"):
-        build("vfnet", *weights).train()(make_batch([3]))
+        build("vfnet", *weights)
     assert build("atss", *weights).train()(make_batch([3]))["loss_box"] > 0
 
 
+def test_any_callable_is_an_assigner(build, make_batch):
+    model, batch = build("vfnet").train(), make_batch([2, 1])
+    model.assigner = lambda points, strides, boxes: torch.zeros(
+        sum(map(len, points)), dtype=torch.int64
+    )
+    assert all(torch.isfinite(loss) and loss > 0 for loss in model(batch).values())
+
+
+@pytest.mark.parametrize("name", ["vfnet", "atss"])
+def test_all_detections_are_kept_where_their_number_is_negative(name, build, make_batch):
+    keys = "MODEL.RETINANET.NMS_THRESH_TEST", "1.0", "TEST.DETECTIONS_PER_IMAGE"
+    with torch.no_grad():
+        found = [
+            build(name, *keys, count).eval()(make_batch([0]))[0]["instances"]
+            for count in ("-1", "7")
+        ]
+    every, best = found
+    assert len(every) > 100 and len(best) == 7
+    torch.testing.assert_close(every.scores[:7], best.scores)
+
+
+def test_towers_without_a_convolution_read_the_features(small_cfg, make_batch):
+    model = build_model(small_cfg(CONFIGS["atss"], *SMALL, "MODEL.RETINANET.NUM_CONVS", "0"))
+    assert len(model.head.cls_tower) == len(model.head.box_tower) == 0
+    assert all(torch.isfinite(loss) for loss in model.train()(make_batch([3])).values())
+
+
 def test_the_assigner_of_a_config(build):
-    atss, fcos = build("atss").assigner, build("fcos").assigner
-    assert (atss.topk, atss.anchor_scale, atss.point_offset) == (9, 3.0, 0.0)
+    atss, fcos = build("atss"), build("fcos")
+    assert (atss.grid.offset, fcos.grid.offset) == (0.0, 0.5)
+    atss, fcos = atss.assigner, fcos.assigner
+    assert (atss.topk, atss.anchor_scale) == (9, 3.0)
     assert fcos.ranges == ((-1, 16), (16, 32), (32, 64), (64, 128), (128, 1e8))
-    assert (fcos.center_sampling_radius, fcos.point_offset) == (1.5, 0.5)
-    overrides = ("MODEL.VFNET.POINT_OFFSET", "0.25", "MODEL.VFNET.CENTER_SAMPLING_RADIUS", "0.0")
-    fcos = build("fcos", *overrides).assigner
-    assert (fcos.center_sampling_radius, fcos.point_offset) == (None, 0.25)
+    assert fcos.center_sampling_radius == 1.5
+    overrides = (
+        "MODEL.POINT_DETECTOR.POINT_OFFSET",
+        "0.25",
+        "MODEL.POINT_DETECTOR.CENTER_SAMPLING_RADIUS",
+        "0.0",
+    )
+    fcos = build("fcos", *overrides)
+    assert (fcos.assigner.center_sampling_radius, fcos.grid.offset) == (None, 0.25)
 
 
 def losses_with_ddp(rank: int, cfgs, batches, folder) -> None:

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
+from torchvision.ops import RoIPool
 
-from iou_d2.detectors.pooler import PrRoIPooler, build_pooler, use_prroi_pool
+from iou_d2.detectors.pooler import PrRoIPooler, use_prroi_pool
 from iou_d2.layers import PrRoIPool, prroi_pool_reference
 
 SCALES = [1 / 4, 1 / 8, 1 / 16]
@@ -54,11 +56,11 @@ def test_a_smooth_map_gives_what_roi_align_gives():
     side = torch.logspace(1.3, 1.9, 30)  # ROIAlign widens boxes below one feature pixel
     boxes = [Boxes(torch.stack([centers - side / 2] * 2 + [centers + side / 2] * 2, 1))]
     settings = {"scales": SCALES, "canonical_box_size": 64, "canonical_level": 3}
-    ours = build_pooler("PrRoIPool", output_size=4, **settings)
-    theirs = build_pooler("ROIAlignV2", output_size=4, **settings)
+    ours = PrRoIPooler(4, **settings)
+    theirs = ROIPooler(4, pooler_type="ROIAlignV2", sampling_ratio=0, **settings)
     torch.testing.assert_close(ours(pyramid, boxes), theirs(pyramid, boxes))
-    legacy = build_pooler("PrRoIPoolLegacy", output_size=4, **settings)
-    theirs = build_pooler("ROIAlign", output_size=4, **settings)
+    legacy = PrRoIPooler(4, aligned=False, **settings)
+    theirs = ROIPooler(4, pooler_type="ROIAlign", sampling_ratio=0, **settings)
     torch.testing.assert_close(legacy(pyramid, boxes), theirs(pyramid, boxes))
 
 
@@ -114,11 +116,6 @@ def test_wrong_arguments_raise_sentences(words, maps, images, levels):
         PrRoIPooler(2, SCALES)(make_pyramid()[:maps], make_boxes([4, 4][:images]), levels)
 
 
-def test_an_unknown_type_raises():
-    with pytest.raises(ValueError, match="Unknown pooler type"):
-        build_pooler("PrRoIAlign", output_size=2, scales=SCALES)
-
-
 def small_model(roi_heads):
     cfg = get_cfg()
     cfg.MODEL.DEVICE = "cpu"
@@ -166,3 +163,53 @@ def test_a_built_model_is_converted(roi_heads):
 def test_a_model_without_poolers_is_refused():
     with pytest.raises(ValueError, match="Conv2d has no ROIPooler"):
         use_prroi_pool(torch.nn.Conv2d(1, 1, 1))
+
+
+POOLERS = {
+    "PrRoIPool": (PrRoIPool, True),
+    "PrRoIPoolLegacy": (PrRoIPool, False),
+    "ROIAlignV2": (ROIAlign, True),
+    "ROIAlign": (ROIAlign, False),
+    "ROIPool": (RoIPool, None),
+}
+
+
+@pytest.mark.parametrize("roi_heads", ["BoxLossROIHeads", "BoxLossCascadeROIHeads"])
+@pytest.mark.parametrize("kind", POOLERS)
+def test_the_pooler_of_every_head_is_chosen_by_config(small_cfg, make_batch, kind, roi_heads):
+    cfg = small_cfg(
+        "configs/faster_rcnn_R_50_FPN_1x.yaml",
+        *("MODEL.ROI_HEADS.NAME", roi_heads, "MODEL.MASK_ON", "True"),
+        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", str(roi_heads != "BoxLossROIHeads")),
+        *("MODEL.ROI_BOX_HEAD.POOLER_TYPE", kind, "MODEL.ROI_MASK_HEAD.POOLER_TYPE", kind),
+        *("MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.RESNETS.NORM", "BN"),
+    )
+    model = build_model(cfg).eval()
+    poolers = [m for m in model.modules() if isinstance(m, ROIPooler)]
+    layer, aligned = POOLERS[kind]
+    assert [p.output_size for p in poolers] == [(7, 7), (14, 14)]
+    for level in (level for pooler in poolers for level in pooler.level_poolers):
+        assert type(level) is layer and getattr(level, "aligned", None) == aligned
+    with torch.no_grad():
+        model(make_batch([0]))
+
+
+def test_iou_net_pools_by_config_and_refuses_to_climb_without_a_gradient(small_cfg, make_batch):
+    kind = ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2")
+    config_file = "configs/quick/iou_net_shapes.yaml"
+    with pytest.raises(ValueError, match="POOLER_TYPE is 'ROIAlignV2', .* no gradient for boxes"):
+        build_model(small_cfg(config_file, *kind))
+    model = build_model(small_cfg(config_file, *kind, "MODEL.IOU_NET.REFINE_STEPS", "0")).eval()
+    assert type(model.roi_heads.iou_branch.pooler.level_poolers[0]) is ROIAlign
+    with torch.no_grad():
+        assert model(make_batch([0]))[0]["instances"].has("pred_ious")
+
+
+def test_an_unknown_pooler_is_named(small_cfg):
+    with pytest.raises(ValueError, match="PrRoIAlign"):
+        build_model(
+            small_cfg(
+                "configs/faster_rcnn_R_50_FPN_1x.yaml",
+                *("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "PrRoIAlign"),
+            )
+        )

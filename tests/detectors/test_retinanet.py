@@ -10,7 +10,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
-from iou_d2.detectors.retinanet import confidence, iou_prediction_loss
+from iou_d2.detectors.iou_retinanet import IOU_LOSSES, confidence
+from iou_d2.detectors.retinanet import AnchorPrediction
 from iou_d2.ops.box_losses import KINDS
 from processes import spawn_cpu
 
@@ -45,21 +46,16 @@ def iou_by_hand(delta, anchor, target):
 @pytest.mark.parametrize("kind", ["bce", "l1", "l2"])
 def test_iou_prediction_loss_equals_closed_form(kind):
     logits, targets = [-3.0, -0.2, 0.0, 1.5], [0.9, 0.1, 0.5, 1.0]
-    loss = iou_prediction_loss(torch.tensor(logits), torch.tensor(targets), kind)
+    loss = IOU_LOSSES[kind](torch.tensor(logits), torch.tensor(targets))
     assert loss.item() == pytest.approx(loss_by_hand(logits, targets, kind), rel=1e-6)
 
 
 def test_bce_gradient_of_the_target_is_equation_5():
     logits = torch.tensor([-2.0, 0.3, 4.0], dtype=torch.float64)
     target = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64, requires_grad=True)
-    iou_prediction_loss(logits, target, "bce").backward()
+    IOU_LOSSES["bce"](logits, target).backward()
     p = 1 / (1 + torch.exp(-logits))
     torch.testing.assert_close(target.grad, torch.log((1 - p) / p))
-
-
-def test_an_unknown_loss_is_named():
-    with pytest.raises(ValueError, match="'bce', 'l1' or 'l2', not 'mse'"):
-        iou_prediction_loss(torch.zeros(1), torch.zeros(1), "mse")
 
 
 def test_confidence():
@@ -152,32 +148,25 @@ def test_iou_loss_equals_a_loop_over_positive_anchors(small_cfg, make_batch, eve
     torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.1)
     batch = make_batch([3, 0, 5])
     with torch.no_grad():
-        images = model.preprocess_image(batch)
-        features = model.backbone(images.tensor)
-        features = [features[name] for name in model.head_in_features]
-        logits, deltas, iou_logits = model.head(features)
-        anchors = model.anchor_generator(features)
+        predictions = model.predict(model.preprocess_image(batch).tensor)
+        anchors = Boxes.cat([level.anchors for level in predictions])
         labels, gt_boxes = model.label_anchors(anchors, [x["instances"] for x in batch])
         found = model(batch)["loss_iou"].item()
 
     total, positives = 0.0, 0
     for image in range(3):
         offset = 0
-        for level, (delta, iou_logit) in enumerate(zip(deltas, iou_logits)):
-            cells = delta.shape[2] * delta.shape[3]
-            per_cell = iou_logit.shape[1]
-            for index in range(cells * per_cell):
+        for level in predictions:
+            for index, anchor in enumerate(level.anchors.tensor):
                 if 0 <= labels[image][offset + index] < model.num_classes:
-                    cell, a = divmod(index, per_cell)
-                    y, x = divmod(cell, delta.shape[3])
                     iou = iou_by_hand(
-                        delta[image, 4 * a : 4 * a + 4, y, x].double().tolist(),
-                        anchors[level].tensor[index].double().tolist(),
+                        level.deltas[image, index].double().tolist(),
+                        anchor.double().tolist(),
                         gt_boxes[image][offset + index].double().tolist(),
                     )
-                    total += loss_by_hand([iou_logit[image, a, y, x].item()], [iou], "bce")
+                    total += loss_by_hand([level.iou_logits[image, index].item()], [iou], "bce")
                     positives += 1
-            offset += cells * per_cell
+            offset += len(level.anchors)
     assert positives > 10
     assert found == pytest.approx(total / positives, rel=1e-4)
 
@@ -246,13 +235,13 @@ def test_box_loss_equals_a_loop_over_positive_anchors(small_cfg, event_storage):
                 arguments = deltas[image, i], anchors[i], targets[image, i]
                 total += 1 - iou_by_hand(*(x.double().tolist() for x in arguments))
                 positives += 1
-    losses = model.losses(
-        [Boxes(x) for x in anchors.split(levels)],
-        [torch.randn(2, size, 3) for size in levels],
-        list(labels),
-        list(deltas.split(levels, dim=1)),
-        list(targets),
-    )
+    model.label_anchors = lambda anchors, truth: (labels, targets)
+    parts = zip(anchors.split(levels), deltas.split(levels, dim=1))
+    predictions = [
+        AnchorPrediction(Boxes(of_level), torch.randn(2, len(of_level), 3), delta)
+        for of_level, delta in parts
+    ]
+    losses = model.losses(predictions, [(128, 128)] * 2, [None] * 2)
     normalizer = 0.9 * 100 + 0.1 * positives
     assert positives > 5
     assert losses["loss_box_reg"].item() == pytest.approx(2 * total / normalizer, rel=1e-5)
@@ -267,7 +256,7 @@ def test_an_unknown_box_loss_is_named(small_cfg):
 
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
-    [("ALPHA", "1.5", "lies in"), ("IOU_LOSS_TYPE", "huber", "'bce', 'l1' or 'l2'")],
+    [("ALPHA", "1.5", "lies in"), ("IOU_LOSS_TYPE", "huber", "one of bce, l1, l2")],
 )
 def test_wrong_settings_are_named(small_cfg, key, value, sentence):
     with pytest.raises(ValueError, match=f"MODEL.IOU_RETINANET.{key}.*{sentence}"):
@@ -285,6 +274,19 @@ def test_pictures_of_the_training_change_no_loss(small_cfg, make_batch):
         storage.step()
         model(batch)
     assert len(storage._vis_data) == 1
+
+
+def test_labels_of_anchors_are_those_of_detectron2(small_cfg, make_batch):
+    ours, stock = build_model(small_cfg(PLAIN)), build_model(small_cfg(PLAIN, *STOCK))
+    with torch.no_grad():
+        batch = make_batch([4, 0, 2], side=128)
+        truth = [x["instances"] for x in batch]
+        predictions = ours.predict(ours.preprocess_image(batch).tensor)
+        anchors = [level.anchors for level in predictions]
+        labels, gt_boxes = ours.label_anchors(Boxes.cat(anchors), truth)
+        expected_labels, expected_boxes = stock.label_anchors(anchors, truth)
+    assert torch.equal(labels, torch.stack(expected_labels)) and (labels < 3).sum() > 5
+    assert torch.equal(gt_boxes, torch.stack(expected_boxes))
 
 
 def test_zoo_weights_load_and_only_the_iou_conv_is_new(small_cfg, tmp_path):

@@ -11,7 +11,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from iou_d2.detectors.unitbox import UnitBoxHead, assign_pixels
+from iou_d2.detectors.dense import DenseNMS
+from iou_d2.detectors.unitbox import REGIONS, UnitBoxHead, assign_pixels
 from iou_d2.detectors.unitbox_inference import EllipseFit, PixelNMS
 from processes import spawn_cpu
 
@@ -42,7 +43,7 @@ def owner_by_hand(boxes, row, column, region):
 def test_pixels_belong_to_the_smallest_box_around_them(region):
     # Some overlap, some lie partly or wholly outside, some are smaller than a pixel.
     boxes = torch.cat([random_boxes(25, 30), random_boxes(5, 30) * torch.tensor([1, 1, 0.3, 1.0])])
-    owner = assign_pixels(boxes, (24, 31), region)
+    owner = assign_pixels(boxes, (24, 31), REGIONS[region])
     expected = [
         [owner_by_hand(boxes.double().tolist(), i, j, region) for j in range(31)] for i in range(24)
     ]
@@ -53,15 +54,24 @@ def test_pixels_belong_to_the_smallest_box_around_them(region):
 @pytest.mark.parametrize("region", ["box", "ellipse"])
 def test_objects_without_a_pixel(region):
     tiny = torch.tensor([[3.6, 3.6, 4.4, 4.4], [5.0, 5.0, 5.0, 9.0], [9.0, 9.0, 2.0, 2.0]])
+    region = REGIONS[region]
     assert (assign_pixels(tiny, (12, 12), region) == -1).all()
     assert (assign_pixels(tiny[:0], (12, 12), region) == -1).all()
     around_a_centre = torch.tensor([[3.4, 7.4, 3.6, 7.6]])
     assert (assign_pixels(around_a_centre, (12, 12), region) == 0).nonzero().tolist() == [[7, 3]]
 
 
+@pytest.mark.parametrize("region", ["box", "ellipse"])
+def test_a_box_that_is_not_finite_takes_no_pixel(region):
+    bad = torch.tensor([[math.nan, 0, 4, 4], [0, 0, math.inf, 4], [2.0, 2, 9, 9]])
+    expected = assign_pixels(bad[2:], (12, 12), REGIONS[region])
+    owner = assign_pixels(bad, (12, 12), REGIONS[region])
+    assert torch.equal(owner, torch.where(expected == 0, 2, -1)) and (owner == 2).any()
+
+
 def test_of_equal_boxes_the_first_wins():
     boxes = torch.tensor([[0.0, 0, 4, 4], [2.0, 0, 6, 4], [0.0, 0, 4, 4]])
-    assert assign_pixels(boxes, (1, 6), "box").tolist() == [[0, 0, 0, 0, 1, 1]]
+    assert assign_pixels(boxes, (1, 6), REGIONS["box"]).tolist() == [[0, 0, 0, 0, 1, 1]]
 
 
 def regression_loss_by_hand(distances, target, kind):
@@ -133,7 +143,7 @@ UNEQUAL = make_inputs(
 def test_losses_equal_loops_over_pixels_without_padding(small_cfg, region, kind):
     cfg = small_cfg(
         QUICK,
-        *("MODEL.UNITBOX.NUM_CLASSES", "2", "MODEL.UNITBOX.REGION", region),
+        *("MODEL.RETINANET.NUM_CLASSES", "2", "MODEL.UNITBOX.REGION", region),
         *("MODEL.UNITBOX.BOX_LOSS", kind, "MODEL.UNITBOX.BOX_LOSS_WEIGHT", "0.5"),
         *("MODEL.UNITBOX.CONFIDENCE_LOSS_WEIGHT", "3.0"),
     )
@@ -175,7 +185,7 @@ def test_losses_equal_loops_over_pixels_without_padding(small_cfg, region, kind)
 
 @pytest.mark.parametrize("inference", ["nms", "ellipses"])
 def test_planted_maps_give_the_objects_at_the_size_asked_for(small_cfg, inference):
-    cfg = small_cfg(QUICK, "MODEL.UNITBOX.INFERENCE", inference, "MODEL.UNITBOX.NUM_CLASSES", "2")
+    cfg = small_cfg(QUICK, "MODEL.UNITBOX.INFERENCE", inference, "MODEL.RETINANET.NUM_CLASSES", "2")
     model = build_model(cfg).eval()
     logits = torch.full((3, 2, 64, 64), -9.0)
     distances = torch.full((3, 4, 64, 64), 3.0)
@@ -207,7 +217,7 @@ def test_planted_maps_give_the_objects_at_the_size_asked_for(small_cfg, inferenc
 @pytest.mark.parametrize("kind", ["unitbox", "giou", "ciou", "l2"])
 def test_losses_are_finite_and_reach_every_parameter(small_cfg, make_batch, objects, classes, kind):
     cfg = small_cfg(
-        QUICK, "MODEL.UNITBOX.NUM_CLASSES", str(classes), "MODEL.UNITBOX.BOX_LOSS", kind
+        QUICK, "MODEL.RETINANET.NUM_CLASSES", str(classes), "MODEL.UNITBOX.BOX_LOSS", kind
     )
     model = build_model(cfg).train()
     losses = model(make_batch(objects, classes))
@@ -264,20 +274,21 @@ def test_wrong_settings_are_named(small_cfg, key, value, sentence):
 
 def test_settings_of_inference_are_those_of_the_config(small_cfg):
     settings = (
-        *("MODEL.UNITBOX.SCORE_THRESH_TEST", "0.11", "MODEL.UNITBOX.TOPK_CANDIDATES_TEST", "77"),
-        *("MODEL.UNITBOX.NMS_THRESH_TEST", "0.44", "MODEL.UNITBOX.REGION_THRESH_TEST", "0.22"),
+        *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.11"),
+        *("MODEL.RETINANET.TOPK_CANDIDATES_TEST", "77"),
+        *("MODEL.RETINANET.NMS_THRESH_TEST", "0.44", "MODEL.UNITBOX.REGION_THRESH_TEST", "0.22"),
         *("TEST.DETECTIONS_PER_IMAGE", "33"),
     )
-    nms = build_model(small_cfg(QUICK, *settings)).detect
-    assert nms == PixelNMS(0.11, 77, 0.44, 33)
+    nms = build_model(small_cfg(QUICK, *settings)).extract
+    assert nms == PixelNMS(DenseNMS(0.11, 77, 0.44, 33))
     ellipses = build_model(small_cfg(QUICK, *settings, "MODEL.UNITBOX.INFERENCE", "ellipses"))
-    assert ellipses.detect == EllipseFit(0.22, 33)
+    assert ellipses.extract == EllipseFit(0.22, 33)
 
 
 def test_a_class_beyond_those_of_the_config_is_named(small_cfg, make_batch):
     batch = make_batch([3], classes=1)
     batch[0]["instances"].gt_classes[1] = 4
-    with pytest.raises(ValueError, match="class 4, but MODEL.UNITBOX.NUM_CLASSES is 1"):
+    with pytest.raises(ValueError, match="class 4, but MODEL.RETINANET.NUM_CLASSES is 3"):
         build_model(small_cfg(QUICK)).train()(batch)
 
 
@@ -288,7 +299,7 @@ def test_pictures_of_the_training_change_no_loss(inference, small_cfg, make_batc
         for period in ("0", "2"):
             torch.manual_seed(0)
             overrides = ("VIS_PERIOD", period, "MODEL.UNITBOX.INFERENCE", inference)
-            model = build_model(small_cfg(QUICK, "MODEL.UNITBOX.NUM_CLASSES", "3", *overrides))
+            model = build_model(small_cfg(QUICK, "MODEL.RETINANET.NUM_CLASSES", "3", *overrides))
             losses.append(model.train()(batch))
         assert losses[0] == losses[1] and len(storage._vis_data) == 1
         storage.step()

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from iou_d2.detectors.dense import DenseNMS
 from iou_d2.detectors.unitbox_inference import EllipseFit, PixelNMS, boxes_of, distances_of
 
-NMS = PixelNMS(score_threshold=0.05, topk=100, nms_threshold=0.5, max_detections=100)
+SETTINGS = DenseNMS(score_threshold=0.05, topk=100, nms_threshold=0.5, max_detections=100)
+NMS = PixelNMS(SETTINGS)
 ELLIPSES = EllipseFit(threshold=0.5, max_detections=100)
 BOTH = pytest.mark.parametrize("detect", [NMS, ELLIPSES], ids=["nms", "ellipses"])
+
+
+def at_most(detect, count):
+    if isinstance(detect, EllipseFit):
+        return replace(detect, max_detections=count)
+    return PixelNMS(replace(detect.nms, max_detections=count))
 
 
 def perfect_maps(objects, classes, size):
@@ -90,7 +99,7 @@ def test_boxes_that_are_empty_or_not_finite_take_no_place(detect):
     distances[2:, :, :10] = 0
     distances[0, :, 10:20] = math.nan
     distances[3, :, 20:30] = math.inf
-    limited = type(detect)(**{**vars(detect), "max_detections": 2})
+    limited = at_most(detect, 2)
     assert [row[1] for row in rows_of(limited(logits, distances))] == [30, 40]
 
 
@@ -99,15 +108,16 @@ def test_only_the_best_are_kept(detect):
     objects = [((10.0 * i, 2.0, 10.0 * i + 7 + i, 9.0), 0) for i in range(4)]
     logits, distances = perfect_maps(objects, 1, (12, 48))
     logits += torch.linspace(0, 1, 48)  # the more to the right, the better
-    limited = type(detect)(**{**vars(detect), "max_detections": 2})
+    limited = at_most(detect, 2)
     assert [row[1] for row in rows_of(limited(logits, distances))] == [20, 30]
+    assert len(at_most(detect, -1)(logits, distances)) == 4
 
 
 def test_one_large_object_does_not_crowd_out_a_small_one():
     objects = [((0.0, 0.0, 60.0, 60.0), 0), ((70.0, 5.0, 76.0, 11.0), 0)]
     logits, distances = perfect_maps(objects, 1, (64, 80))
     logits[0, :62, :62] += 3
-    few = PixelNMS(score_threshold=0.05, topk=10, nms_threshold=0.5, max_detections=100)
+    few = PixelNMS(replace(SETTINGS, topk=10))
     assert {row[1] for row in rows_of(few(logits, distances))} == {0, 70}
 
 

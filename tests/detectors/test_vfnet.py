@@ -129,7 +129,9 @@ def head(small_cfg):
 
     def build(head_class):
         torch.manual_seed(0)
-        cfg = small_cfg("configs/vfnet_R_50_FPN_1x.yaml", "MODEL.VFNET.REGRESS_RANGES", "[24, 48]")
+        cfg = small_cfg(
+            "configs/vfnet_R_50_FPN_1x.yaml", "MODEL.POINT_DETECTOR.DISTANCE_UNITS", "[24, 48]"
+        )
         head = head_class(cfg, [ShapeSpec(channels=32, stride=stride) for stride in (8, 16)])
         for name, parameter in head.named_parameters():
             if "pred" in name or "scales" in name:  # so that levels and sides differ
@@ -213,7 +215,7 @@ def test_initial_scores_are_the_prior(small_cfg):
 def test_deformable_towers(head, small_cfg):
     plain = head(VFNetHead)
     cfg = small_cfg(
-        "configs/vfnet_R_50_FPN_dcn_2x_ms.yaml", "MODEL.VFNET.REGRESS_RANGES", "[24, 48]"
+        "configs/vfnet_R_50_FPN_dcn_2x_ms.yaml", "MODEL.POINT_DETECTOR.DISTANCE_UNITS", "[24, 48]"
     )
     deformable = VFNetHead(cfg, [ShapeSpec(channels=32, stride=stride) for stride in (8, 16)])
     loaded = deformable.load_state_dict(plain.state_dict(), strict=False)
@@ -224,5 +226,5 @@ def test_deformable_towers(head, small_cfg):
 
 def test_levels_without_a_unit_are_named(small_cfg):
     cfg = small_cfg("configs/vfnet_R_50_FPN_1x.yaml")
-    with pytest.raises(ValueError, match="REGRESS_RANGES has 5 entries for 2 levels"):
+    with pytest.raises(ValueError, match="DISTANCE_UNITS has 5 entries for 2 levels"):
         VFNetHead(cfg, [ShapeSpec(channels=32, stride=stride) for stride in (8, 16)])

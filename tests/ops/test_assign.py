@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from iou_d2.ops import assign
-from iou_d2.ops.assign import ATSSAssigner, FCOSAssigner, level_points
+from iou_d2.ops.assign import ATSSAssigner, FCOSAssigner
+from iou_d2.ops.points import PointGrid
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ASSIGNERS = [
@@ -27,7 +28,7 @@ def numpy_generator():
 
 def grid(side=128, offset=0.5):
     features = [torch.zeros(1, 1, side // stride, side // stride) for stride in STRIDES]
-    return level_points(features, STRIDES, offset)
+    return PointGrid(STRIDES, offset)(features)
 
 
 def sides_of(point, box):
@@ -166,7 +167,7 @@ def test_atss_takes_some_of_the_points_that_are_equally_near(device, numpy_gener
     for _ in range(300):
         center, half = numpy_generator.integers(1, 10, (2, 2)) * 2
         box = torch.tensor([*(center - half), *(center + half)], dtype=torch.float32)
-        points = level_points([torch.zeros(1, 1, 6, 6, device=device)], (4,), 0.0)
+        points = PointGrid((4,), 0.0)([torch.zeros(1, 1, 6, 6, device=device)])
         topk = int(numpy_generator.integers(1, 7))
         outcomes = atss_outcomes(to_lists(points), (4,), box.tolist(), topk, 2.0)
         expected = {tuple(sorted(outcome)) for outcome in outcomes}
@@ -190,7 +191,7 @@ def test_fcos_equals_loops_in_600_cases(monkeypatch, device, pairs, radius, nump
             torch.zeros(1, 1, *(int(n) for n in numpy_generator.integers(0, 64 // stride, 2)))
             for stride in (2, 4, 8)
         ]
-        points = level_points(features, (2, 4, 8), float(numpy_generator.choice([0.0, 0.5])))
+        points = PointGrid((2, 4, 8), float(numpy_generator.choice([0.0, 0.5])))(features)
         count = int(numpy_generator.integers(0, 12))
         corner = torch.from_numpy(numpy_generator.integers(-8, 32, (count, 2)))
         size = torch.from_numpy(numpy_generator.integers(0, 33, (count, 2)))
@@ -225,7 +226,7 @@ def test_atss_wants_points_inside_by_more_than_a_hundredth(x, match):
 
 def test_atss_takes_all_candidates_of_equal_iou():
     """Nine equal IoUs, whose mean in float32 is above them for some boxes."""
-    (points,) = level_points([torch.zeros(1, 1, 3, 3)], (8,), 0.0)
+    (points,) = PointGrid((8,), 0.0)([torch.zeros(1, 1, 3, 3)])
     above = 0
     for tenths in range(1, 40):
         margin = tenths / 10
@@ -344,15 +345,6 @@ def test_a_shift_of_everything_changes_nothing(assigner):
     expected = assigner(grid(), STRIDES, boxes)
     found = assigner([level + 2**14 for level in grid()], STRIDES, boxes + 2**14)
     torch.testing.assert_close(found, expected)
-
-
-def test_level_points_by_hand():
-    first, second = level_points([torch.zeros(2, 7, 2, 3), torch.zeros(2, 7, 1, 0)], (8, 16), 0.5)
-    assert first.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12]]
-    assert second.shape == (0, 2)
-    (corner,) = level_points([torch.zeros(1, 1, 2, 2, dtype=torch.float16)], (128,), 0.0)
-    assert corner.dtype == torch.float32
-    assert corner.tolist() == [[0, 0], [128, 0], [0, 128], [128, 128]]
 
 
 @pytest.mark.parametrize("assigner", ASSIGNERS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from box_losses_by_hand import loss_of_pair, random_boxes
-from iou_d2.ops.box_losses import IOU_KINDS, KINDS, box_iou_loss, check_kind
+from iou_d2.ops.box_losses import IOU_KINDS, KINDS, box_iou_loss, build_box_loss
 
 WITHOUT_GRADIENT_APART = ("iou", "unitbox")
 PULLS_FROM_AFAR = ("giou", "diou", "ciou")
@@ -245,6 +245,6 @@ def test_an_unknown_kind_is_named():
     with pytest.raises(ValueError, match="one of iou, unitbox, giou, diou, ciou, not 'smooth_l1'"):
         box_iou_loss(torch.zeros(1, 4), torch.zeros(1, 4), "smooth_l1")
     with pytest.raises(ValueError, match="SOME.KEY is one of smooth_l1, l2, iou,.* is 'huber'"):
-        check_kind("huber", "SOME.KEY")
+        build_box_loss("huber", 0.0, "SOME.KEY")
     for kind in KINDS:
-        check_kind(kind, "SOME.KEY")
+        build_box_loss(kind, 0.0, "SOME.KEY")

@@ -64,6 +64,35 @@ def test_aligned_iou_of_equal_lines_has_a_finite_gradient():
     assert lines.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("box", "side", "step"),
+    [
+        ([5.0, 0, 5, 10], 0, -1e-6),  # without width, x1 to the left
+        ([5.0, 0, 5, 10], 2, 1e-6),
+        ([10.0, 2, 14, 8], 0, -1e-6),  # touches the other, x1 into it
+        ([-3.0, 2, 0, 8], 2, 1e-6),
+        ([3.0, 10, 6, 12], 1, -1e-6),
+    ],
+)
+def test_aligned_iou_of_no_width_has_the_gradient_of_an_overlap(box, side, step):
+    other = [0.0, 0, 10, 10]
+    first = torch.tensor([box], dtype=torch.float64, requires_grad=True)
+    aligned_iou(first, first.new_tensor([other])).sum().backward()
+    moved = list(box)
+    moved[side] += step
+    slope = (iou_of_two(moved, other) - iou_of_two(box, other)) / step
+    assert first.grad[0, side].item() == pytest.approx(slope, rel=1e-5) and abs(slope) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_aligned_iou_takes_whole_numbers(dtype):
+    boxes = torch.tensor([[0, 0, 10, 10], [3, 3, 3, 3]], dtype=dtype)
+    others = torch.tensor([[2, 2, 7, 7], [9, 9, 8, 8]], dtype=dtype)
+    iou = aligned_iou(boxes, others)
+    assert iou.tolist() == [0.25, 0] and iou.dtype == torch.float32
+    assert torch.equal(aligned_iou(boxes.float(), others), iou)
+
+
 def test_aligned_iou_takes_half_precision_at_image_scale():
     boxes = torch.tensor([[0.0, 0, 1000, 1000]], dtype=torch.float16)
     assert aligned_iou(boxes, boxes).item() == 1.0

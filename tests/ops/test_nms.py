@@ -3,10 +3,10 @@ from __future__ import annotations
 import cv2
 import pytest
 import torch
-from torchvision.ops import batched_nms
+import torchvision
 
 from iou_d2.ops import nms
-from iou_d2.ops.nms import iou_guided_nms, soft_nms
+from iou_d2.ops.nms import batched_nms, iou_guided_nms, soft_nms
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -72,7 +72,7 @@ def test_an_iou_that_rounds_to_the_threshold_is_handed_over_as_torchvision_suppr
     boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, share, 10]])
     ranks, classes = torch.tensor([0.9, 0.1]), torch.zeros(2, dtype=torch.int64)
     keep, scores = iou_guided_nms(boxes, torch.tensor([0.2, 0.8]), ranks, classes, threshold)
-    assert keep.tolist() == batched_nms(boxes, ranks, classes, threshold).tolist()
+    assert keep.tolist() == torchvision.ops.batched_nms(boxes, ranks, classes, threshold).tolist()
     assert scores[0].item() == pytest.approx(0.8 if len(keep) == 1 else 0.2)
 
 
@@ -106,13 +106,87 @@ def test_memory_stays_bounded_for_10000_boxes(monkeypatch):
     assert 0 < max(sizes) <= nms._CPU_PAIRS
 
 
-@pytest.mark.parametrize("side", [2.0, -3.0, float("nan"), 1e20])
-def test_strange_boxes_are_kept_as_torchvision_keeps_them(side):
-    boxes = torch.tensor([[0.0, 0, 4, 4], [0.0, 0, side, side], [1.0, 1, 1, 1], [0.0, 0, 4, 4]])
-    ranks, classes = torch.tensor([0.4, 0.9, 0.6, 0.5]), torch.zeros(4, dtype=torch.int64)
-    keep, scores = iou_guided_nms(boxes, ranks.flip(0), ranks, classes, 0.5)
-    assert sorted(keep.tolist()) == sorted(batched_nms(boxes, ranks, classes, 0.5).tolist())
-    assert torch.isfinite(scores).all()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [1, 30, 999, 1001, 3000])
+def test_ordinary_boxes_are_kept_as_torchvision_keeps_them(device, count):
+    """Its order too, where few values make ties, on both sides of where it changes its way."""
+    generator = torch.Generator().manual_seed(count)
+    corner = torch.rand(count, 2, generator=generator) * 1200
+    boxes = torch.cat([corner, corner + torch.rand(count, 2, generator=generator) * 133], dim=1)
+    scores = torch.randint(1, 20, (count,), generator=generator) / 20
+    classes = torch.randint(0, 80, (count,), generator=generator)
+    case = [x.to(device) for x in (boxes, scores, classes)]
+    assert torch.equal(batched_nms(*case, 0.5), torchvision.ops.batched_nms(*case, 0.5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "names", [(0, 1, 2), (-2, -1, 0), (7, 581929, 2**60), (0, 2**24, -(2**24))]
+)
+@pytest.mark.parametrize("shift", [0, -18, -(2**18), 2**20])
+def test_classes_never_meet_wherever_boxes_lie_and_whatever_classes_are_called(
+    device, names, shift
+):
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(40):
+        boxes, _, ranks, classes = random_case(generator, side=16)
+        boxes, classes = boxes + shift, torch.tensor(names)[classes]
+        case = [x.to(device) for x in (boxes, ranks, classes)]
+        expected = algorithm_1(*[x.tolist() for x in (boxes, ranks, ranks, classes)], 0.5)
+        assert batched_nms(*case, 0.5).tolist() == expected[0]
+        keep, scores = iou_guided_nms(case[0], case[1], *case[1:], 0.5)
+        assert (keep.tolist(), scores.tolist()) == expected
+
+
+def test_a_thousand_classes_far_apart_do_not_blur_small_boxes():
+    """Side by side they would take 2 million pixels, where float32 knows quarters of one."""
+    corner = torch.tensor([[1.0, 1], [1333, 1333]]).repeat(1000, 1)
+    boxes = torch.cat([corner, corner + torch.tensor([0.5, 0.5])], dim=1)
+    boxes = torch.cat([boxes, boxes + torch.tensor([0.1, 0, 0.1, 0])])  # an IoU of 2/3
+    classes = torch.arange(1000).repeat_interleave(2).repeat(2)
+    assert batched_nms(boxes, torch.linspace(1, 0.5, 4000), classes, 0.6).tolist() == [*range(2000)]
+    assert len(batched_nms(boxes, torch.linspace(1, 0.5, 4000), classes, 0.7)) == 4000
+
+
+STRANGE = [
+    *([0.0, 0, side, side] for side in (float("nan"), float("inf"), -float("inf"))),
+    [float("nan")] * 4,
+    [-float("inf"), -float("inf"), float("inf"), float("inf")],
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("box", STRANGE)
+@pytest.mark.parametrize("score", [0.1, 1.0, float("nan")])
+def test_a_box_that_is_not_finite_is_not_kept_and_changes_nothing(device, box, score):
+    boxes, cls_scores, ranks, classes = random_case(torch.Generator().manual_seed(14), 16)
+    others = algorithm_1(*[x.tolist() for x in (boxes, cls_scores, ranks, classes)], 0.5)
+    assert len(boxes) > len(others[0]) > 10
+    case = [torch.cat([boxes, torch.tensor([box])])]
+    case += [torch.cat([x, torch.tensor([score])]) for x in (cls_scores, ranks)]
+    case = [x.to(device) for x in (*case, torch.cat([classes, classes[:1]]))]
+    keep, scores = iou_guided_nms(*case, 0.5)
+    assert (keep.tolist(), scores.tolist()) == others
+    assert batched_nms(case[0], *case[2:], 0.5).tolist() == others[0]
+    keep, scores = soft_nms(case[0], *case[2:], "gaussian")
+    expected = soft_nms(*[x[:-1] for x in (case[0], *case[2:])], "gaussian")
+    assert torch.equal(keep, expected[0]) and torch.equal(scores, expected[1]) and len(keep) > 10
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_score_that_is_not_a_number_is_not_kept_and_changes_nothing(device):
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8], [50, 0, 60, 9]])
+    boxes = boxes.to(device)
+    scores = torch.tensor([0.5, float("nan"), 0.9, 0.4], device=device)
+    classes = torch.zeros(4, dtype=torch.int64, device=device)
+    assert batched_nms(boxes, scores, classes, 0.5).tolist() == [2, 3]
+    keep, new = iou_guided_nms(boxes, scores, torch.ones_like(scores), classes, 0.5)
+    assert keep.tolist() == [0, 3] and new.tolist() == pytest.approx([0.9, 0.4])
+    keep, new = iou_guided_nms(boxes, torch.ones_like(scores), scores, classes, 0.5)
+    assert keep.tolist() == [2, 3] and new.tolist() == [1, 1]
+    keep, new = soft_nms(boxes, scores, classes, "linear")
+    assert keep.tolist() == [2, 3, 0] and new.tolist() == pytest.approx([0.9, 0.4, 0.5 * 0.2])
+    assert not len(batched_nms(boxes, scores * float("nan"), classes, 0.5))
 
 
 def test_half_precision_and_no_boxes():
@@ -124,6 +198,9 @@ def test_half_precision_and_no_boxes():
     empty = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     keep, scores = iou_guided_nms(torch.zeros(0, 4), empty[0], empty[0], empty[1], 0.5)
     assert keep.shape == scores.shape == (0,) and keep.dtype == torch.int64
+    keep = batched_nms(torch.zeros(0, 4), *empty, 0.5)
+    assert keep.shape == (0,) and keep.dtype == torch.int64
+    assert batched_nms(half[0], *half[2:], 0.5).tolist() == iou_guided_nms(*half, 0.5)[0].tolist()
     keep, scores = soft_nms(torch.zeros(0, 4), *empty, "linear")
     assert keep.shape == scores.shape == (0,) and keep.dtype == torch.int64
 
@@ -132,6 +209,8 @@ def test_wrong_shapes_and_methods_are_named():
     boxes, scores, classes = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"rank_scores is \(3,\), not \(2,\)"):
         iou_guided_nms(boxes, scores, scores[:2], classes, 0.5)
+    with pytest.raises(ValueError, match=r"classes is \(3,\), not \(2,\)"):
+        batched_nms(boxes, scores, classes[:2], 0.5)
     with pytest.raises(ValueError, match=r"Boxes are \(R, 4\), not \(3, 5\)"):
         soft_nms(torch.zeros(3, 5), scores, classes, "linear")
     with pytest.raises(ValueError, match="'linear' or 'gaussian', not 'cubic'"):

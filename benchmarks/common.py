@@ -1,0 +1,90 @@
+"""What the benchmarks share: models, batches, and times of functions that take turns."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from iou_d2 import get_config
+
+
+def build(config_file: str, overrides: Sequence[str] = ()) -> nn.Module:
+    """The model of a config, with random weights."""
+    cfg = get_config(config_file, ["MODEL.WEIGHTS", "", *overrides])
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def random_batch(images: int, height: int, width: int, classes: int, objects: int = 8):
+    """Detectron2's standard input: random pixels with objects of a tenth to half of the image."""
+    torch.manual_seed(0)
+    size, batch = torch.tensor([width, height]), []
+    for _ in range(images):
+        corner = torch.rand(objects, 2) * size * 0.5
+        side = (0.1 + 0.4 * torch.rand(objects, 2)) * size
+        truth = Instances((height, width))
+        truth.gt_boxes = Boxes(torch.cat([corner, corner + side], dim=1))
+        truth.gt_classes = torch.randint(classes, (objects,))
+        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+        batch.append({"image": image, "instances": truth, "height": height, "width": width})
+    return batch
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[dict]) -> None:
+    with EventStorage():
+        losses = model(batch)
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
+
+
+def seconds(function: Callable) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turn(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round; the runs take turns, and a first round is not counted."""
+    times = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def training_runs(models: dict[str, nn.Module], batch: list[dict]) -> dict[str, Callable]:
+    """A training step of each model."""
+
+    def run(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        return lambda: training_step(model.train(), optimizer, batch)
+
+    return {name: run(model) for name, model in models.items()}
+
+
+def inference_runs(models: dict[str, nn.Module], batch: list[dict]) -> dict[str, Callable]:
+    """The inference of each model."""
+
+    def run(model):
+        return lambda: model.eval()(batch)
+
+    return {name: run(model) for name, model in models.items()}
+
+
+def machine() -> str:
+    """Such as "torch 2.11.0, 2 threads, x86_64"."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    threads = f"{torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, {threads}, {device or platform.machine()}"
