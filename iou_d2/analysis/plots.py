@@ -11,12 +11,18 @@ from matplotlib.figure import Figure
 from .curves import binned_mean, correlation, select_localized
 from .records import Records
 
-_LABELS = {"cls_score": "class score", "confidence": "confidence", "pred_iou": "predicted IoU"}
+_LABELS = {
+    "cls_score": "class score",
+    "confidence": "confidence",
+    "pred_iou": "predicted IoU",
+    "centerness": "centerness",
+}
 _MAX_POINTS = 20_000
 
 
 def plot_score_vs_iou(records: Records, path: str | os.PathLike, min_iou: float = 0.5) -> Figure:
-    """Scatter class score, confidence and, if any, predicted IoU against the true IoU.
+    """Scatter class score, confidence and, if any, predicted IoU or centerness against the true
+    IoU.
 
     One panel a score, over the detections with true IoU above `min_iou`, with Pearson's r and
     Spearman's rho of all of them in the title and the mean score in each of 20 bins as a line.

@@ -24,6 +24,7 @@ class Records:
         score: (D,) the confidence that ranks the detections.
         cls_score: (D,) the class score; the confidence itself where a detector has no other.
         pred_iou: (D,) the predicted IoU in [0, 1], or None where a detector predicts none.
+        centerness: (D,) the same of the centerness that FCOS and ATSS predict.
         true_iou: (D,) the highest IoU with a non-crowd ground truth of the detection's class in
             its image; 0 where there is none.
     """
@@ -35,15 +36,19 @@ class Records:
     cls_score: np.ndarray
     pred_iou: np.ndarray | None
     true_iou: np.ndarray
+    centerness: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.score)
 
     def signals(self) -> dict[str, np.ndarray]:
-        """What may rank the boxes, by name: confidence, class score and, if any, predicted IoU."""
+        """What may rank the boxes, by name: confidence, class score and, if any, predicted IoU or
+        centerness."""
         signals = {"confidence": self.score, "cls_score": self.cls_score}
         if self.pred_iou is not None:
             signals["pred_iou"] = self.pred_iou
+        if self.centerness is not None:
+            signals["centerness"] = self.centerness
         return signals
 
 
@@ -80,14 +85,14 @@ def make_records(ground_truth: dict, results: list[dict]) -> Records:
         ground_truth: a COCO dataset: "images", "categories" and "annotations", each of these with
             "image_id", "category_id", "bbox" as XYWH and, optionally, "iscrowd".
         results: COCO detections ("image_id", "category_id", "bbox" as XYWH, "score"), optionally
-            with "cls_score" and "pred_iou".
+            with "cls_score", "pred_iou" and "centerness".
 
     Returns:
         Records; all arrays are empty if there are no detections.
 
     Raises:
         ValueError: a detection is of an image or a category that the ground truth lacks, a score
-            is not finite, or only some detections have "cls_score" or "pred_iou".
+            is not finite, or only some detections have one of the optional keys.
         KeyError: a detection or an annotation lacks a required key.
     """
     check_ids(ground_truth, results)
@@ -103,6 +108,7 @@ def make_records(ground_truth: dict, results: list[dict]) -> Records:
         score=score,
         cls_score=score if cls_score is None else cls_score,
         pred_iou=_optional(results, "pred_iou"),
+        centerness=_optional(results, "centerness"),
         true_iou=_true_iou(ground_truth, results, boxes),
     )
 

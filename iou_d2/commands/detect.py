@@ -29,6 +29,7 @@ from iou_d2.config import set_class_names
 from iou_d2.detectors.visualize import detection_label, draw_boxes
 from iou_d2.engine.checkpoint import ReadCheckpointer
 from iou_d2.engine.safe_load import read_checkpoint_file
+from iou_d2.evaluation.coco import OPTIONAL_FIELDS
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 
@@ -106,7 +107,7 @@ class Demo:
                 "score": float(instances.scores[i]),
                 "bbox": instances.pred_boxes.tensor[i].tolist(),
             }
-            for name, key in (("cls_scores", "cls_score"), ("pred_ious", "pred_iou")):
+            for name, key in OPTIONAL_FIELDS.items():
                 if instances.has(name):
                     detection[key] = float(instances.get(name)[i])
             detections.append(detection)

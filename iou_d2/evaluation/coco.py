@@ -1,7 +1,8 @@
 """COCO evaluation of boxes, and of how well a detector's scores rank its boxes.
 
 `Instances` of a detector have `pred_boxes`, `scores` (the confidence that ranks), `pred_classes`
-and, where the method has them, `cls_scores` (class score) and `pred_ious` (predicted IoU).
+and, where the method has them, `cls_scores` (class score), `pred_ious` (predicted IoU) and
+`pred_centernesses`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ from iou_d2.analysis.average_precision import coco_precision, summarize_ap
 from iou_d2.analysis.curves import localization_table
 from iou_d2.analysis.records import make_records
 
+# What detectors may say of a detection -> what result files call it.
+OPTIONAL_FIELDS = {
+    "cls_scores": "cls_score",
+    "pred_ious": "pred_iou",
+    "pred_centernesses": "centerness",
+}
+
 
 class COCOLocalizationEvaluator(COCOEvaluator):
     """Detectron2's COCO evaluator for boxes, with the tables of the localisation papers.
@@ -37,8 +45,8 @@ class COCOLocalizationEvaluator(COCOEvaluator):
     NaN stands for what is not defined: AP without objects, a correlation over fewer than two
     detections and, as in Detectron2, every AP of a model without any detection.
 
-    `output_dir` receives "coco_instances_results.json", whose entries also hold "cls_score" and
-    "pred_iou" where the detector gives them. A dataset without a JSON of its own (Pascal VOC) is
+    `output_dir` receives "coco_instances_results.json", whose entries also hold "cls_score",
+    "pred_iou" and "centerness" where the detector gives them. A dataset without a JSON of its own (Pascal VOC) is
     converted on each construction into "<dataset>_coco_format.json" there, never taken from an
     earlier run, so that the numbers are those of the dataset as it is now.
     """
@@ -146,9 +154,9 @@ def file_stem(dataset_name: str) -> str:
 
 
 def instances_to_results(instances: Instances, image_id: int | str) -> list[dict]:
-    """COCO detections of one image, on the CPU, with "cls_score" and "pred_iou" if there."""
+    """COCO detections of one image, on the CPU, with the values of OPTIONAL_FIELDS if there."""
     results = instances_to_coco_json(instances, image_id)
-    for field, key in (("cls_scores", "cls_score"), ("pred_ious", "pred_iou")):
+    for field, key in OPTIONAL_FIELDS.items():
         if instances.has(field):
             for result, value in zip(results, instances.get(field).tolist()):
                 result[key] = value

@@ -98,6 +98,10 @@ def test_scores_of_plain_and_aware_detectors():
     aware = [annotation(1, 1, [0, 0, 1, 1], score=0.5, cls_score=0.9, pred_iou=0.3)]
     records = make_records(dataset([]), aware)
     assert records.cls_score.tolist() == [0.9] and records.pred_iou.tolist() == [0.3]
+    assert "centerness" not in records.signals()
+    centred = [annotation(1, 1, [0, 0, 1, 1], score=0.5, cls_score=0.9, centerness=0.7)]
+    signals = make_records(dataset([]), centred).signals()
+    assert signals["centerness"].tolist() == [0.7] and "pred_iou" not in signals
 
     with pytest.raises(ValueError, match='1 of 2 detections have the key "cls_score"'):
         make_records(dataset([]), aware + [annotation(1, 1, [0, 0, 1, 1], score=0.5)])

@@ -53,7 +53,11 @@ def predict(ground_truth, results):
         instances.pred_classes = torch.tensor(
             [index[r["category_id"]] for r in found], dtype=torch.int64
         )
-        for field, key in (("cls_scores", "cls_score"), ("pred_ious", "pred_iou")):
+        for field, key in (
+            ("cls_scores", "cls_score"),
+            ("pred_ious", "pred_iou"),
+            ("pred_centernesses", "centerness"),
+        ):
             if found and key in found[0]:
                 instances.set(field, torch.tensor([r[key] for r in found]))
         yield [{"image_id": image["id"]}], [{"instances": instances}]
@@ -84,7 +88,8 @@ def test_equals_detectron2(register, tmp_path, classes):
 
 def aware(results, seed=0):
     rng = np.random.default_rng(seed)
-    return [{**r, "cls_score": rng.random(), "pred_iou": rng.random()} for r in results]
+    keys = ("cls_score", "pred_iou", "centerness")
+    return [{**r, **{key: rng.random() for key in keys}} for r in results]
 
 
 @pytest.mark.parametrize("with_iou", [True, False])
@@ -107,7 +112,7 @@ def test_result_files_say_the_same(register, tmp_path, with_iou):
     records = read_records(gt_path, tmp_path / "coco_instances_results.json")
     assert localization_table(records) == table
     assert table["detections"] == (records.true_iou > 0.5).sum() > 20
-    assert len(table) == (7 if with_iou else 5)
+    assert len(table) == (9 if with_iou else 5)
     if not with_iou:
         assert table["pearson_confidence"] == table["pearson_cls_score"]
 
