@@ -40,7 +40,7 @@ def localization_table(records: Records, min_iou: float = 0.5) -> dict[str, floa
 
     Returns:
         "pearson_<s>" and "spearman_<s>" for s in confidence, cls_score and, if the records have
-        them, pred_iou and centerness; and "detections", the number of detections they are taken over.
+        them, pred_iou and centerness; and "detections", over how many they are taken.
     """
     keep = select_localized(records, min_iou)
     table = {}

@@ -46,9 +46,9 @@ class COCOLocalizationEvaluator(COCOEvaluator):
     detections and, as in Detectron2, every AP of a model without any detection.
 
     `output_dir` receives "coco_instances_results.json", whose entries also hold "cls_score",
-    "pred_iou" and "centerness" where the detector gives them. A dataset without a JSON of its own (Pascal VOC) is
-    converted on each construction into "<dataset>_coco_format.json" there, never taken from an
-    earlier run, so that the numbers are those of the dataset as it is now.
+    "pred_iou" and "centerness" where the detector gives them. A dataset without a JSON of its own
+    (Pascal VOC) is converted on each construction into "<dataset>_coco_format.json" there, never
+    taken from an earlier run, so that the numbers are those of the dataset as it is now.
     """
 
     def __init__(
