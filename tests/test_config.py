@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import glob
+import math
 
 import pytest
 import torch
@@ -147,8 +148,10 @@ def test_every_config_builds_and_trains_two_steps(config_file, make_batch, event
     trained = [
         parameter
         for name, parameter in heads.named_parameters()
-        # The last stage of a cascade sees no object as yet, nor do most levels of a pyramid.
+        # The last stage of a cascade sees no object as yet, nor do most levels of a pyramid. The
+        # gradient of L1 in a bias is a sum of signs, which may cancel.
         if parameter.requires_grad
+        and not name.endswith("bbox_pred.bias")
         and "box_predictor.2.bbox_pred" not in name
         and "scales" not in name
     ]
@@ -163,4 +166,4 @@ def test_every_config_builds_and_trains_two_steps(config_file, make_batch, event
         optimizer.step()
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert len(trained) > 3
-    assert all(parameter.grad.abs().sum() > 0 for parameter in trained)
+    assert all(0 < parameter.grad.abs().sum() < math.inf for parameter in trained)
