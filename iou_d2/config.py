@@ -18,11 +18,11 @@ from .old_keys import register_old_keys, rename_old_keys
 
 def add_iou_config(cfg: CfgNode) -> None:
     """Add the keys of iou_d2 to `cfg`, in place."""
-    # Names of the classes, in the order of the model's outputs. train_net.py fills them in from the
-    # training data, so that a saved config names what its model predicts.
+    # Names of the classes, in the order of the model's outputs. Training fills them in from its
+    # data, so that a saved config names what its model predicts (ours).
     cfg.MODEL.CLASS_NAMES = []
 
-    # "SGD" as in Detectron2 and the papers, or "AdamW".
+    # "SGD" as in Detectron2 and the papers, or "AdamW" (ours, for small models from scratch).
     cfg.SOLVER.OPTIMIZER = "SGD"
 
     # IoU-aware RetinaNet, arXiv 1912.05992.
@@ -30,7 +30,8 @@ def add_iou_config(cfg: CfgNode) -> None:
     # Confidence = p^ALPHA * IoU^(1 - ALPHA), in [0, 1]. 1 is plain RetinaNet, 0 ranks by the
     # predicted IoU alone. The authors' code has 0.5.
     cfg.MODEL.IOU_RETINANET.ALPHA = 0.5
-    # Loss between the predicted and the true IoU of a positive anchor: "bce", "l1", "l2".
+    # Loss between the predicted and the true IoU of a positive anchor: "bce" (the authors' code),
+    # "l1" or "l2" after a sigmoid.
     cfg.MODEL.IOU_RETINANET.IOU_LOSS_TYPE = "bce"
     # Factor of that loss in the total; 1 in the authors' code.
     cfg.MODEL.IOU_RETINANET.IOU_LOSS_WEIGHT = 1.0
@@ -77,12 +78,13 @@ def _add_iou_net(cfg: CfgNode) -> None:
     node.RANK_BY = "iou"
     # "ascent" on the predicted IoU (Algorithm 2) or, as its rival, "regression" by the box head.
     node.REFINE_BY = "ascent"
-    # Steps of it, T of Algorithm 2; 0 switches refinement off.
+    # Steps of it, T of Algorithm 2, where it is 5; 0 switches refinement off.
     node.REFINE_STEPS = 5
-    # lambda of Algorithm 2: the step in units of gradient times box size. MMI found 2 best.
+    # lambda of Algorithm 2, 0.5 there: the step in units of gradient times box size. MMI found 2
+    # best.
     node.REFINE_STEP_SIZE = 0.5
-    # Omega_1 and Omega_2: a box stops when its predicted IoU changes by less than the first or by
-    # less than the second, which is negative.
+    # Omega_1 and Omega_2 of Algorithm 2, 0.001 and -0.01 there: a box stops when its predicted IoU
+    # changes by less than the first or by less than the second, which is negative.
     node.REFINE_EARLY_STOP = 0.001
     node.REFINE_MAX_DROP = -0.01
     # Undo a step that lowered the predicted IoU; Algorithm 2 keeps it.
@@ -98,13 +100,14 @@ def _add_point_detector(cfg: CfgNode) -> None:
     PRIOR_PROB, SCORE_THRESH_TEST, TOPK_CANDIDATES_TEST, NMS_THRESH_TEST.
     """
     cfg.MODEL.POINT_DETECTOR = node = CfgNode()
-    # "VFNetHead"; without refinement "StarHead"; without star convolutions "PointHead" and, with a
-    # quality branch, "QualityHead" (ATSS, FCOS).
+    # "VFNetHead"; without refinement "StarHead"; without star convolutions "PointHead" (rows of
+    # VarifocalNet's ablation) and, with a quality branch, "QualityHead" (ATSS, FCOS).
     node.HEAD = "VFNetHead"
-    # Groups of the towers' GroupNorm, and whether their last convolution is a deformable one.
+    # Groups of the towers' GroupNorm, 32 in all their code, and whether their last convolution is a
+    # deformable one (VarifocalNet's DCN rows).
     node.NUM_GROUPS = 32
     node.DEFORMABLE_TOWER = False
-    # Which points learn an object: "atss" or "fcos".
+    # Which points learn an object: "atss" (1912.02424, VarifocalNet) or "fcos" (1904.01355).
     node.ASSIGNER = "atss"
     # Where a cell has its point, in cells: 0 the top left corner, 0.5 the centre. None is 0 for
     # ATSS and 0.5 for FCOS, as in all published weights.
@@ -114,23 +117,25 @@ def _add_point_detector(cfg: CfgNode) -> None:
     # FCOS: positive points lie within so many strides of an object's centre (1.5 in its authors'
     # later code), or anywhere in it with 0 (the paper, VarifocalNet's code).
     node.CENTER_SAMPLING_RADIUS = 0.0
-    # FCOS: the longest distance that each level learns, in pixels; the last one learns all longer
-    # ones, too.
+    # FCOS: the longest distance that each level learns, in pixels, those of the paper; the last one
+    # learns all longer ones, too.
     node.MAX_DISTANCES = [64, 128, 256, 512, 1024]
     # Pixels that a predicted distance of 1 means, for each level (VarifocalNet's code).
     node.DISTANCE_UNITS = [64, 128, 256, 512, 1024]
-    # Loss of the classes: "varifocal", "quality_focal" or "focal".
+    # Loss of the classes: "varifocal" (2008.13367), "quality_focal" (2006.04388) or "focal" (ATSS,
+    # FCOS).
     node.CLS_LOSS = "varifocal"
     # What weighs the box losses and is learnt by class scores or by a quality branch: "iou" of the
     # predicted box with its object, or the "centerness" of a point in its object (ATSS, FCOS).
     node.QUALITY = "iou"
-    # Loss of the boxes: "iou", "unitbox", "giou", "diou", "ciou"; "smooth_l1" and "l2" are those
-    # of the distances in strides, with MODEL.RETINANET.SMOOTH_L1_LOSS_BETA.
+    # Loss of the boxes: "giou" in the code of all three, "iou", "unitbox", "diou", "ciou";
+    # "smooth_l1" and "l2" are those of the distances in strides, with
+    # MODEL.RETINANET.SMOOTH_L1_LOSS_BETA (ours).
     node.BOX_LOSS = "giou"
     # Factors of the losses of the initial and of the final box. A head that does not refine has
     # the final box only. Authors' code; 2 in ATSS.
     node.BOX_LOSS_WEIGHTS = [1.5, 2.0]
-    # Whether NMS suppresses boxes of other classes too.
+    # Whether NMS suppresses boxes of other classes too (ours; no paper does).
     node.CLASS_AGNOSTIC_NMS = False
 
 
@@ -142,7 +147,8 @@ def _add_unitbox(cfg: CfgNode) -> None:
     own; the paper has faces alone.
     """
     cfg.MODEL.VGG = CfgNode()
-    # Features of VGG-16: "conv1" to "conv5" at strides 1 to 16, "pool1" to "pool5" at 2 to 32.
+    # Features of VGG-16, at first those that UnitBox reads: "conv1" to "conv5" at strides 1 to 16,
+    # "pool1" to "pool5" at 2 to 32.
     cfg.MODEL.VGG.OUT_FEATURES = ["conv4", "conv5"]
 
     cfg.MODEL.UNITBOX = node = CfgNode()
