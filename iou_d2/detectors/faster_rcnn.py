@@ -45,11 +45,7 @@ class BoxLossRPN(RPN):
     @classmethod
     def from_config(cls, cfg, input_shape):
         arguments = super().from_config(cfg, input_shape)
-        # Detectron2 0.5 knows two types only, and none of its own is used.
-        kind = arguments.pop("box_reg_loss_type")
-        beta = arguments.pop("smooth_l1_beta")
-        arguments["box_loss"] = build_box_loss(kind, beta, "MODEL.RPN.BBOX_REG_LOSS_TYPE")
-        return arguments
+        return _with_box_loss_part(arguments, "MODEL.RPN.BBOX_REG_LOSS_TYPE")
 
     def losses(
         self,
@@ -104,10 +100,7 @@ class BoxLossOutputLayers(FastRCNNOutputLayers):
     @classmethod
     def from_config(cls, cfg, input_shape):
         arguments = super().from_config(cfg, input_shape)
-        kind = arguments.pop("box_reg_loss_type")
-        beta = arguments.pop("smooth_l1_beta")
-        arguments["box_loss"] = build_box_loss(kind, beta, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE")
-        return arguments
+        return _with_box_loss_part(arguments, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE")
 
     def box_reg_loss(
         self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor
@@ -165,3 +158,10 @@ def _with_box_loss(cfg, box_head, predictor: FastRCNNOutputLayers) -> BoxLossOut
         )
     layers.load_state_dict(predictor.state_dict())
     return layers
+
+
+def _with_box_loss_part(arguments: dict, key: str) -> dict:
+    """Detectron2's arguments with the part in place of its own loss, of which 0.5 knows two types
+    only."""
+    kind, beta = arguments.pop("box_reg_loss_type"), arguments.pop("smooth_l1_beta")
+    return {**arguments, "box_loss": build_box_loss(kind, beta, key)}
