@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import re
@@ -106,14 +105,12 @@ def read_checkpoint_file(path: str) -> dict:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no file {path}.")
-    # torch 2.4 has no safe_globals, and refuses checkpoints with logs.
-    safe_globals = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)
     try:
         if path.endswith(".pkl"):
             with open(path, "rb") as file:
                 content = fill_arrays(ArrayUnpickler(file, encoding="latin1").load())
         else:
-            with safe_globals(LOGS):
+            with torch.serialization.safe_globals(LOGS):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

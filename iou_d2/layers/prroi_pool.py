@@ -47,6 +47,7 @@ def prroi_pool(
     aligned: bool = False,
 ) -> torch.Tensor:
     """Pools every RoI to a fixed size; differentiable in the features and in the box coordinates.
+    It exports to ONNX from torch 2.8 on.
 
     Args:
         features: (N, C, H, W), float32 or float64, or half precision (summed in float32).
