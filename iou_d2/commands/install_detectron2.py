@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 import tarfile
@@ -123,8 +124,10 @@ def mend(package: Path, replacements: list[Replacement]) -> None:
         path.write_text(text.replace(old, new))
 
 
-def pip(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "pip", *arguments])
+def pip(*arguments: str, version_in: Path | None = None) -> None:
+    """Run the pip of this environment, or the one in the folder `version_in`."""
+    environment = {**os.environ, "PYTHONPATH": str(version_in)} if version_in else None
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments], env=environment)
     if done.returncode != 0:
         sys.exit(f"`pip {arguments[0]}` failed, for the reason above: no Detectron2 was installed.")
 
@@ -167,11 +170,14 @@ def install_release(work: Path) -> None:
     wanted.write_text(f"{SDIST} --hash=sha256:{SDIST_SHA256}\n")
     # pip checks the hash before it runs any of the sdist; setup.py needs the torch that is here.
     flags = ["--no-deps", "--no-build-isolation", "--no-binary=:all:", "--require-hashes"]
-    pip("download", "--quiet", *flags, "-r", str(wanted), "-d", str(work))
+    # Later ones refuse the sdist for a requirement that it names, and that is not wanted here.
+    older_pip = work / "pip"
+    pip("install", "--quiet", "--target", str(older_pip), "pip<26")
+    pip("download", "--quiet", *flags, "-r", str(wanted), "-d", str(work), version_in=older_pip)
 
     with tarfile.open(next(work.glob("*.tar.gz"))) as archive:
         archive.extractall(work, filter="data")
-    source = next(path for path in work.iterdir() if path.is_dir())
+    source = next(path.parent for path in work.glob("*/detectron2"))
     package = source / "detectron2"
     mend(package, REPLACEMENTS)
     (package / "_no_C.py").write_text(NO_C_MODULE)
