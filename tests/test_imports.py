@@ -21,8 +21,8 @@ FLOORS = {
     "data": (set(), {"numpy", "cv2", "PIL", "tqdm", "pycocotools", "iopath", "detectron2"}),
     "analysis": (set(), ARRAYS),
     "evaluation": ({"analysis"}, {"detectron2", "tabulate"}),
-    "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation", "config",
-                "config_files", "__version__"}, DETECTION | {"numpy"}),
+    "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation",
+               "config_files", "__version__"}, DETECTION | {"numpy"}),
 }  # fmt: skip
 # The roof may import from everywhere.
 ROOF = ("__init__", "__main__", "config", "config_files", "old_keys", "dependencies", "commands")
