@@ -133,3 +133,9 @@ def test_cuda_kernels_that_are_demanded_have_to_be_built(tmp_path):
     done = run("setup.py", "-q", "build_ext", *folders, FORCE_CUDA="1", CC="nowhere", CXX="nowhere")
     assert done.returncode != 0
     assert "FORCE_CUDA=1, but" in done.stderr or "there is no compiler nowhere" in done.stderr
+
+
+@pytest.mark.skipif(not Path(".git").exists(), reason="needs a checkout")
+@pytest.mark.parametrize("folder", [".venv", ".venv-git"])
+def test_git_and_so_the_linter_ignore_the_environments_of_make(folder):
+    assert subprocess.run(["git", "check-ignore", "-q", f"{folder}/x.py"]).returncode == 0

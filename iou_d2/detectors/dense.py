@@ -11,6 +11,7 @@ Boxes are XYXY in pixels of the network input.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from iou_d2.ops.nms import batched_nms
 from .visualize import is_time_to_draw, visualize_training
 
 
-class DenseDetector(nn.Module):
+class DenseDetector(nn.Module, ABC):
     """A backbone and what reads its features. A detector adds `predict`, `losses` and `detect`."""
 
     def __init__(
@@ -90,10 +91,11 @@ class DenseDetector(nn.Module):
         ]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
+    @abstractmethod
     def predict(self, images: Tensor) -> Any:
         """What the network says of images (N, channels, H, W) from `preprocess_image`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(
         self,
         predictions: Any,
@@ -107,11 +109,10 @@ class DenseDetector(nn.Module):
             image_sizes: (height, width) of each image without its padding.
             gt_instances: N, with `gt_boxes` and `gt_classes` in 0..K - 1.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def detect(self, predictions: Any, image_sizes: list[tuple[int, int]]) -> list[Instances]:
         """The detections of N images at the size of the network input, best first."""
-        raise NotImplementedError
 
 
 class PyramidDetector(DenseDetector):
@@ -155,16 +156,16 @@ class PyramidDetector(DenseDetector):
         fields = {name: value[chosen.anchors, chosen.classes] for name, value in ranked.items()}
         return Instances(image_size, pred_boxes=Boxes(boxes), pred_classes=chosen.classes, **fields)
 
+    @abstractmethod
     def rank(self, prediction: Any, image: int) -> dict[str, Tensor]:
         """{"scores": (R, K)}, the confidence of a level of an image, 0 where it is below the
         threshold, and whatever else (R, K) detections carry."""
-        raise NotImplementedError
 
+    @abstractmethod
     def boxes(
         self, prediction: Any, image: int, index: Tensor, image_size: tuple[int, int]
     ) -> Tensor:
         """The boxes (S, 4) of the points or anchors `index` (S,) of a level of an image."""
-        raise NotImplementedError
 
 
 class Selection(NamedTuple):

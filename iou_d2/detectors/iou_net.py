@@ -10,6 +10,7 @@ pixels of the network input.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,7 @@ from .iou_net_inference import (
 from .pooler import PrRoIPooler
 
 
-class _IoUNetHeads:
+class _IoUNetHeads(ABC):
     """What both kinds of IoU-Net heads share; it stands before Detectron2's class."""
 
     @configurable
@@ -83,11 +84,11 @@ class _IoUNetHeads:
         """The features that the box head and the IoU branch pool from, by level."""
         return [features[name] for name in self.box_in_features]
 
+    @abstractmethod
     def regress(
         self, features: dict[str, Tensor], proposals: list[Instances]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """N boxes (R, 4 or 4K) and N class probabilities (R, K + 1) of the `proposal_boxes`."""
-        raise NotImplementedError
 
     def candidates(
         self, features: dict[str, Tensor], proposals: list[Instances]

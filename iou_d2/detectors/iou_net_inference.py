@@ -18,6 +18,7 @@ from iou_d2.ops.refine import leave_inference_mode, refine_boxes
 
 from .dense import first, part_named
 from .iou_net_nms import NMS, build_nms
+from .pooler import PrRoIPooler
 
 
 def select_boxes(
@@ -121,7 +122,9 @@ class IteratedRegression:
 
 
 class Branch(Protocol):
-    """What predicts IoUs: see IoUBranch."""
+    """What predicts IoUs: see IoUBranch. GradientAscent needs its `pooler` to keep levels."""
+
+    pooler: PrRoIPooler
 
     def predict(
         self,

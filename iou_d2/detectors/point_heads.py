@@ -7,6 +7,7 @@ left, top, right and bottom of its box, in pixels of the network input.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -84,7 +85,7 @@ def _tower(channels: int, num_convs: int, num_groups: int, deformable: bool) -> 
     )
 
 
-class TwoTowerHead(nn.Module):
+class TwoTowerHead(nn.Module, ABC):
     """Two towers of convolutions and the class scores; a head adds its boxes.
 
     The levels share everything but the factors of their distances.
@@ -148,9 +149,9 @@ class TwoTowerHead(nn.Module):
             for level, feature in enumerate(features)
         ]
 
+    @abstractmethod
     def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
         """What the outputs of the towers, (N, C, H, W), say of one level: each head has its own."""
-        raise NotImplementedError
 
 
 @POINT_HEAD_REGISTRY.register()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import nn
@@ -64,11 +65,31 @@ def test_one_box_that_is_not_finite_does_not_switch_nms_off():
     assert nms([candidates]).pred_boxes.tensor.tolist() == [[0, 0, 10, 10]]
 
 
+class Blank(DenseDetector):
+    def predict(self, images):
+        return images
+
+    def losses(self, predictions, image_sizes, gt_instances):
+        return {}
+
+    def detect(self, predictions, image_sizes):
+        return []
+
+
+def test_a_detector_that_lacks_a_part_of_the_seam_cannot_be_made():
+    class Silent(DenseDetector):
+        def predict(self, images):
+            return images
+
+    with pytest.raises(TypeError, match="abstract.*detect"):
+        Silent(backbone=nn.Identity(), pixel_mean=[0.0], pixel_std=[1.0])
+
+
 def test_images_are_normalised_and_padded_behind_their_pixels():
     inputs = [{"image": torch.full((3, *size), 7, dtype=torch.uint8)} for size in ((5, 9), (8, 3))]
     backbone = nn.Identity()
     backbone.size_divisibility = 16
-    model = DenseDetector(backbone=backbone, pixel_mean=[1.0, 2, 3], pixel_std=[1.0, 2, 4])
+    model = Blank(backbone=backbone, pixel_mean=[1.0, 2, 3], pixel_std=[1.0, 2, 4])
     images = model.preprocess_image(inputs)
     assert images.tensor.shape == (2, 3, 16, 16) and images.image_sizes == [(5, 9), (8, 3)]
     expected = torch.zeros(2, 3, 16, 16)

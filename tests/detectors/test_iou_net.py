@@ -10,11 +10,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
-from detectron2.utils.events import EventStorage
 
 from iou_d2.detectors.iou_branch import IOU_CODES
 from iou_d2.detectors.pooler import use_prroi_pool
-from processes import spawn_cpu
 
 IOU_NET = "configs/quick/iou_net_shapes.yaml"
 STANDALONE = "configs/quick/iou_net_standalone_shapes.yaml"
@@ -316,28 +314,3 @@ def test_zoo_weights_load_and_only_the_iou_branch_is_new(build, tmp_path):
 def test_wrong_settings_are_named(build, key, value):
     with pytest.raises(ValueError, match=f"MODEL.IOU_NET.{key} is .*'{value}'"):
         build(f"MODEL.IOU_NET.{key}", value)
-
-
-def losses_with_ddp(rank: int, cfg, batches, folder) -> None:
-    torch.manual_seed(0)
-    model = build_model(cfg).train()
-    model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
-    with EventStorage():
-        for _ in range(2):
-            losses = model(batches[rank])
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
-    torch.save({k: v.item() for k, v in losses.items()}, f"{folder}/losses{rank}.pth")
-    torch.save(model.module.roi_heads.iou_branch.state_dict(), f"{folder}/branch{rank}.pth")
-
-
-def test_two_processes_of_which_one_has_no_object(cfg_of, make_batch, tmp_path):
-    batches = [make_batch([3]), make_batch([0])]
-    spawn_cpu(losses_with_ddp, 2, cfg_of(), batches, str(tmp_path))
-    losses = [torch.load(tmp_path / f"losses{rank}.pth") for rank in range(2)]
-    branches = [torch.load(tmp_path / f"branch{rank}.pth") for rank in range(2)]
-    assert all(math.isfinite(value) for loss in losses for value in loss.values())
-    assert losses[0]["loss_iou"] > 0 and losses[1]["loss_iou"] == 0
-    assert all(torch.equal(branches[0][name], branches[1][name]) for name in branches[0])

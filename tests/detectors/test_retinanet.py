@@ -13,7 +13,6 @@ from detectron2.utils.events import EventStorage
 from iou_d2.detectors.iou_retinanet import IOU_LOSSES, confidence
 from iou_d2.detectors.retinanet import AnchorPrediction
 from iou_d2.ops.box_losses import KINDS
-from processes import spawn_cpu
 
 IOU_AWARE = "configs/iou_retinanet_R_50_FPN_1x.yaml"
 PLAIN = "configs/retinanet_R_50_FPN_1x.yaml"
@@ -301,28 +300,3 @@ def test_zoo_weights_load_and_only_the_iou_conv_is_new(small_cfg, tmp_path):
     assert sorted(loaded.missing_keys) == ["head.iou_pred.bias", "head.iou_pred.weight"]
     assert loaded.unexpected_keys == []
     assert torch.equal(aware.head.bbox_pred.weight, plain.head.bbox_pred.weight)
-
-
-def losses_with_ddp(rank: int, cfg, batches, folder) -> None:
-    torch.manual_seed(0)
-    model = build_model(cfg).train()
-    model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with EventStorage():
-        for _ in range(2):
-            losses = model(batches[rank])
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
-    torch.save({k: v.item() for k, v in losses.items()}, f"{folder}/losses{rank}.pth")
-    torch.save(model.module.head.iou_pred.weight, f"{folder}/weight{rank}.pth")
-
-
-def test_two_processes_of_which_one_has_no_object(small_cfg, make_batch, tmp_path):
-    batches = [make_batch([3]), make_batch([0])]
-    spawn_cpu(losses_with_ddp, 2, small_cfg(IOU_AWARE), batches, str(tmp_path))
-    losses = [torch.load(tmp_path / f"losses{rank}.pth") for rank in range(2)]
-    weights = [torch.load(tmp_path / f"weight{rank}.pth") for rank in range(2)]
-    assert all(math.isfinite(value) for loss in losses for value in loss.values())
-    assert losses[0]["loss_iou"] > 0 and losses[1]["loss_iou"] == 0
-    assert torch.equal(weights[0], weights[1])

@@ -12,81 +12,12 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from iou_d2.detectors.dense import DenseNMS
-from iou_d2.detectors.unitbox import REGIONS, UnitBoxHead, assign_pixels
+from iou_d2.detectors.unitbox import UnitBoxHead
 from iou_d2.detectors.unitbox_inference import EllipseFit, PixelNMS
-from processes import spawn_cpu
+from unitbox_by_hand import owner_by_hand, regression_loss_by_hand
 
 QUICK = "configs/quick/unitbox_shapes.yaml"
 VGG = "configs/unitbox_vgg16_faces.yaml"
-
-
-def random_boxes(count: int, side: float, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    corner = (torch.rand(count, 2, generator=generator) * 1.2 - 0.2) * side
-    size = torch.rand(count, 2, generator=generator).square() * side
-    return torch.cat([corner, corner + size], dim=1)
-
-
-def owner_by_hand(boxes, row, column, region):
-    x, y, best, smallest = column + 0.5, row + 0.5, -1, math.inf
-    for index, (x1, y1, x2, y2) in enumerate(boxes):
-        inside = x1 <= x < x2 and y1 <= y < y2
-        if inside and region == "ellipse":
-            u, v = (x - (x1 + x2) / 2) / (x2 - x1), (y - (y1 + y2) / 2) / (y2 - y1)
-            inside = u * u + v * v <= 0.25
-        if inside and (x2 - x1) * (y2 - y1) < smallest:
-            best, smallest = index, (x2 - x1) * (y2 - y1)
-    return best
-
-
-@pytest.mark.parametrize("region", ["box", "ellipse"])
-def test_pixels_belong_to_the_smallest_box_around_them(region):
-    # Some overlap, some lie partly or wholly outside, some are smaller than a pixel.
-    boxes = torch.cat([random_boxes(25, 30), random_boxes(5, 30) * torch.tensor([1, 1, 0.3, 1.0])])
-    owner = assign_pixels(boxes, (24, 31), REGIONS[region])
-    expected = [
-        [owner_by_hand(boxes.double().tolist(), i, j, region) for j in range(31)] for i in range(24)
-    ]
-    assert owner.tolist() == expected
-    assert owner.unique().numel() > 12
-
-
-@pytest.mark.parametrize("region", ["box", "ellipse"])
-def test_objects_without_a_pixel(region):
-    tiny = torch.tensor([[3.6, 3.6, 4.4, 4.4], [5.0, 5.0, 5.0, 9.0], [9.0, 9.0, 2.0, 2.0]])
-    region = REGIONS[region]
-    assert (assign_pixels(tiny, (12, 12), region) == -1).all()
-    assert (assign_pixels(tiny[:0], (12, 12), region) == -1).all()
-    around_a_centre = torch.tensor([[3.4, 7.4, 3.6, 7.6]])
-    assert (assign_pixels(around_a_centre, (12, 12), region) == 0).nonzero().tolist() == [[7, 3]]
-
-
-@pytest.mark.parametrize("region", ["box", "ellipse"])
-def test_a_box_that_is_not_finite_takes_no_pixel(region):
-    bad = torch.tensor([[math.nan, 0, 4, 4], [0, 0, math.inf, 4], [2.0, 2, 9, 9]])
-    expected = assign_pixels(bad[2:], (12, 12), REGIONS[region])
-    owner = assign_pixels(bad, (12, 12), REGIONS[region])
-    assert torch.equal(owner, torch.where(expected == 0, 2, -1)) and (owner == 2).any()
-
-
-def test_of_equal_boxes_the_first_wins():
-    boxes = torch.tensor([[0.0, 0, 4, 4], [2.0, 0, 6, 4], [0.0, 0, 4, 4]])
-    assert assign_pixels(boxes, (1, 6), REGIONS["box"]).tolist() == [[0, 0, 0, 0, 1, 1]]
-
-
-def regression_loss_by_hand(distances, target, kind):
-    differences = [abs(a - b) for a, b in zip(distances, target)]
-    if kind == "l2":
-        return sum(d * d for d in differences)
-    if kind == "smooth_l1":
-        return sum(d * d / 2 if d < 1 else d - 0.5 for d in differences)
-    inner_sides = [min(x, y) for x, y in zip(distances, target)]
-    area, true_area, inner = (
-        (top + bottom) * (left + right)
-        for top, bottom, left, right in (distances, target, inner_sides)
-    )
-    iou = inner / (area + true_area - inner)
-    return 1 - iou if kind == "iou" else -math.log(iou)
 
 
 def test_maps_are_upsampled_to_pixel_centres():
@@ -374,39 +305,3 @@ def test_its_own_weights_load_again(small_cfg, make_batch, tmp_path):
     assert checkpointer.report.missing_keys == checkpointer.report.unexpected_keys == []
     for name, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
-
-
-def losses_with_ddp(rank: int, cfg, batches, folder) -> None:
-    torch.manual_seed(0)
-    model = build_model(cfg).train()
-    model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    history = []
-    for _ in range(2):
-        losses = model(batches[rank])
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-        history.append({name: loss.item() for name, loss in losses.items()})
-    torch.save(history, f"{folder}/losses{rank}.pth")
-    torch.save(model.module.head.box.weight, f"{folder}/weight{rank}.pth")
-
-
-def test_two_processes_of_which_one_has_no_object(small_cfg, make_batch, tmp_path):
-    batches = [make_batch([3], 1), make_batch([0], 1, side=160)]
-    spawn_cpu(losses_with_ddp, 2, small_cfg(QUICK), batches, str(tmp_path))
-    losses = [torch.load(tmp_path / f"losses{rank}.pth") for rank in range(2)]
-    weights = [torch.load(tmp_path / f"weight{rank}.pth") for rank in range(2)]
-    assert all(math.isfinite(x) for of_rank in losses for step in of_rank for x in step.values())
-    assert losses[0][1]["loss_box"] > 0 and losses[1][1]["loss_box"] == 0
-    assert torch.equal(weights[0], weights[1])
-
-    torch.manual_seed(0)
-    model = build_model(small_cfg(QUICK)).train()
-    alone, other = model(batches[0]), model(batches[1])
-    # The two processes together have as many positive pixels as the first, on average half of them.
-    assert losses[0][0]["loss_box"] == pytest.approx(2 * alone["loss_box"].item(), rel=1e-4)
-    mean = (96**2 + 160**2) / 2
-    for found, own, side in zip(losses, (alone, other), (96, 160)):
-        expected = own["loss_confidence"].item() * side**2 / mean
-        assert found[0]["loss_confidence"] == pytest.approx(expected, rel=1e-4)
