@@ -149,8 +149,8 @@ class PointDetector(PyramidDetector):
         image_sizes: list[tuple[int, int]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """ "loss_cls", "loss_box" of the final boxes, "loss_box_initial" of those before, and
-        "loss_quality" where the head has that branch.
+        """The losses "loss_cls", "loss_box" of the final boxes, "loss_box_initial" of those before,
+        and "loss_quality" where the head has that branch.
 
         The class loss and that of the quality branch are sums divided by the number of positive
         points, the box losses are weighted by the quality of each box and divided by its sum; the

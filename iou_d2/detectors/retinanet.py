@@ -134,8 +134,8 @@ class BoxLossRetinaNet(PyramidDetector):
         image_sizes: list[tuple[int, int]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """ "loss_cls" and "loss_box_reg", both divided by a running mean of the number of positive
-        anchors."""
+        """The losses "loss_cls" and "loss_box_reg", both divided by a running mean of the number of
+        positive anchors."""
         anchors = Boxes.cat([level.anchors for level in predictions])
         labels, gt_boxes = self.label_anchors(anchors, gt_instances)
         mask = (labels >= 0) & (labels != self.num_classes)  # (N, R)

@@ -207,8 +207,8 @@ class UnitBox(DenseDetector):
         image_sizes: list[tuple[int, int]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """ "loss_confidence", the sigmoid cross-entropy over all pixels and classes, divided by the
-        number of pixels, and "loss_box" over the positive pixels, divided by theirs.
+        """The losses "loss_confidence", the sigmoid cross-entropy over all pixels and classes,
+        divided by the number of pixels, and "loss_box" over the positive pixels, divided by theirs.
 
         Both numbers are means over processes and at least 1.
         """
