@@ -22,6 +22,13 @@ def add_iou_config(cfg: CfgNode) -> None:
     # data, so that a saved config names what its model predicts (ours).
     cfg.MODEL.CLASS_NAMES = []
 
+    # What a user insists on where data look wrong (ours): boxes that look like corners (XYXY) or
+    # fractions of the image are taken as XYWH in pixels; images outside the image folder are read;
+    # classes of a test set that the model does not know are left out of it.
+    cfg.DATASETS.TRUST_BOXES = False
+    cfg.DATASETS.TRUST_PATHS = False
+    cfg.DATASETS.TRUST_CLASSES = False
+
     # "SGD" as in Detectron2 and the papers, or "AdamW" (ours, for small models from scratch).
     cfg.SOLVER.OPTIMIZER = "SGD"
 

@@ -1,6 +1,8 @@
 """`iou-d2 analyze`, under the name that it had before there was that command."""
 
 from iou_d2.commands.analyze import main
+from iou_d2.commands.errors import ending_in_a_sentence
 
 if __name__ == "__main__":
-    main()
+    with ending_in_a_sentence():
+        main()

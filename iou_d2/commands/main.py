@@ -8,6 +8,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from iou_d2.commands.errors import ending_in_a_sentence
 from iou_d2.commands.threads import limit_spinning
 from iou_d2.dependencies import missing_dependency
 
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     limit_spinning()
     # The usage that argparse prints names the command.
     sys.argv[0] = f"iou-d2 {command}"
-    importlib.import_module(f"iou_d2.commands.{module_name(command)}").main(arguments)
+    with ending_in_a_sentence():
+        importlib.import_module(f"iou_d2.commands.{module_name(command)}").main(arguments)
 
 
 def module_name(command: str) -> str:

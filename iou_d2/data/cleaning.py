@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,17 @@ CLIPPED = "boxes were clipped to their image"
 # Rounding, or counting pixels from one, pushes good boxes over the edge by up to a pixel. They stay
 # as they are, so that COCO's own files give exactly COCO's numbers.
 OVERSHOOT = 1.0
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a user insists on: see DATASETS.TRUST_* in iou_d2/config.py."""
+
+    boxes: bool = False
+    paths: bool = False
+
+
+NO_TRUST = Trust()
 
 
 class Findings:

@@ -15,7 +15,16 @@ from typing import Any
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from .cleaning import CLIPPED, Findings, clean_box, copy_name, require_files, write_text
+from .cleaning import (
+    CLIPPED,
+    NO_TRUST,
+    Findings,
+    Trust,
+    clean_box,
+    copy_name,
+    require_files,
+    write_text,
+)
 
 FILLED_IN = {
     "id": "annotations without a positive integer id were given one",
@@ -25,7 +34,9 @@ FILLED_IN = {
 }
 
 
-def register_coco(json_file: Path, image_folder: Path | None, clean_dir: Path) -> str:
+def register_coco(
+    json_file: Path, image_folder: Path | None, clean_dir: Path, trust: Trust = NO_TRUST
+) -> str:
     """Register a COCO JSON with Detectron2 and return its name, `coco:JSON:IMAGE_FOLDER`.
 
     Args:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from .cleaning import NO_TRUST, Trust
 from .coco import register_coco
 from .shapes import register_shapes, register_shapes_by_name
 from .voc import register_voc
@@ -23,7 +24,7 @@ from .voc import register_voc
 FORMS = "coco:ANNOTATIONS.json[:IMAGE_FOLDER] or voc:FOLDER[:SPLIT]"
 
 
-def register_dataset(name: str, clean_dir: str | os.PathLike[str]) -> str:
+def register_dataset(name: str, clean_dir: str | os.PathLike[str], trust: Trust = NO_TRUST) -> str:
     """Register a dataset where needed and return the name to keep in the config.
 
     A user's own dataset comes back with absolute paths, so that a saved config works from any
@@ -32,6 +33,7 @@ def register_dataset(name: str, clean_dir: str | os.PathLike[str]) -> str:
     Args:
         name: see the head of this file; relative paths start at the working directory.
         clean_dir: folder for mended copies of annotations, made only when something was mended.
+        trust: what is taken as it is written though it looks wrong.
 
     Raises:
         ValueError: an unknown name (the nearest ones are given), or broken annotations.
@@ -41,7 +43,7 @@ def register_dataset(name: str, clean_dir: str | os.PathLike[str]) -> str:
     if name in DatasetCatalog:
         return name
     if name.startswith(("coco:", "voc:")):
-        return _register_own(name, Path(clean_dir).absolute())
+        return _register_own(name, Path(clean_dir).absolute(), trust)
     if register_shapes_by_name(name):
         return name
     nearest = difflib.get_close_matches(name, DatasetCatalog.list())
@@ -65,15 +67,15 @@ def class_names(names: Sequence[str]) -> list[str]:
     return first
 
 
-def _register_own(name: str, clean_dir: Path) -> str:
+def _register_own(name: str, clean_dir: Path, trust: Trust) -> str:
     kind, *parts = name.split(":")
     if len(parts) > 2 or not all(parts):
         raise ValueError(f"'{name}' is no dataset: write {FORMS}, with paths that hold no colon.")
     path = Path(os.path.abspath(os.path.expanduser(parts[0])))
     if kind == "voc":
-        return register_voc(path, parts[1] if len(parts) == 2 else None, clean_dir)
+        return register_voc(path, parts[1] if len(parts) == 2 else None, clean_dir, trust)
     folder = Path(os.path.abspath(os.path.expanduser(parts[1]))) if len(parts) == 2 else None
-    return register_coco(path, folder, clean_dir)
+    return register_coco(path, folder, clean_dir, trust)
 
 
 def _thing_classes(name: str) -> list[str]:

@@ -18,7 +18,16 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
 
-from .cleaning import Box, Findings, clean_box, copy_name, require_files, write_text
+from .cleaning import (
+    NO_TRUST,
+    Box,
+    Findings,
+    Trust,
+    clean_box,
+    copy_name,
+    require_files,
+    write_text,
+)
 
 ALL = "all"  # the split of a folder without ImageSets
 
@@ -37,7 +46,7 @@ class VocImage(NamedTuple):
     objects: list[VocObject]
 
 
-def register_voc(folder: Path, split: str | None, clean_dir: Path) -> str:
+def register_voc(folder: Path, split: str | None, clean_dir: Path, trust: Trust = NO_TRUST) -> str:
     """Register one split of a VOC folder with Detectron2 and return its name, `voc:FOLDER[:SPLIT]`.
 
     The classes are those of all annotations of the folder, sorted, so that its splits agree.
