@@ -27,7 +27,7 @@ from detectron2.utils.file_io import PathManager
 from iou_d2 import get_config
 from iou_d2.config import set_class_names
 from iou_d2.detectors.visualize import detection_label, draw_boxes
-from iou_d2.engine.checkpoint import ReadCheckpointer
+from iou_d2.engine.checkpoint import SafeCheckpointer
 from iou_d2.engine.safe_load import read_checkpoint_file
 from iou_d2.evaluation.coco import OPTIONAL_FIELDS
 
@@ -86,7 +86,7 @@ class Demo:
         untrained.defrost()
         untrained.MODEL.WEIGHTS = ""
         self.predictor = DefaultPredictor(untrained)
-        ReadCheckpointer(self.predictor.model, checkpoint).load(cfg.MODEL.WEIGHTS)
+        SafeCheckpointer(self.predictor.model, content=checkpoint).load(cfg.MODEL.WEIGHTS)
         self.class_names = cfg.MODEL.CLASS_NAMES
         self.threshold = threshold
 
