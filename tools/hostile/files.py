@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from random import Random
 
 import numpy as np
 from PIL import Image
@@ -26,7 +25,3 @@ def write_images(folder: Path) -> list[str]:
 def copy_folder(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True)
 
-
-def plan_name(rng: Random) -> str:
-    """For `plan`: the same in a whole run, for `rng` is made of seed, surface and number."""
-    return str(rng.random())

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from iou_d2.errors import InputError
+
+from .mutate import Plan, plan
 
 READ, REFUSED = "read", "refused"
 LONGEST_SENTENCE = 3000
@@ -22,6 +24,23 @@ class Failure(AssertionError):
     """A surface did what it must not."""
 
 
+class Try(NamedTuple):
+    """One try of a surface: all that it draws is drawn from these."""
+
+    surface: str
+    seed: int
+    number: int
+    folder: Path  # empty; what is written here is kept if the try fails
+
+    @property
+    def rng(self) -> Random:
+        return Random(f"{self.seed} {self.surface} {self.number}")
+
+    @property
+    def plan(self) -> Plan:
+        return plan(f"{self.seed} {self.surface}", self.number)
+
+
 @dataclass(frozen=True)
 class Surface:
     """What is attacked.
@@ -31,7 +50,7 @@ class Surface:
         what: for the table, with what is checked.
         tries: of a whole run.
         prepare: called once in each process with an empty folder; its result goes to `make`.
-        make: (prepared, random numbers, number of the try, empty folder) -> an input.
+        make: (prepared, the try) -> an input.
         judge: feeds the input and returns READ or REFUSED, or raises; any error is a failure.
         seconds: a longer try counts as a hang.
         chunks: parts of a run that other processes may take.
@@ -41,7 +60,7 @@ class Surface:
     what: str
     tries: int
     prepare: Callable[[Path], Any]
-    make: Callable[[Any, Random, int, Path], Any]
+    make: Callable[[Any, Try], Any]
     judge: Callable[[Any], str]
     seconds: float = 10.0
     chunks: int = 1

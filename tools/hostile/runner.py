@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import select
 import shutil
@@ -19,9 +20,8 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
-from .judge import REFUSED, Surface, watch_execution
+from .judge import REFUSED, Surface, Try, watch_execution
 
 MEMORY = 2**30  # bytes that a try may take over what the process has before the first one
 SAVED_PER_KIND = 3  # inputs kept of failures that look alike
@@ -84,6 +84,7 @@ def _run_child(surface, prepared, count, number, end, scratch, failures) -> int:
     if number == end:
         return end
     died = f"hang of more than {surface.seconds:g} s" if line is None else _death(status)
+    shutil.copytree(scratch / "input", scratch / "failed" / str(number), symlinks=True)
     _note(count, {"kind": died, "text": died}, surface, number, scratch, failures)
     return number + 1
 
@@ -118,6 +119,8 @@ def _attempt_all(surface, prepared, seed, numbers, scratch, writing) -> None:
     watch_execution()
     for number in numbers:
         outcome = attempt(surface, prepared, seed, number, scratch)
+        if "kind" in outcome:  # before the next try empties the folder
+            shutil.copytree(scratch / "input", scratch / "failed" / str(number), symlinks=True)
         os.write(writing, json.dumps(outcome).encode() + b"\n")
     os._exit(0)
 
@@ -127,8 +130,7 @@ def attempt(surface: Surface, prepared, seed: int, number: int, scratch: Path) -
     case = None
     folder = _empty(scratch / "input")
     try:
-        rng = Random(f"{seed} {surface.name} {number}")
-        case = surface.make(prepared, rng, number, folder)
+        case = surface.make(prepared, Try(surface.name, seed, number, folder))
         return {"refused": surface.judge(case) == REFUSED}
     except BaseException as error:  # SystemExit too: a reader must not end the process
         text = "".join(traceback.format_exception(error))[-6000:]
@@ -140,7 +142,8 @@ def _kind(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if f"{os.sep}iou_d2{os.sep}" in f.filename] or frames
     place = f"{'/'.join(ours[-1].filename.split(os.sep)[-2:])}:{ours[-1].lineno}" if ours else "?"
-    return f"{type(error).__name__} at {place}: {str(error)[:100]!r}"
+    text = re.sub(r"\d+", "#", re.sub(r"\S*/\S*", "PATH", str(error)))[:60]
+    return f"{type(error).__name__} at {place}: {text!r}"
 
 
 def _death(status: int) -> str:
@@ -154,11 +157,14 @@ def _note(count, outcome, surface, number, scratch, failures) -> None:
     if "kind" not in outcome:
         count.refused += outcome["refused"]
         return
+    made = scratch / "failed" / str(number)
     if not count.fail(outcome["kind"], number):
+        shutil.rmtree(made)
         return
     kept = failures / f"{surface.name}-{count.seed}-{number}"
     shutil.rmtree(kept, ignore_errors=True)
-    shutil.copytree(scratch / "input", kept, symlinks=True, dirs_exist_ok=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(made, kept)
     replay = f"--seed {count.seed} --only {surface.name} --try {number}"
     text = f"{replay}\n\n{outcome['text']}\n\n{outcome.get('input', '')}\n"
     (kept / "FAILURE.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
