@@ -92,8 +92,16 @@ def locate_images(
             findings.add(finding, where("images", index, image))
             image = {**image, "file_name": name}
         located.append(image)
-    require_files(json_file, "images", [f"{folder}/{image['file_name']}" if not
-                  os.path.isabs(image["file_name"]) else image["file_name"] for image in located])
+    require_files(
+        json_file,
+        "images",
+        [
+            f"{folder}/{image['file_name']}"
+            if not os.path.isabs(image["file_name"])
+            else image["file_name"]
+            for image in located
+        ],
+    )
     _forget()
     return located
 
