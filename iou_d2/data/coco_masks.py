@@ -36,7 +36,7 @@ def is_good_mask(value: Any, size: tuple[int, int] | None) -> bool:
 
 
 def mend_mask(value: Any) -> list | None:
-    """Polygons from one flat list [x, y, x, y, ...], or from numbers that are strings; else None."""
+    """Polygons from one flat list [x, y, x, y, ...] or from numbers as strings; else None."""
     if not isinstance(value, list) or not value:
         return None
     polygons = value if all(isinstance(polygon, list) for polygon in value) else [value]

@@ -235,6 +235,10 @@ def _mend_annotation(
     if not isinstance(annotation, dict):
         raise InputError(f"{file}: annotations[{index}] is not a dict.")
     place = where("annotations", index, annotation)
+    if isinstance(annotation.get("id"), (list, dict)):
+        raise InputError(
+            f"{file}: {place} has the id {short(annotation['id'])}, which is not an integer."
+        )
     changed = _references(annotation, f"{file}: {place}", sizes, categories)
     if changed.keys() & {"image_id", "category_id"}:
         findings.add(IDS, place)
@@ -329,8 +333,6 @@ def _area_and_id(annotation: dict, findings: Findings, record: str) -> dict[str,
         changed["area"] = number
     value = annotation.get("id")
     number = as_id(value)
-    if isinstance(value, (list, dict)):
-        raise InputError(f"{record} has the id {short(value)}, which is not an integer.")
     if number is None or number <= 0:
         findings.add(FILLED_IN["id"], record)
         changed["id"] = None
