@@ -1,4 +1,4 @@
-"""COCO ground truth and results as commands read them: checked once, with a sentence for a fault."""
+"""COCO ground truth and results as commands read them: checked once, each fault in a sentence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Hashable
 
 from iou_d2.analysis import load_json
-from iou_d2.errors import InputError
+from iou_d2.errors import InputError, MissingFileError
 
 _NUMBERS = (int, float)
 
@@ -18,7 +18,7 @@ def read_ground_truth(path: str | os.PathLike) -> dict:
 
     Raises InputError, with the name of the file and of what is wrong in it.
     """
-    truth = load_json(path, dict)
+    truth = _load(path, dict)
     if truth.get("annotations") is None:
         truth["annotations"] = []
     for name, keys in {
@@ -38,7 +38,7 @@ def read_results(path: str | os.PathLike, truth: dict) -> list[dict]:
 
     Raises InputError, with the name of the file and of what is wrong in it.
     """
-    results = load_json(path, list)
+    results = _load(path, list)
     where = f"{path}: detections"
     _check_entries(results, ("image_id", "category_id", "bbox", "score"), where)
     for index, result in enumerate(results):
@@ -49,6 +49,17 @@ def read_results(path: str | os.PathLike, truth: dict) -> list[dict]:
                 )
     _check_known(results, truth, where)
     return results
+
+
+def _load(path: str | os.PathLike, kind: type):
+    try:
+        return load_json(path, kind)
+    except FileNotFoundError as error:
+        raise MissingFileError(str(error)) from error
+    except RecursionError as error:
+        raise InputError(f"{path} is not a valid JSON file: its brackets lie too deep.") from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _check_entries(entries: object, keys: tuple[str, ...], where: str) -> None:
@@ -66,7 +77,9 @@ def _check_entries(entries: object, keys: tuple[str, ...], where: str) -> None:
             elif not isinstance(entry[key], Hashable):
                 raise InputError(f"{where}[{index}] has the {key} {entry[key]!r}.")
             elif key in ("file_name", "name") and not isinstance(entry[key], str):
-                raise InputError(f"{where}[{index}] has the {key} {entry[key]!r}, which is no text.")
+                raise InputError(
+                    f"{where}[{index}] has the {key} {entry[key]!r}, which is no text."
+                )
 
 
 def _check_box(box: object, where: str) -> None:
