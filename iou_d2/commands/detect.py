@@ -28,7 +28,7 @@ from detectron2.structures import Instances
 from iou_d2 import get_config
 from iou_d2.commands.output import make_folder, write_whole
 from iou_d2.commands.pictures import picture_names, read_picture, write_picture
-from iou_d2.commands.trained import fill, names_in, read_weights
+from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
 from iou_d2.config import set_class_names
 from iou_d2.detectors.visualize import detection_label, draw_boxes
 from iou_d2.engine.config_checks import check_config
@@ -155,11 +155,13 @@ def open_video(path: Path, rate: float, size: tuple[int, int]) -> cv2.VideoWrite
     return writer
 
 
-def setup(config_file: str, overrides: list[str]) -> tuple[CfgNode, dict]:
+def setup(
+    config_file: str, overrides: list[str], trust: bool = False
+) -> tuple[CfgNode, dict]:
     """The config with the names of the classes, and what its MODEL.WEIGHTS hold."""
     cfg = get_config(config_file, overrides)
     check_config(cfg)
-    checkpoint = read_weights(cfg)
+    checkpoint = read_weights(cfg, trust)
     names = names_in(checkpoint, cfg.MODEL.WEIGHTS) or cfg.MODEL.CLASS_NAMES
     if names:
         set_class_names(cfg, names)
@@ -177,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     source.add_argument("--video-input", metavar="FILE")
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument("--confidence-threshold", type=float, default=0.5)
+    add_trust_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     arguments = parser.parse_args(argv)
 
@@ -187,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     files = find_images(arguments.input) if arguments.input else []
     output = make_folder(arguments.output)
     require_other_folder(files, output)
-    cfg, checkpoint = setup(arguments.config_file, arguments.opts)
+    cfg, checkpoint = setup(arguments.config_file, arguments.opts, arguments.trust_weights)
     demo = Demo(cfg, checkpoint, arguments.confidence_threshold)
     records: list[dict] = []
     faults: list[str] = []

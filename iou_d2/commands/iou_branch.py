@@ -20,7 +20,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from iou_d2.commands.finished_runs import trained_config
-from iou_d2.commands.trained import load_trained
+from iou_d2.commands.trained import add_trust_argument, load_trained
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import register_dataset
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
@@ -130,12 +130,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, help="folder with config.yaml and model_final.pth")
     parser.add_argument("--images", type=int, default=200)
+    add_trust_argument(parser)
     args = parser.parse_args(argv)
 
     if args.images < 1:
         raise InputError(f"--images is at least 1, but it is {args.images}.")
     cfg = trained_config(args.run)
-    model = load_trained(cfg)
+    model = load_trained(cfg, args.trust_weights)
     print(report(*measure(model, read_images(cfg, args.images, args.run / "datasets"))))
 
 

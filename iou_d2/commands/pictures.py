@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from detectron2.data.detection_utils import read_image
 
-from iou_d2.data.images import read_header
+from iou_d2.data.images import usable_header
 from iou_d2.errors import InputError, MissingFileError
 
 # What OpenCV writes under its own ending; every other picture is written as PNG.
@@ -26,11 +26,7 @@ def read_picture(path: str | os.PathLike) -> np.ndarray:
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise MissingFileError(f"There is no image {path}.")
-    mode = read_header(path).mode
-    if mode.startswith(("I", "F")):
-        raise InputError(
-            f"{path} has more than 8 bits a channel ({mode}): scale its values to 0..255 first."
-        )
+    usable_header(path)
     try:
         return read_image(path, format="BGR")
     except Exception as error:  # Pillow raises half a dozen types

@@ -34,7 +34,13 @@ from torch import nn
 from iou_d2 import get_config
 from iou_d2.commands.coco_files import read_ground_truth, read_results
 from iou_d2.commands.output import check_output_file, write_whole
-from iou_d2.commands.trained import fill, names_in, read_weights, require_same_names
+from iou_d2.commands.trained import (
+    add_trust_argument,
+    fill,
+    names_in,
+    read_weights,
+    require_same_names,
+)
 from iou_d2.config import set_class_names
 from iou_d2.data.images import read_header
 from iou_d2.data.mapper import CheckedDatasetMapper
@@ -61,7 +67,9 @@ def cut_off_warning(results: list[dict]) -> str | None:
     )
 
 
-def setup(config_file: str, overrides: list[str], class_names: list[str]) -> tuple[CfgNode, dict]:
+def setup(
+    config_file: str, overrides: list[str], class_names: list[str], trust: bool = False
+) -> tuple[CfgNode, dict]:
     """The config of a model of the classes `class_names`, in the order in which the weights have
     them, and the weights.
 
@@ -69,7 +77,7 @@ def setup(config_file: str, overrides: list[str], class_names: list[str]) -> tup
     """
     cfg = get_config(config_file, overrides)
     check_config(cfg)
-    content = read_weights(cfg)
+    content = read_weights(cfg, trust)
     known = names_in(content, cfg.MODEL.WEIGHTS) or list(cfg.MODEL.CLASS_NAMES)
     if known:
         require_same_names(known, class_names, cfg.MODEL.WEIGHTS, "the ground truth")
@@ -190,6 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", required=True, metavar="FOLDER")
     parser.add_argument("--results", required=True, metavar="FILE", help="COCO results to refine")
     parser.add_argument("--output", required=True, metavar="FILE", help="refined COCO results")
+    add_trust_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args(arguments)
 
@@ -202,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     categories = sorted(truth["categories"], key=lambda category: category["id"])
     names = [category["name"] for category in categories]
     records = image_records(truth, args.images, results)
-    cfg, content = setup(args.config_file, args.opts, names)
+    cfg, content = setup(args.config_file, args.opts, names, args.trust_weights)
     model = load_model(cfg, content)
     before = summarize_ap(coco_precision(truth, results), names)
     class_of = classes_of(truth, cfg.MODEL.CLASS_NAMES)
