@@ -155,9 +155,7 @@ def open_video(path: Path, rate: float, size: tuple[int, int]) -> cv2.VideoWrite
     return writer
 
 
-def setup(
-    config_file: str, overrides: list[str], trust: bool = False
-) -> tuple[CfgNode, dict]:
+def setup(config_file: str, overrides: list[str], trust: bool = False) -> tuple[CfgNode, dict]:
     """The config with the names of the classes, and what its MODEL.WEIGHTS hold."""
     cfg = get_config(config_file, overrides)
     check_config(cfg)
