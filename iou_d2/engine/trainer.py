@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 
@@ -9,9 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
-    SimpleTrainer,
     TrainerBase,
     create_ddp_model,
 )
@@ -21,9 +20,11 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
 from iou_d2.data.mapper import CheckedDatasetMapper
+from iou_d2.errors import DivergedError
 from iou_d2.evaluation.build import build_evaluator
 
-from .checkpoint import AtomicCheckpointer
+from .amp import trainer_class
+from .checkpoint import SafeCheckpointer
 from .solver import build_solver
 
 
@@ -46,10 +47,10 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         model = share_gradients(model)
-        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer_class(model, loader, optimizer)
+        step = trainer_class(cfg.SOLVER.AMP.ENABLED, model)
+        self._trainer = step(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = AtomicCheckpointer(
+        self.checkpointer = SafeCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             extra={"class_names": list(cfg.MODEL.CLASS_NAMES)},
@@ -94,6 +95,7 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg):
         model = super().build_model(cfg)
         model.register_forward_hook(stop_at_non_finite_loss)
+        name_images_of_divergence(model)
         return model
 
     @classmethod
@@ -133,8 +135,35 @@ def stop_at_non_finite_loss(model: nn.Module, inputs: tuple, losses: dict[str, T
         return
     is_finite = torch.isfinite(values).tolist()
     bad = {name: value for name, value, good in zip(losses, values.tolist(), is_finite) if not good}
-    images = [image.get("image_id", image.get("file_name")) for image in inputs[0]]
-    raise FloatingPointError(
-        f"At iteration {get_event_storage().iter} the losses {bad} are not finite, for the "
-        f"images with the ids {images}. A lower SOLVER.BASE_LR may help."
+    raise DivergedError(
+        f"At iteration {_iteration()} the losses {bad} are not finite, {_of(inputs[0])}"
     )
+
+
+def name_images_of_divergence(model: nn.Module) -> None:
+    """Let the FloatingPointError that Detectron2's RPN raises in training, before there are losses,
+    name the iteration and the images."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def named(batched_inputs, *args, **kwargs):
+        try:
+            return forward(batched_inputs, *args, **kwargs)
+        except DivergedError:
+            raise
+        except FloatingPointError as error:
+            raise DivergedError(
+                f"At iteration {_iteration()} there are no losses: {error} It was "
+                f"{_of(batched_inputs)}"
+            ) from error
+
+    model.forward = named
+
+
+def _iteration() -> int:
+    return get_event_storage().iter
+
+
+def _of(batched_inputs: list[dict]) -> str:
+    images = [image.get("image_id", image.get("file_name")) for image in batched_inputs]
+    return f"for the images with the ids {images}. A lower SOLVER.BASE_LR may help."
