@@ -16,7 +16,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import inference_on_dataset
@@ -27,6 +26,7 @@ from iou_d2 import get_config
 from iou_d2.analysis import load_json, metric_by_iteration, plot_curves, recall_by_false_positives
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import register_dataset
+from iou_d2.engine.checkpoint import SafeCheckpointer
 from iou_d2.evaluation import build_evaluator, coco_precision, summarize_ap
 
 RESULTS = "coco_instances_results.json"
@@ -60,7 +60,7 @@ def detect_at_side(cfg: CfgNode, side: int, folder: Path) -> list[dict]:
     if not _is_up_to_date(path, settings, cfg):
         name = cfg.DATASETS.TEST[0]
         model = build_model(cfg)
-        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        SafeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
         loader = build_detection_test_loader(cfg, name, mapper=mapper)
         inference_on_dataset(model, loader, build_evaluator(cfg, name, str(folder)))

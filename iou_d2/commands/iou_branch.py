@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
@@ -26,6 +25,7 @@ from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import register_dataset
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
 from iou_d2.detectors.iou_net_nms import PlainNMS
+from iou_d2.engine.checkpoint import SafeCheckpointer
 from iou_d2.ops.boxes import aligned_iou
 from iou_d2.ops.jitter import jittered_boxes
 
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
     cfg = get_config(args.run / "config.yaml")
     model = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(str(args.run / "model_final.pth"))
+    SafeCheckpointer(model).load(str(args.run / "model_final.pth"))
     print(report(*measure(model, read_images(cfg, args.images, args.run / "datasets"))))
 
 

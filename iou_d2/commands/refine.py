@@ -23,7 +23,6 @@ from collections import Counter, defaultdict
 
 import torch
 import tqdm
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -34,6 +33,7 @@ from torch import nn
 from iou_d2 import get_config
 from iou_d2.config import set_class_names
 from iou_d2.data.mapper import CheckedDatasetMapper
+from iou_d2.engine.checkpoint import SafeCheckpointer
 from iou_d2.evaluation import coco_precision, summarize_ap
 from iou_d2.evaluation.coco import instances_to_results
 
@@ -79,7 +79,7 @@ def load_model(cfg: CfgNode) -> nn.Module:
         raise ValueError(
             f"MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME} has no IoU branch to refine with."
         )
-    weights = DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    weights = SafeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     trained = weights.get("class_names") or cfg.MODEL.CLASS_NAMES
     if trained != cfg.MODEL.CLASS_NAMES:
         raise ValueError(

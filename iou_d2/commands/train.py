@@ -16,7 +16,6 @@ import os
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -28,6 +27,7 @@ from iou_d2.commands.arguments import add_config_arguments, config_of
 from iou_d2.config import set_class_names
 from iou_d2.data.register import class_names, register_dataset
 from iou_d2.data.shapes import ensure_shapes
+from iou_d2.engine.checkpoint import SafeCheckpointer
 from iou_d2.engine.launch import launch
 from iou_d2.engine.run_record import describe_run, recorded
 from iou_d2.engine.trainer import Trainer
@@ -94,7 +94,7 @@ def train(cfg: CfgNode, resume: bool, record: dict) -> None:
 
 def evaluate(cfg: CfgNode, resume: bool, record: dict) -> None:
     model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+    SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
         cfg.MODEL.WEIGHTS, resume=resume
     )
     record["results"] = results = Trainer.test(cfg, model)
