@@ -70,16 +70,6 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_trust_weights(parser: argparse.ArgumentParser) -> None:
-    """Add --trust-weights, which stands as `trust_weights` in what is parsed. Call it before
-    `add_config_arguments`."""
-    parser.add_argument(
-        "--trust-weights",
-        action="store_true",
-        help="let the file of MODEL.WEIGHTS make any object, and so run any code that is in it",
-    )
-
-
 def config_of(args: argparse.Namespace) -> CfgNode:
     """The config that the arguments of `add_config_arguments` name. --train and --test win over
     DATASETS.TRAIN and DATASETS.TEST among the pairs.

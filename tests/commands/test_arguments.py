@@ -6,7 +6,7 @@ import os
 import pytest
 from detectron2.config import get_cfg
 
-from iou_d2.commands.arguments import add_config_arguments, add_trust_weights, config_of
+from iou_d2.commands.arguments import add_config_arguments, config_of
 
 CONFIG = "configs/quick/retinanet_own_data.yaml"
 
@@ -73,10 +73,3 @@ def test_one_parse_leaves_nothing_to_the_next():
     parser.parse_args(["--train", "a", "SEED", "3"])
     again = parser.parse_args(["--train", "b"])
     assert (again.train, again.more_opts, again.opts) == (["b"], [], [])
-
-
-def test_weights_are_trusted_where_it_is_said():
-    parser = argparse.ArgumentParser()
-    add_trust_weights(parser)
-    assert not parser.parse_args([]).trust_weights
-    assert parser.parse_args(["--trust-weights"]).trust_weights
