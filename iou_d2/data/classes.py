@@ -51,7 +51,9 @@ def training_classes(names: Sequence[str], join: bool = False) -> list[str]:
     return joined
 
 
-def match_classes(name: str, classes: Sequence[str], known_by: str, leave_out: bool = False) -> None:
+def match_classes(
+    name: str, classes: Sequence[str], known_by: str, leave_out: bool = False
+) -> None:
     """Give a registered dataset the class indices of `classes`, by name.
 
     Classes that it lacks are no objects in it. Its metadata has all of `classes` as
@@ -69,8 +71,10 @@ def match_classes(name: str, classes: Sequence[str], known_by: str, leave_out: b
         return
     unknown = [c for c in own if c not in classes]
     if len(unknown) == len(own) or (unknown and not leave_out):
-        insist = "" if len(unknown) == len(own) else (
-            " With DATASETS.TRUST_CLASSES True, objects of other classes are left out."
+        insist = (
+            ""
+            if len(unknown) == len(own)
+            else (" With DATASETS.TRUST_CLASSES True, objects of other classes are left out.")
         )
         raise InputError(
             f"{known_by} has the classes {', '.join(classes)}, but '{name}' has "
@@ -99,6 +103,12 @@ def require_objects(names: Sequence[str]) -> None:
         f"There is not one object to learn in the {images} images of {', '.join(names)}: all are "
         "crowds, were dropped because they have no area or lie outside, or there are none."
     )
+
+
+def has_segmentations(name: str) -> bool:
+    """Whether an object of a registered dataset has a mask."""
+    records = DatasetCatalog.get(name)
+    return any(a.get("segmentation") for record in records for a in record.get("annotations", ()))
 
 
 def difference(first: Sequence[str], second: Sequence[str]) -> str:
