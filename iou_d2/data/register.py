@@ -13,10 +13,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 
 from iou_d2.errors import InputError
 
@@ -56,22 +55,6 @@ def register_dataset(name: str, clean_dir: str | os.PathLike[str], trust: Trust 
     raise InputError(f"There is no dataset '{name}'.{hint} Data of your own is given as {FORMS}.")
 
 
-def class_names(names: Sequence[str]) -> list[str]:
-    """The class names, in order of the class index, that all registered datasets `names` share.
-
-    Raises InputError where two of them differ, where one has no classes, and for no name at all.
-    """
-    if not names:
-        raise InputError("No dataset is given: set DATASETS.TRAIN or DATASETS.TEST.")
-    first, *others = [_thing_classes(name) for name in names]
-    for name, classes in zip(names[1:], others):
-        if classes != first:
-            raise InputError(
-                f"The classes of '{names[0]}' and '{name}' differ: {_difference(first, classes)}."
-            )
-    return first
-
-
 def _register_own(name: str, clean_dir: Path, trust: Trust) -> str:
     kind, _, rest = name.partition(":")
     parts = _paths(name, rest)
@@ -94,19 +77,3 @@ def _paths(name: str, rest: str) -> list[str]:
             raise InputError(f"'{name}' holds a Windows path, which this machine does not have.")
         return rest.split(":")
     return re.split(r"(?<!^[A-Za-z]):(?<!:[A-Za-z]:)", rest)
-
-
-def _thing_classes(name: str) -> list[str]:
-    classes = MetadataCatalog.get(name).get("thing_classes")
-    if not classes:
-        raise InputError(f"The dataset '{name}' has no object classes to detect.")
-    return list(classes)
-
-
-def _difference(first: Sequence[str], second: Sequence[str]) -> str:
-    parts = [
-        ("only in the first", [c for c in first if c not in second]),
-        ("only in the second", [c for c in second if c not in first]),
-    ]
-    found = [f"{what}: {', '.join(classes)}" for what, classes in parts if classes]
-    return "; ".join(found) or f"the order is {', '.join(first)} and {', '.join(second)}"

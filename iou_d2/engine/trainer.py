@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.evaluation.build import build_evaluator
 
-from .checkpoint import AtomicCheckpointer
+from .checkpoint import SafeCheckpointer
 from .solver import build_solver
 
 
@@ -49,7 +49,7 @@ class Trainer(DefaultTrainer):
         trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer_class(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = AtomicCheckpointer(
+        self.checkpointer = SafeCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             extra={"class_names": list(cfg.MODEL.CLASS_NAMES)},
