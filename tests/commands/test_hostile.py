@@ -145,8 +145,8 @@ def test_weights_that_cannot_be_read_are_named(weights, folder):
     assert "model.pth" in sentence(refine.main, *arguments_of(refine.main, folder))
 
 
-def test_no_weights_and_no_branch_are_said(folder):
-    arguments = arguments_of(refine.main, folder)[:-4]
+def test_no_weights_are_said(folder):
+    arguments = [*arguments_of(refine.main, folder)[:-1], ""]
     assert "Nothing is trained" in sentence(refine.main, *arguments)
 
 
@@ -195,7 +195,7 @@ def test_metrics_that_cannot_be_read_are_named(line, tmp_path):
     [
         (["--input", "none.png"], "names no image"),
         (["--input", "HERE/x.png", "--confidence-threshold", "7"], "--confidence-threshold"),
-        (["--input", "HERE/x.png"], "Nothing is trained"),
+        (["--input", "HERE/x.png", "MODEL.WEIGHTS", ""], "Nothing is trained"),
         (["--input", "HERE/x.png", "MODEL.WEIGHTS", "HERE"], "There is no file"),
         (["--input", "HERE/x.png", "MODEL.WEIGHTS", "HERE/x.png"], "no checkpoint"),
         (["--input", "HERE/x.png", "INPUT.FORMAT", "L"], "INPUT.FORMAT is 'BGR' or 'RGB'"),
@@ -208,5 +208,6 @@ def test_metrics_that_cannot_be_read_are_named(line, tmp_path):
 )
 def test_detect_says_what_it_lacks(arguments, said, folder):
     arguments = [argument.replace("HERE", str(folder)) for argument in arguments]
+    source, others = arguments[:2], arguments[2:]  # --input takes all that follows
     config = ["--config", "quick/retinanet_shapes", "--output", folder / "out"]
-    assert said in sentence(detect.main, *config, *arguments)
+    assert said in sentence(detect.main, *source, *config, *others)
