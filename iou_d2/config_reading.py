@@ -25,7 +25,7 @@ def read_config_file(path: str) -> dict:
     from the folder of `path`.
 
     Raises:
-        MissingFileError, InputError: sentences that name the file and, where there is one, the line.
+        MissingFileError, InputError: sentences that name the file and the line in it.
     """
     return copy.deepcopy(_Bases().read(path, ()))
 

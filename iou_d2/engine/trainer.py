@@ -8,7 +8,7 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
     DefaultTrainer,
     TrainerBase,
@@ -26,6 +26,7 @@ from iou_d2.evaluation.build import build_evaluator
 from .amp import trainer_class
 from .checkpoint import SafeCheckpointer
 from .solver import build_solver
+from .train_data import TrainData
 
 
 class Trainer(DefaultTrainer):
@@ -37,7 +38,11 @@ class Trainer(DefaultTrainer):
     resumes on the version that began it.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, trust_weights: bool = False):
+        """
+        Args:
+            trust_weights: let the file of MODEL.WEIGHTS make any object, and so run any code.
+        """
         # Not that of DefaultTrainer, which wraps each model as one on a GPU, and so fails on CPUs.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
@@ -45,15 +50,16 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        loader = self.build_train_loader(cfg)
+        self.data = self.build_train_loader(cfg)
         model = share_gradients(model)
         step = trainer_class(cfg.SOLVER.AMP.ENABLED, model)
-        self._trainer = step(model, loader, optimizer)
+        self._trainer = step(model, self.data, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             extra={"class_names": list(cfg.MODEL.CLASS_NAMES)},
+            trust=trust_weights,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
@@ -72,22 +78,24 @@ class Trainer(DefaultTrainer):
         state["_trainer"] = {"iteration": self.iter, "optimizer": self.optimizer.state_dict()}
         if hasattr(self._trainer, "grad_scaler"):
             state["_trainer"]["grad_scaler"] = self._trainer.grad_scaler.state_dict()
+        state["data"] = self.data.state_dict(self.iter + 1 - self.start_iter)
         return state
 
     def load_state_dict(self, state: dict) -> None:
         TrainerBase.load_state_dict(self, state)
         if "_trainer" not in state:
-            raise KeyError(
+            raise InputError(
                 "The checkpoint holds no optimizer state: it was written by Detectron2 0.5's own "
                 "trainer. Start from its weights with MODEL.WEIGHTS and without --resume."
             )
         try:
             self.optimizer.load_state_dict(state["_trainer"]["optimizer"])
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 "The optimizer of the checkpoint has other parameters than this one. Resume with "
                 "the config and the Detectron2 version (0.5 or main) that began the run."
             ) from error
+        self.data.load_state_dict(state.get("data"))
         if hasattr(self._trainer, "grad_scaler") and "grad_scaler" in state["_trainer"]:
             self._trainer.grad_scaler.load_state_dict(state["_trainer"]["grad_scaler"])
 
@@ -104,7 +112,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
+        return TrainData(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
