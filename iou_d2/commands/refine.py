@@ -32,7 +32,7 @@ from tabulate import tabulate
 from torch import nn
 
 from iou_d2 import get_config
-from iou_d2.commands.coco_files import read_ground_truth, read_results
+from iou_d2.analysis.reading import read_ground_truth, read_results
 from iou_d2.commands.output import check_output_file, write_whole
 from iou_d2.commands.trained import (
     add_trust_argument,

@@ -162,7 +162,7 @@ def test_no_detections_and_no_objects_are_no_error(folder):
     write(folder / "results.json", [])
     analyze.main([str(x) for x in arguments_of(analyze.main, folder)])
     draw.main([str(x) for x in arguments_of(draw.main, folder)])
-    write(folder / "gt.json", {**TRUTH, "annotations": None})
+    write(folder / "gt.json", {**TRUTH, "annotations": []})
     analyze.main([str(x) for x in arguments_of(analyze.main, folder)])
 
 
