@@ -28,13 +28,14 @@ def read_ground_truth(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         MissingFileError: there is no such file.
-        InputError: it is no COCO file, contradicts itself, or has no annotations.
+        InputError: it is no COCO file, or contradicts itself.
     """
     path = Path(os.path.abspath(path))
     data, findings = read_records(path)
-    if "annotations" not in data:
-        raise InputError(f"{path} has no 'annotations': there is nothing to measure against.")
     notes = []
+    if "annotations" not in data:
+        data["annotations"] = []
+        notes.append("it has no 'annotations', so that nothing can be measured against it")
     unknown = sum(not (image["width"] and image["height"]) for image in data["images"])
     if unknown:
         folder = find_image_folder(path, data["images"])

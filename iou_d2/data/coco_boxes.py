@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # Fewer boxes than these are no pattern: an honest small set may have an overhanging box or two.
-_MOST_AT_LEAST = 3
+_MOST_AT_LEAST = 5
 _CORNERS_AT_LEAST = 2
 
 
@@ -18,7 +18,7 @@ def doubt_about_boxes(boxes: np.ndarray, sizes: np.ndarray) -> str | None:
     - Fractions: more than half of the boxes lie in the first pixel, from 0 to 1.
     - Corners: all boxes (98%) lie in their image if read as XYXY, and as XYWH three in ten stick
       out, at least two; from 20 boxes on, one in ten is enough.
-    - Anything else of which more than half, at least three, stick out.
+    - Anything else of which more than half, at least five, stick out.
 
     Args:
         boxes: (N, 4) XYWH.

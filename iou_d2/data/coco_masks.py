@@ -123,6 +123,7 @@ def turn(annotation: dict) -> dict | None:
     corners = rotated_rectangle(box, degrees)
     xs, ys = corners[::2], corners[1::2]
     turned = {**annotation, "bbox": [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]}
+    turned["attributes"] = {**attributes, "rotation": 0.0}  # who reads it again turns no more
     if mask:
         turned["segmentation"] = [corners]
     return turned

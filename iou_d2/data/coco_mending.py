@@ -6,6 +6,7 @@ raises an InputError that names the file and the record, as `annotations[7] (id 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,21 +100,28 @@ def mend_categories(
             raise InputError(f"{file}: {place} has no name: {short(name)}.")
         mended.append(category)
     used = {as_id(a.get("category_id")) for a in annotations if isinstance(a, dict)}
-    names = {category["name"] for category in mended}
-    parents = {id(c): _parent(c) for c in mended}
-    kept = []
-    for index, category in enumerate(mended):
-        is_parent = any(
-            parents[id(other)] == category["name"] for other in mended if other is not category
-        )
-        is_root = parents[id(category)] not in names
-        if is_parent and is_root and category["id"] not in used:
+    kept = list(enumerate(mended))
+    # Groups may hold groups. Until none is left, so that a mended copy stays as it is.
+    while groups := _unused_groups(kept, used):
+        for index, category in groups:
             place = where("categories", index, category)
             findings.add(GROUP, f"{place} {category['name']!r}")
-        else:
-            kept.append((index, category))
+        kept = [pair for pair in kept if pair not in groups]
     _require_different_names(file, kept)
     return [category for _, category in kept]
+
+
+def _unused_groups(
+    categories: Sequence[tuple[int, dict]], used: Container[int | None]
+) -> list[tuple[int, dict]]:
+    names = {category["name"] for _, category in categories}
+    children = Counter(_parent(category) for _, category in categories)
+    groups = []
+    for index, category in categories:
+        is_root = _parent(category) not in names
+        if is_root and children[category["name"]] and category["id"] not in used:
+            groups.append((index, category))
+    return groups
 
 
 def mend_annotations(
