@@ -17,7 +17,7 @@ from iou_d2.errors import InputError, MissingFileError
 
 from .cleaning import Findings
 
-MENDED = "lines of the split were read without a flag, an ending, a folder or a byte-order mark"
+MENDED = "lines of the split were read without their flag, ending or folder"
 _ANNOTATIONS = ("annotations", "xmls", "xml")
 _IMAGES = ("jpegimages", "images", "imgs", "img")
 _NO_IMAGES = {".xml", ".txt", ".json", ".csv", ".md", ".db", ".ini"}

@@ -131,10 +131,9 @@ def _read_object(
         findings.add(KEYPOINTS, where)
         values = values[:4]
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
-        hint = " A score in the sixth makes it a file of detections." if len(values) == 5 else ""
+        hint = " Six are a detection with its score." if len(values) == 5 else ""
         raise InputError(
-            f"{where} has {len(fields)} numbers, not 5 (class cx cy w h) or those of a polygon."
-            f"{hint}"
+            f"{where} has {len(fields)} numbers, not 5 (class cx cy w h) or a polygon's.{hint}"
         )
     for value in values:
         if not -_ROUNDING <= value <= 1 + _ROUNDING:

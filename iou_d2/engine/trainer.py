@@ -103,7 +103,7 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg):
         model = super().build_model(cfg)
         model.register_forward_hook(stop_at_non_finite_loss)
-        name_images_of_divergence(model)
+        name_images_of_errors(model)
         return model
 
     @classmethod
@@ -148,9 +148,10 @@ def stop_at_non_finite_loss(model: nn.Module, inputs: tuple, losses: dict[str, T
     )
 
 
-def name_images_of_divergence(model: nn.Module) -> None:
-    """Let the FloatingPointError that Detectron2's RPN raises in training, before there are losses,
-    name the iteration and the images."""
+def name_images_of_errors(model: nn.Module) -> None:
+    """Let two errors that a model raises in training, before there are losses, name the images:
+    the FloatingPointError of Detectron2's RPN, and the ValueError of batch norm, which has no
+    statistics of a single value."""
     forward = model.forward
 
     @functools.wraps(forward)
@@ -163,6 +164,14 @@ def name_images_of_divergence(model: nn.Module) -> None:
             raise DivergedError(
                 f"At iteration {_iteration()} there are no losses: {error} It was "
                 f"{_of(batched_inputs)}"
+            ) from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            sizes = [tuple(image["image"].shape[-2:]) for image in batched_inputs]
+            raise InputError(
+                f"Batch norm cannot train on the images of height and width {sizes}, which leave "
+                "one value a channel: raise INPUT.MIN_SIZE_TRAIN or SOLVER.IMS_PER_BATCH."
             ) from error
 
     model.forward = named

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools.coco import COCO
 
-from iou_d2.data.cleaning import Trust
+from iou_d2.data.cleaning import NO_TRUST, Trust
 from iou_d2.data.register import register_dataset
 from iou_d2.errors import InputError
 
@@ -36,7 +36,7 @@ def write_yaml(folder, **changes) -> None:
     (folder / "data.yaml").write_text(yaml.safe_dump(data))
 
 
-def register(folder, trust: Trust = Trust(), split: str = "train") -> str:
+def register(folder, trust: Trust = NO_TRUST, split: str = "train") -> str:
     return register_dataset(f"yolo:{folder / 'data.yaml'}:{split}", folder / "clean", trust)
 
 
@@ -95,7 +95,7 @@ def test_forms_of_a_split(folder, train):
         ("0 nan .5 .2 .2", "'nan' is no number"),
         ("0 40 20 10 10", "40 is no fraction"),
         ("0 .5 .5 .2", "has 4 numbers"),
-        ("0 .5 .5 .2 .2 .9", "has 6 numbers.*file of detections"),
+        ("0 .5 .5 .2 .2 .9", "has 6 numbers.*a detection with its score"),
     ],
 )
 def test_bad_lines(folder, line, sentence):

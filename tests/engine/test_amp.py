@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from iou_d2 import get_config
 from iou_d2.engine.amp import CPUAMPTrainer, trainer_class
 from iou_d2.engine.trainer import Trainer
-from iou_d2.errors import DivergedError
+from iou_d2.errors import DivergedError, InputError
 
 CONFIGS = (
     "retinanet_shapes iou_retinanet_shapes vfnet_shapes atss_shapes fcos_shapes unitbox_shapes "
@@ -61,3 +61,11 @@ def test_a_diverged_rpn_names_iteration_and_images(config, make_batch):
         model.proposal_generator.rpn_head.anchor_deltas.bias.fill_(math.nan)
     with EventStorage(7), pytest.raises(DivergedError, match=r"At iteration 7 .*ids \[0, 1\]"):
         model(make_batch([1, 2]))
+
+
+def test_one_image_of_one_pixel_is_too_little_for_batch_norm(make_batch):
+    model = Trainer.build_model(get_config("quick/retinanet_shapes", ["MODEL.DEVICE", "cpu"]))
+    (image,) = make_batch([1])
+    image["image"] = image["image"][:, :1, :1]
+    with EventStorage(), pytest.raises(InputError, match=r"\(1, 1\).*INPUT.MIN_SIZE_TRAIN"):
+        model([image])
