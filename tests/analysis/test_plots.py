@@ -8,7 +8,6 @@ import pytest
 
 from iou_d2.analysis import make_records, plot_ap_by_iou, plot_score_vs_iou
 from iou_d2.commands import analyze as analyze
-from iou_d2.errors import InputError
 
 
 def planted(shift_of_score=lambda iou: iou, count=30):
@@ -80,10 +79,10 @@ def test_analyze_command(tmp_path, capsys):
     }
 
     results_path.write_text("[{")
-    with pytest.raises(InputError, match=r"results\.json is not valid JSON"):
+    with pytest.raises(SystemExit, match=r"results\.json is not a valid JSON file"):
         analyze.main([*arguments, str(tmp_path)])
     results_path.unlink()
-    with pytest.raises(InputError, match=r"There is no results file .*results\.json"):
+    with pytest.raises(SystemExit, match=r"There is no file .*results\.json"):
         analyze.main([*arguments, str(tmp_path)])
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from iou_d2.engine.safe_load import read_checkpoint_file
+from iou_d2.engine.safe_load import Inert, read_checkpoint_file
 from iou_d2.errors import InputError
 
 from .judge import READ, Surface, Try, refused, require, require_nothing_ran
 from .mutate import edit_bytes, edit_tree
 
-PLAIN = (dict, list, tuple, str, bytes, int, float, bool, type(None), torch.Tensor, np.ndarray)
+PLAIN = (dict, list, tuple, set, str, bytes, int, float, complex, bool, type(None))
+ARRAYS = (torch.Tensor, np.ndarray, np.generic)
 
 
 class Runs:
@@ -36,7 +37,7 @@ def _payloads(canary: str) -> list:
         Runs(eval, f"open({canary!r}, 'w').close()"),
         Runs(exec, f"open({canary!r}, 'w').close()"),
         Runs(open, canary, "w"),
-        Runs(getattr, os, "system"),
+        Runs(getattr, canary, "upper"),
         Runs(np.zeros, 10**11),
         Runs(torch.zeros, 10**11),
         Runs(bytearray, 10**12),
@@ -77,7 +78,8 @@ def _make(one: Try, ending: str) -> Path:
         content["extra"] = payloads[plan.special // 4 % len(payloads)]
         path.write_bytes(_dump(content, plan.special // 7, is_torch))
     elif plan.special % 4 == 1:
-        path.write_bytes(_dump(edit_tree(content, plan.edits), plan.special, is_torch))
+        edited = edit_tree(content, plan.edits)
+        path.write_bytes(_dump(edited, plan.special, is_torch))
     else:
         path.write_bytes(edit_bytes(_dump(content, plan.special // 4, is_torch), plan.edits))
     return path
@@ -97,15 +99,14 @@ def judge(path: Path) -> str:
 
 
 def _require_plain(value: Any) -> None:
-    require(isinstance(value, PLAIN) or type(value).__module__ == "numpy", f"{type(value)} is read")
+    # Inert stands for an entry of a log, which is no weight, and has neither content nor methods.
+    require(isinstance(value, (*PLAIN, *ARRAYS, Inert)), f"{type(value)} is read")
     if isinstance(value, np.ndarray):
         require(value.dtype.kind in "fiub", f"an array of {value.dtype} is read")
-    for part in [*value, *value.values()] if isinstance(value, dict) else value_parts(value):
-        _require_plain(part)
-
-
-def value_parts(value: Any) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else []
+    parts = value.values() if isinstance(value, dict) else value
+    if isinstance(value, (dict, list, tuple, set)):
+        for part in parts:
+            _require_plain(part)
 
 
 SURFACES = {

@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .judge import REFUSED, Surface, Try, watch_execution
+from .judge import REFUSED, Failure, Surface, Try, watch_execution
 
 MEMORY = 2**30  # bytes that a try may take over what the process has before the first one
 SAVED_PER_KIND = 3  # inputs kept of failures that look alike
@@ -142,6 +142,8 @@ def _kind(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if f"{os.sep}iou_d2{os.sep}" in f.filename] or frames
     place = f"{'/'.join(ours[-1].filename.split(os.sep)[-2:])}:{ours[-1].lineno}" if ours else "?"
+    if not isinstance(error, Failure):
+        return f"{type(error).__name__} at {place}"
     text = re.sub(r"\d+", "#", re.sub(r"\S*/\S*", "PATH", str(error)))[:60]
     return f"{type(error).__name__} at {place}: {text!r}"
 
