@@ -56,7 +56,7 @@ SURFACES = {
     "coco": Surface(
         "coco",
         "COCO JSON: boxes with area inside their image, known classes, images that are there",
-        tries=4000,
+        tries=2500,
         prepare=prepare,
         make=make,
         judge=judge,

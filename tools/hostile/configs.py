@@ -91,7 +91,7 @@ def judge(path: Path) -> str:
         cfg = get_config(str(path))
     except InputError as error:
         require_nothing_ran(canary)
-        return refused(error, path.name)
+        return refused(error, path.name, str(path.parent))
     require_nothing_ran(canary)
     get_config("", ["SEED", str(int(cfg.SEED))])
     yaml.safe_load(cfg.dump())

@@ -84,7 +84,7 @@ SURFACES = {
     "voc": Surface(
         "voc",
         "VOC XML, split files, entities, encodings: as COCO",
-        tries=3000,
+        tries=2200,
         prepare=prepare,
         make=make,
         judge=judge,
