@@ -23,7 +23,7 @@ SMALL = (
     *("--num-gpus", "0", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "2"),
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"),
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "8"),
-    *("MODEL.FPN.OUT_CHANNELS", "32", "TEST.EVAL_PERIOD", "0", "SEED", "1"),
+    *("MODEL.FPN.OUT_CHANNELS", "64", "TEST.EVAL_PERIOD", "0", "SEED", "1"),
 )
 LONGEST = 4.0  # seconds that a whole training takes, about
 

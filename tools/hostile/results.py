@@ -64,7 +64,7 @@ def judge(folder: Path) -> str:
     require(bool(np.isfinite(records.score).all()), "a score is not finite")
     iou = records.true_iou
     require(bool(((iou >= 0) & (iou <= 1)).all()), "a true IoU is outside of [0, 1]")
-    precision = np.asarray(coco_precision(truth, results).precision)
+    precision = np.asarray(coco_precision(truth, results))
     require(bool((precision <= 1 + 1e-9).all()), "a precision is over 1")
     return READ
 
