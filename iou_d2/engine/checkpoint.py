@@ -9,17 +9,25 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from .pretrained import is_pretrained, load_pretrained
+
 
 class AtomicCheckpointer(DetectionCheckpointer):
     """A DetectionCheckpointer of which a crash never leaves half a file behind.
 
     Each file is written beside its place and renamed when it is on the disk. `extra` is stored in
-    every checkpoint as it is.
+    every checkpoint as it is. It also loads ImageNet weights of torchvision by name.
     """
 
     def __init__(self, model, save_dir: str = "", *, extra: dict | None = None, **checkpointables):
         super().__init__(model, save_dir, **checkpointables)
         self.extra = extra or {}
+
+    def load(self, path: str, *args, **kwargs) -> dict:
+        if path and is_pretrained(path):
+            load_pretrained(self.model, path)
+            return {}
+        return super().load(path, *args, **kwargs)
 
     def save(self, name: str, **kwargs) -> None:
         if not self.save_dir or not self.save_to_disk:

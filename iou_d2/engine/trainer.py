@@ -24,6 +24,7 @@ from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.evaluation.build import build_evaluator
 
 from .checkpoint import AtomicCheckpointer
+from .pretrained import check_training
 from .solver import build_solver
 
 
@@ -39,6 +40,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         # Not that of DefaultTrainer, which wraps each model as one on a GPU, and so fails on CPUs.
         TrainerBase.__init__(self)
+        check_training(cfg)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
