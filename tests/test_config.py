@@ -136,7 +136,6 @@ CONFIGS = [x for x in glob.glob("configs/**/*.yaml", recursive=True) if "/Base-"
 def test_every_config_builds_and_trains_two_steps(config_file, make_batch, event_storage):
     # Random weights behind the frozen statistics of a deep backbone overflow.
     overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"]
-    overrides += ["MODEL.MOBILENET_V2.NORM", "BN"]
     cfg = load(config_file, *overrides)
     classes = cfg.MODEL.RETINANET.NUM_CLASSES
     set_class_names(cfg, list(map(str, range(classes))))

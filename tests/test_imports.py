@@ -23,7 +23,7 @@ FLOORS = {
     "analysis": (set(), ARRAYS),
     "evaluation": ({"analysis"}, {"detectron2", "tabulate"}),
     "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation",
-               "config_files", "__version__"}, DETECTION | {"numpy"}),
+               "config_files", "__version__"}, DETECTION | {"numpy", "iopath"}),
 }  # fmt: skip
 # The roof may import from everywhere.
 ROOF = ("__init__", "__main__", "config", "config_files", "old_keys", "dependencies", "commands")
