@@ -120,7 +120,6 @@ def load_pretrained(model: nn.Module, weights: str) -> None:
             f"MODEL.WEIGHTS {weights} does not fit the backbone of the config, for {problem}. "
             f"It needs {keys}."
         )
-    # A plain dict: the version that torchvision's carries makes FrozenBatchNorm2d change variances.
     state = backbone.state_dict()
     backbone.load_state_dict({**state, **{x: tensors[x] for x in state if x in tensors}})
     logger.info(f"Loaded the backbone with {weights} from {path}.")
