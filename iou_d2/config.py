@@ -8,12 +8,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
+from detectron2.config.compat import guess_version
 
 from . import backbones, detectors  # noqa: F401  (for what they register)
 from .config_files import find_config
+from .config_reading import read_config_file
+from .errors import InputError, UnknownKeyError
 from .old_keys import register_old_keys, rename_old_keys
+
+# What Detectron2 raises where a value has another type, is no value or is nested too deeply.
+_UNMERGED = (ValueError, KeyError, AssertionError, SyntaxError, RecursionError, MemoryError)
 
 
 def add_iou_config(cfg: CfgNode) -> None:
@@ -217,18 +222,19 @@ def load_config(
     `overrides` into `cfg`, in place.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError: sentences that name the file and the key; an
+        MissingFileError, InputError, UnknownKeyError: sentences that name the file and the key; an
             unknown key comes with the nearest valid one.
     """
     if config_file:
         _merge_file(cfg, find_config(config_file))
 
     if len(overrides) % 2:
-        raise ValueError(f"Overrides are pairs of KEY VALUE, but {list(overrides)} has no pairs.")
+        raise InputError(f"Overrides are pairs of KEY VALUE, but {list(overrides)} has no pairs.")
     values = dict(zip(overrides[::2], overrides[1::2]))
     values = rename_old_keys(values, cfg.MODEL.META_ARCHITECTURE, "The command line")
     _check_keys(cfg, values, "The command line")
-    cfg.merge_from_list([part for pair in values.items() for part in pair])
+    for key, value in values.items():
+        _merge_override(cfg, key, value)
 
 
 def set_class_names(cfg: CfgNode, names: Sequence[str]) -> None:
@@ -246,43 +252,57 @@ def use_available_device(cfg: CfgNode) -> None:
 
 
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
-    old = _flat(_read_yaml(cfg, config_file))
+    content = read_config_file(config_file)
+    old = _flat(content, config_file)
     architecture = old.get("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
     values = rename_old_keys(old, architecture, config_file)
     _check_keys(cfg, values, config_file)
     try:
-        if values.keys() == old.keys():
-            cfg.merge_from_file(config_file)
-        else:
-            cfg.merge_from_other_cfg(CfgNode(_nested(values)))
-    except ValueError as error:
-        raise ValueError(f"{config_file} cannot be merged: {error}") from error
+        _merge_version(cfg, CfgNode(_nested(values)), config_file)
+    except _UNMERGED as error:
+        raise InputError(f"{config_file} cannot be merged: {_reason(error)}") from error
 
 
-def _read_yaml(cfg: CfgNode, config_file: str) -> dict:
-    """The content of `config_file` over that of its bases."""
+def _merge_version(cfg: CfgNode, loaded: CfgNode, config_file: str) -> None:
+    """As Detectron2 merges a file, which may be of an earlier version of its keys."""
+    version = loaded.get("VERSION", None)
+    if version is None:
+        version = guess_version(loaded, config_file)
+    if version not in (1, cfg.VERSION):
+        raise ValueError(f"VERSION {version} is not one of 1 and {cfg.VERSION}")
+    if version == cfg.VERSION:
+        cfg.merge_from_other_cfg(loaded)
+        return
+    earlier = downgrade_config(cfg, to_version=version)
+    earlier.merge_from_other_cfg(loaded)
+    upgraded = upgrade_config(earlier)
+    cfg.clear()
+    cfg.update(upgraded)
+
+
+def _merge_override(cfg: CfgNode, key: str, value: Any) -> None:
     try:
-        # Detectron2's own configs compute anchor sizes with !!python tags, which are "unsafe".
-        content = cfg.load_yaml_with_base(config_file, allow_unsafe=True)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{config_file} is based on {error.filename}, which is not there."
+        cfg.merge_from_list([key, value])
+    except _UNMERGED as error:
+        raise InputError(
+            f"The command line sets {key} to {str(value)[:60]}, which cannot be: {_reason(error)}"
         ) from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{config_file} is not valid YAML: {error}") from error
-    except TypeError:  # an empty file is None to the reader, which looks for _BASE_ in it
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{config_file} holds no config keys.")
-    return content
 
 
-def _flat(node: dict, prefix: str = "") -> dict[str, Any]:
+def _reason(error: Exception) -> str:
+    """The message in one line that is not endless."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 400 else f"{text[:400]} ..."
+
+
+def _flat(node: dict, where: str, prefix: str = "") -> dict[str, Any]:
     """The values in `node` by dotted name, such as "MODEL.RETINANET.NUM_CLASSES"."""
     values = {}
     for name, value in node.items():
+        if not isinstance(name, str):
+            raise InputError(f"{where} sets {prefix}{name}, which is not a config key.")
         if isinstance(value, dict):
-            values.update(_flat(value, f"{prefix}{name}."))
+            values.update(_flat(value, where, f"{prefix}{name}."))
         else:
             values[prefix + name] = value
     return values
@@ -301,10 +321,10 @@ def _nested(values: dict[str, Any]) -> dict:
 
 
 def _check_keys(cfg: CfgNode, keys: Iterable[str], where: str) -> None:
-    valid = list(_flat(cfg))
+    valid = list(_flat(cfg, where))
     for key in keys:
         if key not in valid:
             near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]
-            raise KeyError(
+            raise UnknownKeyError(
                 f"{where} sets {key}, which is not a config key. The nearest valid key is {near}."
             )

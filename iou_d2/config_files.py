@@ -6,6 +6,8 @@ import difflib
 import os
 from pathlib import Path
 
+from .errors import MissingFileError
+
 
 def config_folder() -> Path:
     """In the package where iou_d2 was installed from a wheel, beside it in a checkout."""
@@ -26,7 +28,7 @@ def find_config(name: str | os.PathLike) -> str:
     or without .yaml, that comes with iou_d2.
 
     Raises:
-        FileNotFoundError: a sentence with the nearest names.
+        MissingFileError: a sentence with the nearest names.
     """
     name = os.fspath(name)
     if os.path.isfile(name):
@@ -38,10 +40,10 @@ def find_config(name: str | os.PathLike) -> str:
     # A path that is right in a checkout, typed elsewhere.
     tail = wanted.replace(os.sep, "/").rpartition("configs/")[2]
     if tail in names:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"There is no config file {name}, but one comes with iou_d2: give its name, {tail}."
         )
     near = ", ".join(difflib.get_close_matches(tail, names, n=3, cutoff=0.0))
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"There is no config file {name}. The nearest of those that come with iou_d2: {near}."
     )

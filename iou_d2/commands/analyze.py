@@ -10,20 +10,20 @@ are found and ranked, and nothing about their classes.
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
 from iou_d2.analysis import (
-    load_json,
+    Records,
     localization_table,
     make_records,
     plot_ap_by_iou,
     plot_score_vs_iou,
-    read_records,
 )
+from iou_d2.commands.coco_files import read_ground_truth, read_results
+from iou_d2.commands.output import make_folder
+from iou_d2.errors import InputError
 from iou_d2.evaluation import IOU_THRESHOLDS, ap_by_iou, coco_precision, summarize_ap
 from iou_d2.ops.nms import batched_nms
 
@@ -61,18 +61,27 @@ def merge_classes(
     return merged, [{**results[index], "category_id": 1} for index in keep.tolist()]
 
 
+def records_of(args: argparse.Namespace, ground_truth: dict, results: list[dict]) -> Records:
+    try:
+        return make_records(ground_truth, results)
+    except ValueError as error:  # keys that only some detections have
+        raise InputError(f"{args.results} does not fit {args.gt}: {error}") from error
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        records = read_records(args.gt, args.results)
-        ground_truth, results = load_json(args.gt, dict), load_json(args.results, list)
-        if args.class_agnostic:
-            ground_truth, results = merge_classes(ground_truth, results)
-            records = make_records(ground_truth, results)
-        max_dets = args.max_dets or max(100, len(results))
-        precision = coco_precision(ground_truth, results, max_dets=max_dets)
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
+    if args.max_dets is not None and args.max_dets < 1:
+        raise InputError(f"--max-dets is at least 1, but it is {args.max_dets}.")
+    if not 0 <= args.min_iou < 1:
+        raise InputError(f"--min-iou is in [0, 1), but it is {args.min_iou}.")
+    output = make_folder(args.output)
+    ground_truth = read_ground_truth(args.gt)
+    results = read_results(args.results, ground_truth)
+    if args.class_agnostic:
+        ground_truth, results = merge_classes(ground_truth, results)
+    records = records_of(args, ground_truth, results)
+    max_dets = args.max_dets or max(100, len(results))
+    precision = coco_precision(ground_truth, results, max_dets=max_dets)
 
     categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
     table = summarize_ap(precision, [category["name"] for category in categories])
@@ -85,8 +94,6 @@ def main(argv: list[str] | None = None) -> None:
     ]
     print(tabulate(rows, [f"IoU > {args.min_iou:g}", ""], "pipe", disable_numparse=True))
 
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     plot_score_vs_iou(records, output / "score_vs_iou.png", args.min_iou)
     plot_ap_by_iou(IOU_THRESHOLDS, ap_by_iou(precision), output / "ap_by_iou.png")
     print(f"\nPictures: {output / 'score_vs_iou.png'}, {output / 'ap_by_iou.png'}")

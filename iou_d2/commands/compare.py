@@ -12,21 +12,22 @@ are kept in RUN/sides and taken from there the next time.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import inference_on_dataset
-from detectron2.modeling import build_model
 from tabulate import tabulate
 
-from iou_d2 import get_config
-from iou_d2.analysis import load_json, metric_by_iteration, plot_curves, recall_by_false_positives
+from iou_d2.analysis import metric_by_iteration, plot_curves, recall_by_false_positives
+from iou_d2.commands.coco_files import read_ground_truth, read_results
+from iou_d2.commands.finished_runs import file_of, read_metrics, read_run_config, trained_config
+from iou_d2.commands.output import make_folder
+from iou_d2.commands.trained import load_trained
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import register_dataset
+from iou_d2.errors import InputError
 from iou_d2.evaluation import build_evaluator, coco_precision, summarize_ap
 
 RESULTS = "coco_instances_results.json"
@@ -35,7 +36,12 @@ FALSE_POSITIVES = (10, 30, 100, 300, 1000)
 
 def setup(run: Path) -> CfgNode:
     """The config of a run, with its first test set registered."""
-    cfg = get_config(run / "config.yaml", ["MODEL.WEIGHTS", str(run / "model_final.pth")])
+    return with_test_set(trained_config(run), run)
+
+
+def with_test_set(cfg: CfgNode, run: Path) -> CfgNode:
+    if not cfg.DATASETS.TEST:
+        raise InputError(f"The config of {run} has no DATASETS.TEST.")
     cfg.DATASETS.TEST = (register_dataset(cfg.DATASETS.TEST[0], run / "datasets"),)
     return cfg
 
@@ -43,15 +49,15 @@ def setup(run: Path) -> CfgNode:
 def read_truth(cfg: CfgNode) -> dict:
     path = getattr(MetadataCatalog.get(cfg.DATASETS.TEST[0]), "json_file", None)
     if path is None:
-        raise ValueError(f"The test set {cfg.DATASETS.TEST[0]} has no COCO JSON.")
-    return load_json(path, dict)
+        raise InputError(f"The test set {cfg.DATASETS.TEST[0]} has no COCO JSON.")
+    return read_ground_truth(path)
 
 
 def average_precision(truth: dict, results: list[dict]) -> float:
     return summarize_ap(coco_precision(truth, results), [])["AP"]
 
 
-def detect_at_side(cfg: CfgNode, side: int, folder: Path) -> list[dict]:
+def detect_at_side(cfg: CfgNode, truth: dict, side: int, folder: Path) -> list[dict]:
     """The detections with the shorter side of the images resized to `side`, kept in `folder`."""
     cfg = cfg.clone()
     cfg.INPUT.MIN_SIZE_TEST = side
@@ -59,13 +65,12 @@ def detect_at_side(cfg: CfgNode, side: int, folder: Path) -> list[dict]:
     path, settings = folder / RESULTS, folder / "config.yaml"
     if not _is_up_to_date(path, settings, cfg):
         name = cfg.DATASETS.TEST[0]
-        model = build_model(cfg)
-        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        model = load_trained(cfg)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
         loader = build_detection_test_loader(cfg, name, mapper=mapper)
         inference_on_dataset(model, loader, build_evaluator(cfg, name, str(folder)))
         settings.write_text(cfg.dump())
-    return load_json(path, list)
+    return read_results(path, truth)
 
 
 def _is_up_to_date(results: Path, settings: Path, cfg: CfgNode) -> bool:
@@ -76,22 +81,25 @@ def _is_up_to_date(results: Path, settings: Path, cfg: CfgNode) -> bool:
 
 
 def recall_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    return recall_by_false_positives(
-        read_truth(setup(run)), load_json(run / "inference" / RESULTS, list)
-    )
+    results = file_of(run, f"inference/{RESULTS}")
+    truth = read_truth(with_test_set(read_run_config(run), run))
+    return recall_by_false_positives(truth, read_results(results, truth))
 
 
 def iteration_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    lines = (run / "metrics.json").read_text().splitlines()
-    max_iter = setup(run).SOLVER.MAX_ITER
-    return metric_by_iteration(map(json.loads, lines), "bbox/AP", max_iter)
+    max_iter = read_run_config(run).SOLVER.MAX_ITER
+    lines = read_metrics(run)
+    for line in lines:
+        if not all(isinstance(line.get(key, 0), (int, float)) for key in ("iteration", "bbox/AP")):
+            raise InputError(f"{run / 'metrics.json'} has a line that is no number: {line}.")
+    return metric_by_iteration(lines, "bbox/AP", max_iter)
 
 
 def side_curve(run: Path, sides: list[int]) -> tuple[np.ndarray, np.ndarray]:
     cfg = setup(run)
     truth = read_truth(cfg)
     values = [
-        average_precision(truth, detect_at_side(cfg, side, run / "sides" / str(side)))
+        average_precision(truth, detect_at_side(cfg, truth, side, run / "sides" / str(side)))
         for side in sides
     ]
     return np.array(sides), np.array(values)
@@ -114,7 +122,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder for the pictures")
     parser.add_argument("--sides", nargs="*", type=int, default=[], metavar="PIXELS")
     args = parser.parse_args(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
+    if any(side < 1 for side in args.sides):
+        raise InputError(f"--sides are at least 1 pixel, but they are {args.sides}.")
+    make_folder(args.output)
     names = [run.resolve().name for run in args.runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in args.runs]

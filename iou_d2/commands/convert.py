@@ -15,7 +15,6 @@ import argparse
 import os
 import pickle
 import re
-import sys
 from collections import Counter, OrderedDict
 from typing import NamedTuple
 
@@ -26,6 +25,8 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from iou_d2 import get_config
+from iou_d2.commands.errors import ending_in_a_sentence
+from iou_d2.engine.config_checks import check_config
 from iou_d2.engine.convert import (
     LAYOUTS,
     PixelFormat,
@@ -35,6 +36,7 @@ from iou_d2.engine.convert import (
     translate,
 )
 from iou_d2.engine.safe_load import read_checkpoint_file
+from iou_d2.errors import InputError
 
 COUNTER = "num_batches_tracked"  # of BatchNorm; Detectron2's FrozenBatchNorm2d has none
 
@@ -84,13 +86,12 @@ def convert_names(path: str, tensors: dict, source: str, target: str) -> dict[st
     likely = [x for x in LAYOUTS if x not in (source, target) and translate(tensors, x, target)]
     hint = f" Its names are those of {likely[0]}." if likely else ""
     first = f"the first is {next(iter(tensors))}" if tensors else "it has none"
-    raise ValueError(f"No tensor in {path} has a name of {source}: {first}.{hint}")
+    raise InputError(f"No tensor in {path} has a name of {source}: {first}.{hint}")
 
 
 def read_config(config_file: str, overrides: list[str]) -> CfgNode:
     cfg = get_config(config_file, [*overrides, "MODEL.DEVICE", "cpu"])
-    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-        raise ValueError(f"INPUT.FORMAT is RGB or BGR, but {config_file} has {cfg.INPUT.FORMAT}.")
+    check_config(cfg)
     return cfg
 
 
@@ -113,7 +114,7 @@ def compare_with_model(tensors: dict[str, Tensor], cfg: CfgNode) -> tuple[list[s
         if name in tensors and tensors[name].shape != value.shape
     ]
     if conflicts:
-        raise ValueError(
+        raise InputError(
             f"{len(conflicts)} tensors do not have the shapes of the config, so nothing was "
             f"written: {', '.join(conflicts[:5])}."
         )
@@ -147,7 +148,7 @@ def to_numpy(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
     try:
         return {name: x.numpy() for name, x in tensors.items()}
     except TypeError as error:
-        raise ValueError("NumPy has no bfloat16, so OUT can only be a .pth.") from error
+        raise InputError("NumPy has no bfloat16, so OUT can only be a .pth.") from error
 
 
 def write_file(content: dict, path: str) -> None:
@@ -168,15 +169,15 @@ def write_file(content: dict, path: str) -> None:
 
 def check_paths(args: argparse.Namespace) -> None:
     if os.path.isdir(args.output):
-        raise IsADirectoryError(f"OUT is the folder {args.output}; give the name of a file.")
+        raise InputError(f"OUT is the folder {args.output}; give the name of a file.")
     if args.output.endswith(".pkl") and args.target != "detectron2":
-        raise ValueError(f"OUT is {args.output}, but only Detectron2 reads .pkl files.")
+        raise InputError(f"OUT is {args.output}, but only Detectron2 reads .pkl files.")
     if not os.path.exists(args.output):
         return
     if os.path.exists(args.input) and os.path.samefile(args.input, args.output):
-        raise ValueError(f"IN and OUT are the same file, {args.input}.")
+        raise InputError(f"IN and OUT are the same file, {args.input}.")
     if not args.force:
-        raise FileExistsError(f"{args.output} is there already; --force overwrites it.")
+        raise InputError(f"{args.output} is there already; --force overwrites it.")
 
 
 def print_names(title: str, names: list[str]) -> None:
@@ -209,14 +210,14 @@ def change_of_pixels(
     """Whether red and blue change places, and what the model of OUT takes, where that is known."""
     order = args.format or (cfg and cfg.INPUT.FORMAT)
     if cfg and order != cfg.INPUT.FORMAT:
-        raise ValueError(
+        raise InputError(
             f"--format is {order}, but INPUT.FORMAT in {args.config_file} is {cfg.INPUT.FORMAT}."
         )
     if args.source != "detectron2":
         pixels = pixel_format_of_mmdet(config_text)
         return order not in (None, pixels.order), pixels.in_order(order or pixels.order)
     if cfg and cfg.MODEL.RESNETS.STRIDE_IN_1X1 and args.target == "torchvision":
-        raise ValueError("MODEL.RESNETS.STRIDE_IN_1X1 is on, which no ResNet of torchvision has.")
+        raise InputError("MODEL.RESNETS.STRIDE_IN_1X1 is on, which no ResNet of torchvision has.")
     return order == "BGR", pixel_format_of_config(cfg).in_order("RGB") if cfg else None
 
 
@@ -279,10 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--config-file and --format are for a Detectron2 model, and there is none.")
     if args.opts and not args.config_file:
         parser.error("--opts are overrides of a --config-file, and there is none.")
-    try:
+    with ending_in_a_sentence():
         convert(args)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(str(error.args[0] if isinstance(error, KeyError) else error))
 
 
 if __name__ == "__main__":

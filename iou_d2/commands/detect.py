@@ -3,7 +3,9 @@
     iou-d2 detect --config output/x/config.yaml --input image.jpg folder "more/*.png" \\
         --output drawn MODEL.WEIGHTS output/x/model_final.pth
 
---output receives each picture with its detections drawn, or the video, and detections.json.
+--output receives each picture with its detections drawn, or the video, and detections.json. A
+picture whose ending OpenCV does not write, such as .jfif, is written as .png. One that cannot be
+read is reported, the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import glob
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,19 +22,20 @@ import cv2
 import numpy as np
 import tqdm
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
-from detectron2.utils.file_io import PathManager
 
 from iou_d2 import get_config
+from iou_d2.commands.output import make_folder, write_whole
+from iou_d2.commands.pictures import picture_names, read_picture, write_picture
+from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
 from iou_d2.config import set_class_names
 from iou_d2.detectors.visualize import detection_label, draw_boxes
-from iou_d2.engine.checkpoint import ReadCheckpointer
-from iou_d2.engine.safe_load import read_checkpoint_file
+from iou_d2.engine.config_checks import check_config
+from iou_d2.errors import InputError, MissingFileError
 from iou_d2.evaluation.coco import OPTIONAL_FIELDS
 
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 
 
 def find_images(inputs: list[str]) -> list[str]:
@@ -45,23 +49,9 @@ def find_images(inputs: list[str]) -> list[str]:
         else:
             found = [name] if os.path.isfile(name) else sorted(glob.glob(os.path.expanduser(name)))
         if not found:
-            raise FileNotFoundError(f"--input {name} names no image.")
+            raise MissingFileError(f"--input {name} names no image.")
         files += found
     return files
-
-
-def unlike_names(names: list[str]) -> list[str]:
-    """`names` of files, of which equal ones are told apart by a number: x.png, x_2.png."""
-    unlike, taken = [], set()
-    for wanted in names:
-        stem, ending = os.path.splitext(wanted)
-        name, number = wanted, 1
-        while name in taken:
-            number += 1
-            name = f"{stem}_{number}{ending}"
-        taken.add(name)
-        unlike.append(name)
-    return unlike
 
 
 def read_frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
@@ -79,14 +69,14 @@ class Demo:
         """
         Args:
             cfg: where it has no MODEL.CLASS_NAMES, classes are called by their number.
-            checkpoint: what `read_checkpoint_file` read of MODEL.WEIGHTS.
+            checkpoint: what `read_weights` read of MODEL.WEIGHTS.
             threshold: detections with a lower score are left out of pictures and JSON.
         """
         untrained = cfg.clone()
         untrained.defrost()
         untrained.MODEL.WEIGHTS = ""
         self.predictor = DefaultPredictor(untrained)
-        ReadCheckpointer(self.predictor.model, checkpoint).load(cfg.MODEL.WEIGHTS)
+        fill(self.predictor.model, cfg, checkpoint)
         self.class_names = cfg.MODEL.CLASS_NAMES
         self.threshold = threshold
 
@@ -117,52 +107,60 @@ class Demo:
         return self.class_names[index] if self.class_names else f"class {index}"
 
 
-def run_on_images(demo: Demo, files: list[str], output: Path) -> list[dict]:
-    records = []
-    names = unlike_names([os.path.basename(file) for file in files])
-    for file, name in zip(tqdm.tqdm(files), names):
+def run_on_images(demo: Demo, files: list[str], output: Path, records: list[dict]) -> list[str]:
+    """Draw all files that can be read and append what was found to `records`; returns a sentence
+    for each of the others."""
+    faults = []
+    for file, name in zip(tqdm.tqdm(files), picture_names(files)):
         try:
-            image = read_image(file, format="BGR")
-        except Exception as error:
-            raise ValueError(f"{file} cannot be read as an image: {error}") from error
+            image = read_picture(file)
+        except InputError as error:
+            faults.append(str(error))
+            continue
         drawn, detections = demo(image)
-        if not cv2.imwrite(str(output / name), drawn):
-            raise OSError(f"The picture {output / name} cannot be written.")
+        write_picture(output / name, drawn)
         height, width = image.shape[:2]
         records.append({"file": file, "height": height, "width": width, "detections": detections})
-    return records
+    return faults
 
 
-def run_on_video(demo: Demo, file: str, output: Path) -> list[dict]:
+def run_on_video(demo: Demo, file: str, output: Path, records: list[dict]) -> None:
+    """Draw all frames and append what was found in each to `records`."""
     video = cv2.VideoCapture(file)
     if not video.isOpened():
-        raise ValueError(f"{file} cannot be opened as a video.")
+        raise InputError(f"{file} cannot be opened as a video.")
     path = output / f"{Path(file).stem}.mp4"
-    frames = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    records, writer = [], None
-    for index, frame in enumerate(tqdm.tqdm(read_frames(video), total=max(frames, 0))):
-        drawn, detections = demo(frame)
-        if writer is None:
-            size = drawn.shape[1], drawn.shape[0]
-            rate = video.get(cv2.CAP_PROP_FPS) or 25.0
-            writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
-            if not writer.isOpened():
-                raise OSError(f"The video {path} cannot be written.")
-        writer.write(np.ascontiguousarray(drawn))
-        records.append({"file": file, "frame": index, "detections": detections})
+    if path.exists() and path.samefile(file):
+        raise InputError(f"The video {file} would be overwritten: give another --output.")
+    frames, writer = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), None
+    try:
+        for index, frame in enumerate(tqdm.tqdm(read_frames(video), total=max(frames, 0))):
+            drawn, detections = demo(frame)
+            if writer is None:
+                rate = video.get(cv2.CAP_PROP_FPS) or 25.0
+                writer = open_video(path, rate, (drawn.shape[1], drawn.shape[0]))
+            writer.write(np.ascontiguousarray(drawn))
+            records.append({"file": file, "frame": index, "detections": detections})
+    finally:  # what was drawn until an interruption can be looked at
+        if writer is not None:
+            writer.release()
     if writer is None:
-        raise ValueError(f"{file} holds no frame that can be read.")
-    writer.release()
-    return records
+        raise InputError(f"{file} holds no frame that can be read.")
 
 
-def setup(config_file: str, overrides: list[str]) -> tuple[CfgNode, dict]:
+def open_video(path: Path, rate: float, size: tuple[int, int]) -> cv2.VideoWriter:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+    if not writer.isOpened():
+        raise InputError(f"The video {path} cannot be written.")
+    return writer
+
+
+def setup(config_file: str, overrides: list[str], trust: bool = False) -> tuple[CfgNode, dict]:
     """The config with the names of the classes, and what its MODEL.WEIGHTS hold."""
     cfg = get_config(config_file, overrides)
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("Nothing is trained: give MODEL.WEIGHTS at the end of the command line.")
-    checkpoint = read_checkpoint_file(PathManager.get_local_path(cfg.MODEL.WEIGHTS))
-    names = checkpoint.get("class_names") or cfg.MODEL.CLASS_NAMES
+    check_config(cfg)
+    checkpoint = read_weights(cfg, trust)
+    names = names_in(checkpoint, cfg.MODEL.WEIGHTS) or cfg.MODEL.CLASS_NAMES
     if names:
         set_class_names(cfg, names)
     cfg.freeze()
@@ -179,21 +177,39 @@ def main(argv: list[str] | None = None) -> None:
     source.add_argument("--video-input", metavar="FILE")
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument("--confidence-threshold", type=float, default=0.5)
+    add_trust_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     arguments = parser.parse_args(argv)
 
+    if not 0 <= arguments.confidence_threshold <= 1:
+        raise InputError(
+            f"--confidence-threshold is in [0, 1], but it is {arguments.confidence_threshold}."
+        )
     files = find_images(arguments.input) if arguments.input else []
-    cfg, checkpoint = setup(arguments.config_file, arguments.opts)
+    output = make_folder(arguments.output)
+    require_other_folder(files, output)
+    cfg, checkpoint = setup(arguments.config_file, arguments.opts, arguments.trust_weights)
     demo = Demo(cfg, checkpoint, arguments.confidence_threshold)
-    output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    if arguments.video_input:
-        records = run_on_video(demo, arguments.video_input, output)
-    else:
-        records = run_on_images(demo, files, output)
-    with open(output / "detections.json", "w") as file:
-        json.dump(records, file, indent=1)
+    records: list[dict] = []
+    faults: list[str] = []
+    try:
+        if arguments.video_input:
+            run_on_video(demo, arguments.video_input, output, records)
+        else:
+            faults = run_on_images(demo, files, output, records)
+    finally:  # what was found until an interruption is kept
+        write_whole(output / "detections.json", json.dumps(records, indent=1))
     print(f"Drawn pictures and detections.json are in {output}.")
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+def require_other_folder(files: list[str], output: Path) -> None:
+    """Raise an InputError where drawn pictures would replace those that they are drawn of."""
+    for name in picture_names(files):
+        path = output / name
+        if path.exists() and any(path.samefile(file) for file in files):
+            raise InputError(f"{path} would be overwritten: give another --output.")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-import cv2
 import numpy as np
-from pycocotools.coco import COCO
 
-from iou_d2.analysis import load_json
-from iou_d2.commands.detect import unlike_names
+from iou_d2.commands.coco_files import read_ground_truth, read_results
+from iou_d2.commands.output import make_folder
+from iou_d2.commands.pictures import read_picture, unlike_names, write_picture
 from iou_d2.detectors.visualize import detection_label, draw_boxes
+from iou_d2.errors import InputError
 
 
 def xyxy(records: list[dict]) -> np.ndarray:
@@ -49,6 +49,26 @@ def draw_pair(
     return beside(draw(truth, truth_labels), draw(found, found_labels))
 
 
+def draw_all(arguments: argparse.Namespace, truth: dict, results: list[dict], output: Path) -> None:
+    """Draw `arguments.number` images of the ground truth, spread evenly, into `output`."""
+    ordered = sorted(truth["categories"], key=lambda category: category["id"])
+    categories = {x["id"]: (index, x["name"]) for index, x in enumerate(ordered)}
+    objects, found = defaultdict(list), defaultdict(list)
+    for annotation in truth["annotations"]:
+        objects[annotation["image_id"]].append(annotation)
+    for record in sorted(results, key=lambda record: record["score"]):  # the best on top
+        if record["score"] >= arguments.threshold:
+            found[record["image_id"]].append(record)
+
+    images = sorted(truth["images"], key=lambda image: image["id"])
+    images = images[:: max(1, len(images) // arguments.number)][: arguments.number]
+    pictures = unlike_names([f"{Path(image['file_name']).stem}.png" for image in images])
+    for image, picture in zip(images, pictures):
+        pixels = read_picture(arguments.images / image["file_name"])
+        drawn = draw_pair(pixels, objects[image["id"]], found[image["id"]], categories)
+        write_picture(output / picture, drawn)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -61,30 +81,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
     arguments = parser.parse_args(argv)
 
-    coco = COCO(arguments.gt)
-    categories = {
-        category["id"]: (index, category["name"])
-        for index, category in enumerate(coco.loadCats(sorted(coco.getCatIds())))
-    }
-    found = defaultdict(list)
-    for record in load_json(arguments.results, list):
-        if record["score"] >= arguments.threshold:
-            found[record["image_id"]].append(record)
-
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    ids = sorted(coco.getImgIds())
-    ids = ids[:: max(1, len(ids) // arguments.number)][: arguments.number]
-    names = [image["file_name"] for image in coco.loadImgs(ids)]
-    pictures = unlike_names([f"{Path(name).stem}.png" for name in names])
-    for image_id, name, picture in zip(ids, names, pictures):
-        image = cv2.imread(str(arguments.images / name))
-        if image is None:
-            raise ValueError(f"{arguments.images / name} cannot be read as an image.")
-        truth = coco.loadAnns(coco.getAnnIds(image_id))
-        best_last = sorted(found[image_id], key=lambda record: record["score"])
-        drawn = draw_pair(image, truth, best_last, categories)
-        if not cv2.imwrite(str(arguments.output / picture), drawn):
-            raise OSError(f"The picture {arguments.output / picture} cannot be written.")
+    if arguments.number < 1:
+        raise InputError(f"--number is at least 1, but it is {arguments.number}.")
+    output = make_folder(arguments.output)
+    truth = read_ground_truth(arguments.gt)
+    results = read_results(arguments.results, truth)
+    draw_all(arguments, truth, results, output)
     print(f"Pictures of ground truth (left) and predictions (right) are in {arguments.output}.")
 
 

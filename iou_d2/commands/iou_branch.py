@@ -13,19 +13,19 @@ import argparse
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from tabulate import tabulate
 from torch import Tensor
 
-from iou_d2 import get_config
+from iou_d2.commands.finished_runs import trained_config
+from iou_d2.commands.trained import add_trust_argument, load_trained
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.data.register import register_dataset
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
 from iou_d2.detectors.iou_net_nms import PlainNMS
+from iou_d2.errors import InputError
 from iou_d2.ops.boxes import aligned_iou
 from iou_d2.ops.jitter import jittered_boxes
 
@@ -34,7 +34,9 @@ MIN_SCORE, MIN_IOU = 0.3, 0.5
 
 def read_images(cfg: CfgNode, count: int, clean_dir: Path):
     """The first images of DATASETS.TEST at their test size, with their ground truth."""
-    (name,) = (register_dataset(name, str(clean_dir)) for name in cfg.DATASETS.TEST[:1])
+    if not cfg.DATASETS.TEST:
+        raise InputError("DATASETS.TEST is empty, so there are no images to measure on.")
+    name = register_dataset(cfg.DATASETS.TEST[0], str(clean_dir))
     mapper = CheckedDatasetMapper(cfg, is_train=True)
     mapper.augmentations = CheckedDatasetMapper(cfg, is_train=False).augmentations
     for record in DatasetCatalog.get(name)[:count]:
@@ -73,10 +75,13 @@ def on_detected(
 def measure(model, images) -> tuple[Tensor, Tensor]:
     """`on_jittered` and `on_detected` of all images, one after another.
 
-    Raises ValueError where the model does not refine by ascent."""
-    heads, jittered, detected = model.roi_heads, [], []
+    Raises InputError where the model does not refine by ascent, and where no image has objects."""
+    heads = getattr(model, "roi_heads", None)
+    if not hasattr(heads, "iou_branch"):
+        raise InputError("The model has no IoU branch to measure.")
     if not isinstance(heads.postprocessor.refiner, GradientAscent):
-        raise ValueError("The model does not refine its boxes by ascent on the predicted IoU.")
+        raise InputError("The model does not refine its boxes by ascent on the predicted IoU.")
+    jittered, detected = [], []
     torch.manual_seed(0)
     for image in images:
         batch = model.preprocess_image([image])
@@ -86,6 +91,8 @@ def measure(model, images) -> tuple[Tensor, Tensor]:
         features = heads.levels(maps)
         jittered.append(on_jittered(heads.iou_branch, features, truth))
         detected.append(on_detected(heads, maps, proposals, truth))
+    if not jittered:
+        raise InputError("None of the images has an object to measure on.")
     return torch.cat(jittered).cpu(), torch.cat(detected).cpu()
 
 
@@ -123,11 +130,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, help="folder with config.yaml and model_final.pth")
     parser.add_argument("--images", type=int, default=200)
+    add_trust_argument(parser)
     args = parser.parse_args(argv)
 
-    cfg = get_config(args.run / "config.yaml")
-    model = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(str(args.run / "model_final.pth"))
+    if args.images < 1:
+        raise InputError(f"--images is at least 1, but it is {args.images}.")
+    cfg = trained_config(args.run)
+    model = load_trained(cfg, args.trust_weights)
     print(report(*measure(model, read_images(cfg, args.images, args.run / "datasets"))))
 
 

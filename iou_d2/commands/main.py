@@ -14,6 +14,7 @@ from iou_d2.dependencies import missing_dependency
 
 # A command is the module of its name in this folder, with "_" for "-".
 COMMANDS = (
+    "data",
     "train",
     "eval",
     "detect",

@@ -20,10 +20,10 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import torch
 import tqdm
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -32,17 +32,24 @@ from tabulate import tabulate
 from torch import nn
 
 from iou_d2 import get_config
+from iou_d2.commands.coco_files import read_ground_truth, read_results
+from iou_d2.commands.output import check_output_file, write_whole
+from iou_d2.commands.trained import (
+    add_trust_argument,
+    fill,
+    names_in,
+    read_weights,
+    require_same_names,
+)
 from iou_d2.config import set_class_names
+from iou_d2.data.images import read_header
 from iou_d2.data.mapper import CheckedDatasetMapper
+from iou_d2.engine.config_checks import check_config
+from iou_d2.errors import InputError, MissingFileError
 from iou_d2.evaluation import coco_precision, summarize_ap
 from iou_d2.evaluation.coco import instances_to_results
 
 METRICS = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90")
-
-
-def read_json(path: str):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def cut_off_warning(results: list[dict]) -> str | None:
@@ -60,33 +67,67 @@ def cut_off_warning(results: list[dict]) -> str | None:
     )
 
 
-def setup(config_file: str, overrides: list[str], class_names: list[str]) -> CfgNode:
+def setup(
+    config_file: str, overrides: list[str], class_names: list[str], trust: bool = False
+) -> tuple[CfgNode, dict]:
+    """The config of a model of the classes `class_names`, in the order in which the weights have
+    them, and the weights.
+
+    Raises InputError: there are no weights, or they are of other classes.
+    """
     cfg = get_config(config_file, overrides)
-    set_class_names(cfg, class_names)
+    check_config(cfg)
+    content = read_weights(cfg, trust)
+    known = names_in(content, cfg.MODEL.WEIGHTS) or list(cfg.MODEL.CLASS_NAMES)
+    if known:
+        require_same_names(known, class_names, cfg.MODEL.WEIGHTS, "the ground truth")
+    set_class_names(cfg, known or class_names)
     cfg.freeze()
-    return cfg
+    return cfg, content
 
 
-def load_model(cfg: CfgNode) -> nn.Module:
+def load_model(cfg: CfgNode, content: dict) -> nn.Module:
     """The trained model in test mode.
 
-    Raises ValueError: it has no IoU branch, no weights, or was trained for other classes.
+    Raises InputError: it has no IoU branch, or the weights do not fit.
     """
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("Nothing is trained: give MODEL.WEIGHTS at the end of the command line.")
     model = build_model(cfg).eval()
     if not hasattr(getattr(model, "roi_heads", None), "iou_branch"):
-        raise ValueError(
-            f"MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME} has no IoU branch to refine with."
+        raise InputError(
+            f"A {cfg.MODEL.META_ARCHITECTURE} with MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME} "
+            "has no IoU branch to refine with."
         )
-    weights = DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    trained = weights.get("class_names") or cfg.MODEL.CLASS_NAMES
-    if trained != cfg.MODEL.CLASS_NAMES:
-        raise ValueError(
-            f"{cfg.MODEL.WEIGHTS} knows the classes {trained}, but the ground truth has "
-            f"{cfg.MODEL.CLASS_NAMES}."
-        )
-    return model
+    return fill(model, cfg, content)
+
+
+def classes_of(truth: dict, class_names: Sequence[str]) -> dict:
+    """Category ids of the ground truth -> the model's class indices, by name."""
+    return {c["id"]: list(class_names).index(c["name"]) for c in truth["categories"]}
+
+
+def image_records(truth: dict, folder: str, results: list[dict]) -> list[dict]:
+    """What the mapper takes of the images that have detections.
+
+    Raises InputError: an image is not there or no image.
+    """
+    used = {result["image_id"] for result in results}
+    records = []
+    for image in truth["images"]:
+        if image["id"] not in used:
+            continue
+        path = os.path.join(folder, image["file_name"])
+        if not os.path.isfile(path):
+            raise MissingFileError(f"There is no image {path}.")
+        header = read_header(path)
+        stated = image.get("width", header.width), image.get("height", header.height)
+        if stated != (header.width, header.height):
+            raise InputError(
+                f"{path} is {header.width} x {header.height} pixels, but the ground truth says "
+                f"{stated[0]} x {stated[1]}."
+            )
+        sides = {"height": header.height, "width": header.width}
+        records.append({"file_name": path, "image_id": image["id"], **sides})
+    return records
 
 
 def make_candidates(
@@ -135,24 +176,16 @@ def refine_image(
 
 
 def refine_results(
-    model: nn.Module, cfg: CfgNode, truth: dict, folder: str, results: list[dict]
+    model: nn.Module, cfg: CfgNode, records: list[dict], class_of: dict, results: list[dict]
 ) -> list[dict]:
-    class_of = {id_: i for i, id_ in enumerate(sorted(c["id"] for c in truth["categories"]))}
+    """`results` after NMS and refinement; `records` are those of `image_records`."""
     mapper = CheckedDatasetMapper(cfg, is_train=False)
     by_image = defaultdict(list)
     for result in results:
         by_image[result["image_id"]].append(result)
     refined = []
-    for image in tqdm.tqdm(truth["images"], mininterval=1, desc="refining"):
-        if image["id"] not in by_image:
-            continue
-        record = {
-            "file_name": os.path.join(folder, image["file_name"]),
-            "image_id": image["id"],
-            "height": image["height"],
-            "width": image["width"],
-        }
-        refined += refine_image(model, mapper(record), by_image[image["id"]], class_of)
+    for record in tqdm.tqdm(records, mininterval=1, desc="refining"):
+        refined += refine_image(model, mapper(record), by_image[record["image_id"]], class_of)
     return refined
 
 
@@ -165,23 +198,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", required=True, metavar="FOLDER")
     parser.add_argument("--results", required=True, metavar="FILE", help="COCO results to refine")
     parser.add_argument("--output", required=True, metavar="FILE", help="refined COCO results")
+    add_trust_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args(arguments)
 
-    truth, results = read_json(args.gt), read_json(args.results)
+    check_output_file(args.output)
+    truth = read_ground_truth(args.gt)
+    results = read_results(args.results, truth)
     warning = cut_off_warning(results)
     if warning:
         print(warning, file=sys.stderr)
     categories = sorted(truth["categories"], key=lambda category: category["id"])
     names = [category["name"] for category in categories]
-    before = summarize_ap(coco_precision(truth, results), names)  # also checks the ids
-    cfg = setup(args.config_file, args.opts, names)
-    refined = refine_results(load_model(cfg), cfg, truth, args.images, results)
+    records = image_records(truth, args.images, results)
+    cfg, content = setup(args.config_file, args.opts, names, args.trust_weights)
+    model = load_model(cfg, content)
+    before = summarize_ap(coco_precision(truth, results), names)
+    class_of = classes_of(truth, cfg.MODEL.CLASS_NAMES)
+    refined = refine_results(model, cfg, records, class_of, results)
     after = summarize_ap(coco_precision(truth, refined), names)
 
-    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
-    with open(args.output, "w", encoding="utf-8") as file:
-        json.dump(refined, file)
+    write_whole(args.output, json.dumps(refined))
     rows = [
         [name, *(table[m] for m in METRICS)]
         for name, table in (("before", before), ("after", after))

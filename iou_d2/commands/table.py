@@ -6,37 +6,29 @@ iou-d2 table output/retinanet_shapes output/iou_retinanet_shapes
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-import yaml
 from tabulate import tabulate
+
+from iou_d2.commands.finished_runs import read_metrics, read_run_config
+from iou_d2.errors import InputError
 
 AP_KEYS = ["AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90"]
 CORRELATIONS = ["pearson_cls_score", "pearson_confidence", "pearson_pred_iou"]
 
 
-def read_metrics(run: Path) -> dict[str, float]:
-    """The last value of every metric that the run logged."""
-    path = run / "metrics.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{run} holds no metrics.json: has its training finished?")
-    metrics = {}
-    for line in path.read_text().splitlines():
-        metrics.update(json.loads(line))
-    if "bbox/AP" not in metrics:
-        raise ValueError(f"{path} holds no bbox/AP: has the run been evaluated?")
-    return metrics
-
-
 def row(run: Path) -> list[str]:
-    metrics = read_metrics(run)
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    metrics = {key: value for line in read_metrics(run) for key, value in line.items()}
+    missing = [key for key in AP_KEYS if not isinstance(metrics.get(f"bbox/{key}"), (int, float))]
+    if missing:
+        raise InputError(
+            f"{run / 'metrics.json'} holds no bbox/{missing[0]}: has the run been evaluated?"
+        )
     values = [f"{metrics[f'bbox/{key}']:.1f}" for key in AP_KEYS]
     for key in CORRELATIONS:
         value = metrics.get(f"localization/{key}")
-        values.append("-" if value is None else f"{value:.3f}")
-    return [run.resolve().name, str(config["SEED"]), *values]
+        values.append(f"{value:.3f}" if isinstance(value, (int, float)) else "-")
+    return [run.resolve().name, str(read_run_config(run).SEED), *values]
 
 
 def main(argv: list[str] | None = None) -> None:

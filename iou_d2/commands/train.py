@@ -29,10 +29,9 @@ from iou_d2.config import set_class_names
 from iou_d2.data.register import class_names, register_dataset
 from iou_d2.data.shapes import ensure_shapes
 from iou_d2.engine.launch import launch
-from iou_d2.engine.pretrained import check_training, find_weights, is_pretrained
+from iou_d2.engine.pretrained import check_start
 from iou_d2.engine.run_record import describe_run, recorded
 from iou_d2.engine.trainer import Trainer
-from iou_d2.errors import InputError
 
 
 def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -119,27 +118,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="iou_d2")
     use_datasets(cfg, args.eval_only)
-    check_start(cfg, args)
+    check_start(cfg, args.eval_only, args.resume)
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
-
-
-def check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Raise an InputError where the weights to start from cannot be had, before config.yaml is
-    written. An ImageNet backbone is a start for training, and nothing to evaluate."""
-    if not args.eval_only:
-        check_training(cfg)
-    if args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
-        return
-    if not is_pretrained(cfg.MODEL.WEIGHTS):
-        return
-    if args.eval_only:
-        raise InputError(
-            f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} is a backbone for training to start from, and no "
-            "trained detector: give the model_final.pth of a run in MODEL.WEIGHTS."
-        )
-    find_weights(cfg.MODEL.WEIGHTS)
 
 
 def require_cuda(cfg: CfgNode) -> None:

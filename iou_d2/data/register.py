@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 
 from .cleaning import NO_TRUST, Trust
 from .coco import register_coco
@@ -51,22 +50,6 @@ def register_dataset(name: str, clean_dir: str | os.PathLike[str], trust: Trust 
     raise ValueError(f"There is no dataset '{name}'.{hint} Data of your own is given as {FORMS}.")
 
 
-def class_names(names: Sequence[str]) -> list[str]:
-    """The class names, in order of the class index, that all registered datasets `names` share.
-
-    Raises ValueError where two of them differ, where one has no classes, and for no name at all.
-    """
-    if not names:
-        raise ValueError("No dataset is given: set DATASETS.TRAIN or DATASETS.TEST.")
-    first, *others = [_thing_classes(name) for name in names]
-    for name, classes in zip(names[1:], others):
-        if classes != first:
-            raise ValueError(
-                f"The classes of '{names[0]}' and '{name}' differ: {_difference(first, classes)}."
-            )
-    return first
-
-
 def _register_own(name: str, clean_dir: Path, trust: Trust) -> str:
     kind, *parts = name.split(":")
     if len(parts) > 2 or not all(parts):
@@ -76,19 +59,3 @@ def _register_own(name: str, clean_dir: Path, trust: Trust) -> str:
         return register_voc(path, parts[1] if len(parts) == 2 else None, clean_dir, trust)
     folder = Path(os.path.abspath(os.path.expanduser(parts[1]))) if len(parts) == 2 else None
     return register_coco(path, folder, clean_dir, trust)
-
-
-def _thing_classes(name: str) -> list[str]:
-    classes = MetadataCatalog.get(name).get("thing_classes")
-    if not classes:
-        raise ValueError(f"The dataset '{name}' has no object classes to detect.")
-    return list(classes)
-
-
-def _difference(first: Sequence[str], second: Sequence[str]) -> str:
-    parts = [
-        ("only in the first", [c for c in first if c not in second]),
-        ("only in the second", [c for c in second if c not in first]),
-    ]
-    found = [f"{what}: {', '.join(classes)}" for what, classes in parts if classes]
-    return "; ".join(found) or f"the order is {', '.join(first)} and {', '.join(second)}"

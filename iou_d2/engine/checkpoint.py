@@ -1,35 +1,161 @@
-"""Checkpoints that are written whole, and that are loaded from what was read before."""
+"""Checkpoints that are written whole, and that are read without running what is in them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultPredictor
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .pretrained import is_pretrained, load_pretrained
+from iou_d2.errors import InputError, MissingFileError
+
+from .pretrained import is_pretrained, load_pretrained, require_trained
+from .safe_load import local_file, read_checkpoint_file
 
 
-class AtomicCheckpointer(DetectionCheckpointer):
-    """A DetectionCheckpointer of which a crash never leaves half a file behind.
+@dataclass(frozen=True)
+class Mismatch:
+    """How the tensors of a file differ from those of the model that took them."""
 
-    Each file is written beside its place and renamed when it is on the disk. `extra` is stored in
-    every checkpoint as it is. It also loads ImageNet weights of torchvision by name.
+    file: str
+    loaded: int  # parameters and buffers of the model that were in the file
+    missing: tuple[str, ...]  # in the model alone
+    unexpected: tuple[str, ...]  # in the file alone
+    other_shapes: tuple[tuple[str, tuple, tuple], ...]  # (name, shape in file, shape in model)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the model took all of its weights from the file."""
+        return self.loaded > 0 and not self.missing and not self.other_shapes
+
+    def sentence(self) -> str:
+        parts = [f"{self.loaded} of the model's tensors are in {self.file}"]
+        if self.missing:
+            parts.append(f"{len(self.missing)} are not, such as {self.missing[0]}")
+        if self.other_shapes:
+            name, found, wanted = self.other_shapes[0]
+            parts.append(
+                f"{len(self.other_shapes)} have another shape, such as {name} with {found} in the "
+                f"file and {wanted} in the model"
+            )
+        if self.unexpected:
+            parts.append(f"{len(self.unexpected)} are unknown, such as {self.unexpected[0]}")
+        return "; ".join(parts) + "."
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """A DetectionCheckpointer that runs nothing that is in a file, and of which a crash never
+    leaves half a file behind.
+
+    Each file is written beside its place and renamed when it is on the disk.
+
+    Attributes:
+        mismatch: the Mismatch of the last `load`; None before, and where nothing was loaded.
     """
 
-    def __init__(self, model, save_dir: str = "", *, extra: dict | None = None, **checkpointables):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        extra: dict | None = None,
+        content: dict | None = None,
+        trust: bool = False,
+        **checkpointables,
+    ):
+        """
+        Args:
+            extra: stored in every checkpoint as it is.
+            content: what `read_checkpoint_file` read of the file that is going to be loaded, which
+                is not read again.
+            trust: let files make any object and so run any code.
+        """
         super().__init__(model, save_dir, **checkpointables)
         self.extra = extra or {}
+        self.content = content
+        self.trust = trust
+        self.mismatch: Mismatch | None = None
 
     def load(self, path: str, *args, **kwargs) -> dict:
+        """As that of DetectionCheckpointer; `path` may also name a backbone of torchvision.
+
+        Raises:
+            MissingFileError, InputError: sentences that name the file, and the tensor that is none.
+        """
+        self.mismatch = None
         if path and is_pretrained(path):
             load_pretrained(self.model, path)
             return {}
-        return super().load(path, *args, **kwargs)
+        url = urlparse(path or "")
+        self._is_matched = url.query == "matching_heuristics=True" and not os.path.isfile(path)
+        if self._is_matched:
+            path = url._replace(query="").geturl()
+        # Of several processes, Detectron2 lets those read nothing that do not see the file.
+        is_alone = not isinstance(self.model, DistributedDataParallel)
+        if path and self.content is None and is_alone:
+            path = local_file(path)
+        try:
+            return super().load(path, *args, **kwargs)
+        except OSError as error:
+            if "not found on main worker" not in str(error):
+                raise
+            raise MissingFileError(f"There is no file {path}.") from error
+        finally:
+            self._parsed_url_during_load = None  # Detectron2 main, which keeps it after an error
+
+    def _load_file(self, filename: str) -> dict:
+        content = self.content
+        if content is None:
+            content = read_checkpoint_file(filename, self.trust)
+        content = _as_detectron2_takes_it(filename, dict(content))
+        if self._is_matched:
+            content["matching_heuristics"] = True
+        content["model"] = _checked_weights(filename, content["model"])
+        self._file = filename
+        return content
+
+    def _load_model(self, checkpoint: dict):
+        names = list(checkpoint["model"])
+        try:
+            found = super()._load_model(checkpoint)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self._file} does not fit the model: {reason}") from error
+        shapes = tuple(found.incorrect_shapes)
+        left = {name for name, _, _ in shapes}
+        missing = tuple(name for name in found.missing_keys if name not in left)
+        unexpected = tuple(k for k in found.unexpected_keys if "cell_anchors" not in k)
+        loaded = len(self.model.state_dict()) - len(set(found.missing_keys) | left)
+        # The number of batches tells nothing of what the model finds; converted files have none.
+        missing = tuple(k for k in missing if not k.endswith("num_batches_tracked"))
+        loaded = min(loaded, len(names))
+        self.mismatch = Mismatch(self._file, max(loaded, 0), missing, unexpected, shapes)
+        self._warn_of_non_finite()
+        return found
+
+    def _warn_of_non_finite(self) -> None:
+        """Say which tensors of the model are NaN or infinite after loading."""
+        bad = [
+            name
+            for name, value in self.model.state_dict().items()
+            if value.is_floating_point() and not value.isfinite().all()
+        ]
+        if bad:
+            self.logger.warning(
+                f"After loading {self._file}, {len(bad)} tensors are not finite, such as {bad[0]}."
+            )
 
     def save(self, name: str, **kwargs) -> None:
+        """Raises OSError with the file's name where the disk refuses it; no part of it is left."""
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict(), **self.extra}
@@ -46,31 +172,94 @@ class AtomicCheckpointer(DetectionCheckpointer):
         _replace_file(path, lambda file: file.write(last_filename_basename.encode()))
 
 
-class ReadCheckpointer(DetectionCheckpointer):
-    """A DetectionCheckpointer that loads `content`, which was read from its file already.
+def build_predictor(cfg: CfgNode, trust: bool = False) -> DefaultPredictor:
+    """Detectron2's DefaultPredictor with MODEL.WEIGHTS read by SafeCheckpointer.
 
-    `load(path)` says by its ending how Detectron2 is to take it: a .pkl without "__author__" has
-    the names of Caffe2, which are matched with those of the model.
+    Raises what SafeCheckpointer.load does.
     """
+    require_trained(cfg.MODEL.WEIGHTS)
+    untrained = cfg.clone()
+    untrained.defrost()
+    untrained.MODEL.WEIGHTS = ""
+    predictor = DefaultPredictor(untrained)
+    SafeCheckpointer(predictor.model, trust=trust).load(cfg.MODEL.WEIGHTS)
+    predictor.cfg = cfg.clone()
+    return predictor
 
-    def __init__(self, model: nn.Module, content: dict):
-        super().__init__(model)
-        self.content = content
 
-    def _load_file(self, filename: str) -> dict:
-        if not filename.endswith(".pkl"):
-            return self.content if "model" in self.content else {"model": self.content}
-        if "model" in self.content and "__author__" in self.content:
-            return self.content
-        blobs = self.content.get("blobs", self.content)
-        weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Remove what killed runs left half written in `folder`, where no other run may be writing."""
+    for path in Path(folder).glob("*.unfinished"):
+        path.unlink(missing_ok=True)
+
+
+def _as_detectron2_takes_it(filename: str, content: dict) -> dict:
+    """`content` with its weights under "model": the ending of `filename` says whose names it has.
+
+    A .pkl without "__author__" has the names of Caffe2, which are matched with those of the model.
+    """
+    if filename.endswith(".pkl"):
+        if "model" in content and "__author__" in content:
+            return content
+        blobs = content.get("blobs", content)
+        if not isinstance(blobs, dict):
+            raise InputError(f"blobs in {filename} are no dict of arrays.")
+        weights = {k: v for k, v in blobs.items() if not str(k).endswith("_momentum")}
         return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+    if filename.endswith(".pyth") and isinstance(content.get("model_state"), dict):
+        weights = {
+            k: v
+            for k, v in content["model_state"].items()
+            if not str(k).endswith("num_batches_tracked")
+        }
+        return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+    return content if "model" in content else {"model": content}
+
+
+def _checked_weights(filename: str, weights: object) -> dict:
+    if not isinstance(weights, dict):
+        kind = type(weights).__name__
+        raise InputError(f"model in {filename} is a {kind} and not a dict of tensors.")
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise InputError(f"{filename} has the key {name!r}, which is no name of a tensor.")
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            kind = type(value).__name__
+            raise InputError(f"{name} in {filename} is a {kind} and not a tensor.")
+        if np.iscomplexobj(value) if isinstance(value, np.ndarray) else value.is_complex():
+            raise InputError(f"{name} in {filename} is complex, which no weight is.")
+    return weights.copy()
 
 
 def _replace_file(path: str, write: Callable) -> None:
-    unfinished = f"{path}.unfinished"
-    with open(unfinished, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    """Write all of `path` or nothing."""
+    unfinished = f"{path}.{os.getpid()}.unfinished"
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException as error:
+        _remove(unfinished)
+        refused = _refusal_behind(error)
+        if refused is None:
+            raise
+        raise OSError(refused.errno, os.strerror(refused.errno), path) from None
+
+
+def _remove(path: str) -> None:
+    try:
+        os.remove(path)
+    except FileNotFoundError:
+        pass
+
+
+def _refusal_behind(error: BaseException | None) -> OSError | None:
+    """The OSError that began it: torch.save raises errors of its own after it."""
+    found = None
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            found = error
+        error = error.__cause__ or error.__context__
+    return found

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from iou_d2.errors import InputError
+
 LAYOUTS = ("mmdet", "torchvision", "detectron2")
 BOTTOM_UP = "backbone.bottom_up."  # where an FPN of Detectron2 keeps its ResNet
 FIRST_CONV = "stem.conv1.weight"
@@ -83,7 +85,7 @@ def translate(names: Collection[str], source: str, target: str) -> dict[str, str
     A ResNet without a detector gets no prefix in Detectron2, as in its ImageNet models.
 
     Raises:
-        ValueError: the names are of a network that the target cannot build, or two of them stand
+        InputError: the names are of a network that the target cannot build, or two of them stand
             for the same parameter.
     """
     _check_supported(names)
@@ -101,7 +103,7 @@ def translate(names: Collection[str], source: str, target: str) -> dict[str, str
         if hub_name not in renamed:
             continue
         if origin.setdefault(hub_name, name) != name:
-            raise ValueError(f"{origin[hub_name]} and {name} stand for the same parameter.")
+            raise InputError(f"{origin[hub_name]} and {name} stand for the same parameter.")
         translated[name] = renamed[hub_name]
     return translated
 
@@ -150,7 +152,7 @@ def _check_supported(names: Iterable[str]) -> None:
     for name in names:
         for pattern, network in UNSUPPORTED.items():
             if re.search(pattern, name):
-                raise ValueError(f"{name} is of {network}, which cannot be converted.")
+                raise InputError(f"{name} is of {network}, which cannot be converted.")
 
 
 def swap_red_and_blue(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
@@ -162,9 +164,9 @@ def swap_red_and_blue(tensors: dict[str, Tensor], layout: str) -> dict[str, Tens
         "detectron2": backbone_prefix(tensors) + FIRST_CONV,
     }[layout]
     if name not in tensors:
-        raise ValueError(f"Red and blue cannot be swapped, for {name} is not there.")
+        raise InputError(f"Red and blue cannot be swapped, for {name} is not there.")
     if tensors[name].shape[1] != 3:
-        raise ValueError(f"Red and blue cannot be swapped, for {name} has no 3 input channels.")
+        raise InputError(f"Red and blue cannot be swapped, for {name} has no 3 input channels.")
     return {**tensors, name: tensors[name].flip(1)}
 
 

@@ -63,7 +63,7 @@ def is_pretrained(weights: str) -> bool:
     return weights.startswith(PREFIX)
 
 
-def check_training(cfg: CfgNode) -> None:
+def check_pretrained(cfg: CfgNode) -> None:
     """Raise an InputError where what `cfg` starts from does not fit its other keys: the pixels that
     torchvision's weights were trained on, or layers that are frozen as they were drawn."""
     if is_pretrained(cfg.MODEL.WEIGHTS):
@@ -75,6 +75,28 @@ def check_training(cfg: CfgNode) -> None:
                 "MODEL.WEIGHTS is empty, so the frozen layers of the backbone would stay random. "
                 f"To start from scratch give {_from_scratch(cfg.MODEL.BACKBONE.NAME)}."
             )
+
+
+def require_trained(weights: str) -> None:
+    """Raise an InputError where `weights` are those of a backbone, which detect nothing."""
+    if is_pretrained(weights):
+        raise InputError(
+            f"MODEL.WEIGHTS {weights} is a backbone for training to start from, and no trained "
+            "detector: give the model_final.pth of a run in MODEL.WEIGHTS."
+        )
+
+
+def check_start(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
+    """Raise an InputError where a run cannot have the weights of a backbone that it starts from, or
+    would evaluate them. A run that resumes, or evaluates its own checkpoint, needs no such file."""
+    if not eval_only:
+        check_pretrained(cfg)
+    if resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
+        return
+    if eval_only:
+        require_trained(cfg.MODEL.WEIGHTS)
+    elif is_pretrained(cfg.MODEL.WEIGHTS):
+        find_weights(cfg.MODEL.WEIGHTS)
 
 
 def find_weights(weights: str) -> Path:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.evaluation.build import build_evaluator
 
-from .checkpoint import AtomicCheckpointer
-from .pretrained import check_training
+from .checkpoint import SafeCheckpointer
+from .pretrained import check_pretrained
 from .solver import build_solver
 
 
@@ -40,7 +40,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         # Not that of DefaultTrainer, which wraps each model as one on a GPU, and so fails on CPUs.
         TrainerBase.__init__(self)
-        check_training(cfg)
+        check_pretrained(cfg)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
@@ -51,7 +51,7 @@ class Trainer(DefaultTrainer):
         trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer_class(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = AtomicCheckpointer(
+        self.checkpointer = SafeCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             extra={"class_names": list(cfg.MODEL.CLASS_NAMES)},

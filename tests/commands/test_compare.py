@@ -74,6 +74,7 @@ def test_curves_and_tables(runs, tmp_path, capsys):
 
 def test_results_at_a_side_are_those_of_the_resized_images_and_kept(runs, tmp_path, monkeypatch):
     cfg = compare_runs.setup(runs[0])
+    truth = compare_runs.read_truth(cfg)
     cfg.INPUT.MAX_SIZE_TEST = 30  # of the run, and not of a side
     folder, seen = tmp_path / "side", []
 
@@ -84,15 +85,15 @@ def test_results_at_a_side_are_those_of_the_resized_images_and_kept(runs, tmp_pa
     folder.mkdir()
     monkeypatch.setattr(compare_runs, "inference_on_dataset", look)
     for _ in range(2):
-        assert compare_runs.detect_at_side(cfg, 40, folder) == []
+        assert compare_runs.detect_at_side(cfg, truth, 40, folder) == []
         assert seen == [[(3, 40, 40)] * 4]
 
     cfg.MODEL.UNITBOX.SCORE_THRESH_TEST = 0.3
-    compare_runs.detect_at_side(cfg, 40, folder)
+    compare_runs.detect_at_side(cfg, truth, 40, folder)
     assert len(seen) == 2
     old = (runs[0] / "model_final.pth").stat().st_mtime - 5
     os.utime(folder / compare_runs.RESULTS, (old, old))
-    compare_runs.detect_at_side(cfg, 40, folder)
+    compare_runs.detect_at_side(cfg, truth, 40, folder)
     assert len(seen) == 3
     assert cfg.INPUT.MIN_SIZE_TEST == 128
 

@@ -13,7 +13,7 @@ import yaml
 
 from command_line import command, run
 from iou_d2 import get_config
-from iou_d2.commands import detect
+from iou_d2.commands import detect, pictures
 
 
 def demo(environment, folder, source: list[str], output, fails: bool = False) -> str:
@@ -133,4 +133,4 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 def test_equal_names_are_told_apart():
     names = ["x.png", "x.png", "x_2.png", "y.png", "x.jpg"]
-    assert detect.unlike_names(names) == ["x.png", "x_2.png", "x_2_2.png", "y.png", "x.jpg"]
+    assert pictures.unlike_names(names) == ["x.png", "x_2.png", "x_2_2.png", "y.png", "x.jpg"]

@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from iou_d2 import get_config
 from iou_d2.commands import refine as refine_detections
 from iou_d2.data.shapes import ShapesSpec, write_shapes
+from iou_d2.errors import MissingFileError
 
 CONFIG = "configs/quick/iou_net_standalone_shapes.yaml"
 OFF = (
@@ -107,7 +108,7 @@ def test_what_is_wrong_is_named(data, tmp_path):
     truth["images"][0]["file_name"] = "missing.png"
     truth["categories"][0]["name"] = "ellipse"
     (data / "other.json").write_text(json.dumps(truth))
-    with pytest.raises(RuntimeError, match="missing.png"):
+    with pytest.raises(MissingFileError, match="missing.png"):
         run(data, gt="other.json")
     truth["categories"] = truth["categories"][:1]
     (data / "other.json").write_text(json.dumps(truth))

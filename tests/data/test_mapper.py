@@ -12,11 +12,11 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.structures import BoxMode
 from PIL import Image
 
 from iou_d2.data.mapper import CheckedDatasetMapper
+from iou_d2.errors import InputError
 
 WIDTH, HEIGHT = 48, 32
 
@@ -73,7 +73,7 @@ def test_modes_become_bgr_of_8_bits(tmp_path, cfg, mode, is_train):
 def test_more_than_8_bits_is_an_error(tmp_path, cfg, dtype):
     file = tmp_path / "deep.tif"
     Image.fromarray(ramp().astype(dtype)).save(file)
-    with pytest.raises(RuntimeError, match=r"deep\.tif \(image_id 17\).*more than 8 bits"):
+    with pytest.raises(InputError, match=r"deep\.tif \(image_id 17\).*more than 8 bits"):
         CheckedDatasetMapper(cfg, True)(record(file))
 
 
@@ -90,7 +90,7 @@ def test_exif_rotation_that_the_annotations_ignore(tmp_path, cfg):
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (WIDTH, HEIGHT)).save(file, exif=exif)
-    with pytest.raises(SizeMismatchError, match=r"turned\.jpg, got \(32, 48\), expect \(48, 32\)"):
+    with pytest.raises(InputError, match=r"turned\.jpg .*is 48x32 .*EXIF turns it to 32x48"):
         CheckedDatasetMapper(cfg, True)(record(file))
 
 
@@ -101,16 +101,16 @@ def test_cut_images_are_named(tmp_path, cfg, suffix, keep):
     write_cut_image(file, 10**9)
     size = file.stat().st_size
     write_cut_image(file, keep if isinstance(keep, int) else int(keep * size))
-    with pytest.raises(RuntimeError, match=rf"cut\.{suffix} \(image_id 17\) cannot be used: .+"):
+    with pytest.raises(InputError, match=rf"cut\.{suffix} \(image_id 17\) cannot be used: .+"):
         CheckedDatasetMapper(cfg, True)(record(file))
 
 
 def test_text_and_missing_files_are_named(tmp_path, cfg):
     file = tmp_path / "text.jpg"
     file.write_text("<html>404</html>")
-    with pytest.raises(RuntimeError, match=r"text\.jpg .*cannot identify image"):
+    with pytest.raises(InputError, match=r"text\.jpg .*cannot identify image"):
         CheckedDatasetMapper(cfg, False)(record(file))
-    with pytest.raises(RuntimeError, match=r"gone\.jpg \(image_id 17\).*FileNotFoundError"):
+    with pytest.raises(InputError, match=r"gone\.jpg \(image_id 17\).*No such file"):
         CheckedDatasetMapper(cfg, False)(record(tmp_path / "gone.jpg"))
 
 
@@ -121,9 +121,26 @@ def test_loaders_stop_with_the_name(tmp_path, cfg):
     DatasetCatalog.register(name, lambda: [record(file)])
     cfg.DATASETS.TRAIN = (name,)
     train = build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
-    with pytest.raises(RuntimeError, match=r"cut\.jpg \(image_id 17\) cannot be used"):
+    with pytest.raises(InputError, match=r"cut\.jpg \(image_id 17\) cannot be used"):
         next(iter(train))
     cfg.DATALOADER.NUM_WORKERS = 1
     test = build_detection_test_loader(cfg, name, mapper=CheckedDatasetMapper(cfg, is_train=False))
-    with pytest.raises(RuntimeError, match=r"cut\.jpg \(image_id 17\) cannot be used"):
+    with pytest.raises(InputError, match=r"cut\.jpg \(image_id 17\) cannot be used"):
         next(iter(test))
+
+
+def test_format_of_one_channel(tmp_path, cfg):
+    file = tmp_path / "red.png"
+    Image.new("RGB", (WIDTH, HEIGHT), (255, 0, 0)).save(file)
+    cfg.INPUT.FORMAT = "L"
+    image = CheckedDatasetMapper(cfg, is_train=True)(record(file))["image"]
+    assert image.shape == (1, HEIGHT, WIDTH) and set(image.flatten().tolist()) == {76}
+
+
+def test_what_is_no_fault_of_the_file_is_named_and_keeps_its_type(tmp_path, cfg):
+    file = tmp_path / "a.png"
+    Image.new("RGB", (WIDTH, HEIGHT)).save(file)
+    broken = record(file)
+    del broken["annotations"][0]["bbox"]
+    with pytest.raises(RuntimeError, match=r"a\.png \(image_id 17\): KeyError: 'bbox'"):
+        CheckedDatasetMapper(cfg, is_train=True)(broken)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import glob
 import hashlib
 from pathlib import Path
@@ -15,10 +14,10 @@ from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
 from iou_d2 import get_config
-from iou_d2.commands.train import check_start
+from iou_d2.commands.trained import read_weights
 from iou_d2.engine import pretrained
-from iou_d2.engine.checkpoint import AtomicCheckpointer
-from iou_d2.engine.pretrained import check_training, find_weights, load_pretrained
+from iou_d2.engine.checkpoint import SafeCheckpointer, build_predictor
+from iou_d2.engine.pretrained import check_pretrained, check_start, find_weights, load_pretrained
 from iou_d2.errors import InputError
 
 MOBILENET = "torchvision://mobilenet_v2"
@@ -125,7 +124,7 @@ def test_the_mobilenet_of_torchvision_loads(publish, norm):
     peer = publish("mobilenet_v2")
     model = build_model(own_data("MODEL.MOBILENET_V2.NORM", norm)).eval()
     head = model.head.cls_score.weight.clone()
-    AtomicCheckpointer(model).resume_or_load(MOBILENET, resume=False)
+    SafeCheckpointer(model).resume_or_load(MOBILENET, resume=False)
     assert torch.equal(model.head.cls_score.weight, head)
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -155,7 +154,7 @@ def test_every_own_data_config_trains_from_the_backbone(
     publish("mobilenet_v2")
     cfg = get_config(config_file, ["MODEL.DEVICE", "cpu"])
     assert cfg.MODEL.WEIGHTS == MOBILENET
-    check_training(cfg)
+    check_pretrained(cfg)
     model = build_model(cfg).train()
     load_pretrained(model, MOBILENET)
     losses = model(make_batch([2, 0], cfg.MODEL.RETINANET.NUM_CLASSES, side=96))
@@ -164,7 +163,7 @@ def test_every_own_data_config_trains_from_the_backbone(
     parameters = model.backbone.bottom_up.parameters()
     assert all(p.grad is not None and p.grad.any() for p in parameters)
     cfg.MODEL.WEIGHTS = ""  # and so it trains from scratch
-    check_training(cfg)
+    check_pretrained(cfg)
 
 
 def test_every_method_has_a_config_for_own_data():
@@ -210,7 +209,7 @@ def test_the_sentence_names_the_package_and_its_scratch_keys_train(cache, offlin
     keys = str(raised.value).rpartition("scratch with ")[2].rstrip(".").split()
     frozen = ("MODEL.BACKBONE.FREEZE_AT", "2", "MODEL.MOBILENET_V2.NORM", "FrozenBN")
     cfg = own_data(*frozen, *[key.strip('"') for key in keys])
-    check_training(cfg)
+    check_pretrained(cfg)
     model = build_backbone(cfg, IMAGE)
     assert not any(isinstance(part, FrozenBatchNorm2d) for part in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -220,9 +219,9 @@ def test_the_sentence_names_the_package_and_its_scratch_keys_train(cache, offlin
     "frozen", [("MODEL.BACKBONE.FREEZE_AT", "1"), ("MODEL.MOBILENET_V2.NORM", "FrozenBN")]
 )
 def test_frozen_random_layers_are_refused(frozen):
-    check_training(own_data(*frozen))
+    check_pretrained(own_data(*frozen))
     with pytest.raises(InputError, match='give MODEL.WEIGHTS "" MODEL.BACKBONE.FREEZE_AT 0 '):
-        check_training(own_data("MODEL.WEIGHTS", "", *frozen))
+        check_pretrained(own_data("MODEL.WEIGHTS", "", *frozen))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +239,7 @@ def test_other_pixels_than_those_of_the_weights_are_refused(overrides):
         "[58.395, 57.12, 57.375], but they are "
     )
     with pytest.raises(InputError) as raised:
-        check_training(own_data(*overrides))
+        check_pretrained(own_data(*overrides))
     assert wanted in str(raised.value) and overrides[1] in str(raised.value)
 
 
@@ -274,22 +273,25 @@ def test_another_width_is_refused(publish):
         load_pretrained(model, MOBILENET)
 
 
-def arguments(eval_only: bool = False, resume: bool = False) -> argparse.Namespace:
-    return argparse.Namespace(eval_only=eval_only, resume=resume)
-
-
 def test_only_what_starts_from_the_backbone_needs_its_file(cache, offline, tmp_path):
     cfg = own_data("OUTPUT_DIR", str(tmp_path))
     for resume in (False, True):
         with pytest.raises(InputError, match="cannot be downloaded"):
-            check_start(cfg, arguments(resume=resume))
+            check_start(cfg, eval_only=False, resume=resume)
         with pytest.raises(InputError, match="no trained detector: give the model_final.pth"):
-            check_start(cfg, arguments(eval_only=True, resume=resume))
+            check_start(cfg, eval_only=True, resume=resume)
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
-    check_start(cfg, arguments(resume=True))
-    check_start(cfg, arguments(eval_only=True, resume=True))
+    check_start(cfg, eval_only=False, resume=True)
+    check_start(cfg, eval_only=True, resume=True)
     cfg.MODEL.WEIGHTS = "model_final.pth"
-    check_start(cfg, arguments(eval_only=True))
+    check_start(cfg, eval_only=True, resume=False)
+
+
+@pytest.mark.parametrize("use", [read_weights, build_predictor])
+def test_nothing_detects_with_a_backbone_alone(publish, use):
+    publish("mobilenet_v2")
+    with pytest.raises(InputError, match="no trained detector: give the model_final.pth"):
+        use(own_data())
 
 
 def test_the_package_has_the_file_of_torchvision(tmp_path, monkeypatch):

@@ -6,12 +6,14 @@ import os
 import pickle
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
-from iou_d2.engine.safe_load import read_checkpoint_file
+from iou_d2.engine.safe_load import read_checkpoint_file, read_class_names
+from iou_d2.errors import InputError
 
 
 class Attack:
@@ -162,3 +164,57 @@ def test_files_that_are_no_checkpoints(tmp_path):
     for missing in (tmp_path, tmp_path / "none.pth"):
         with pytest.raises(FileNotFoundError, match="There is no file"):
             read_checkpoint_file(str(missing))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["pickle", "zip", "legacy"])
+def test_the_class_names_of_a_checkpoint(tmp_path, kind):
+    weights = {"w": np.ones(2)} if kind == "pickle" else {"w": torch.ones(2)}
+    for names in (["cat", "dog"], [], None):
+        content = {"model": weights, **({} if names is None else {"class_names": names})}
+        assert read_class_names(str(write(content, tmp_path / "a.pth", kind, 2))) == names
+    for wrong in ("cat", [1, 2], {"cat": 1}):
+        path = write({"class_names": wrong}, tmp_path / "a.pth", kind, 2)
+        with pytest.raises(InputError, match="class_names in .* are no list of names"):
+            read_class_names(str(path))
+
+
+def test_the_class_names_are_read_without_the_tensors(tmp_path, monkeypatch):
+    path = write(
+        {"model": {"w": torch.ones(9)}, "class_names": ["a"]}, tmp_path / "a.pth", "zip", 2
+    )
+    load = torch.load
+    seen = []
+    monkeypatch.setattr(torch, "load", lambda *a, **k: seen.append(k["mmap"]) or load(*a, **k))
+    assert read_class_names(str(path)) == ["a"] and seen == [True]
+
+
+def test_a_trusted_file_makes_its_objects(tmp_path):
+    for number, kind in enumerate(("pickle", "zip", "legacy")):
+        mark = tmp_path / str(number)
+        path = write({"x": Attack(os.mkdir, str(mark))}, tmp_path / "a.pth", kind, 2)
+        read_checkpoint_file(str(path), trust=True)
+        assert mark.is_dir()
+
+
+def test_files_made_to_fill_the_memory_are_refused(tmp_path):
+    bomb = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(200 << 20))
+    assert bomb.stat().st_size < 1 << 20
+    with pytest.raises(InputError, match=r"bomb.pth would unpack to 209715200 bytes"):
+        read_checkpoint_file(str(bomb))
+    (tmp_path / "memo.pkl").write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
+    with pytest.raises(InputError, match=r"memo.pkl is damaged .* a part 4294967295"):
+        read_checkpoint_file(str(tmp_path / "memo.pkl"))
+
+
+def test_a_pickle_cannot_change_how_later_ones_are_read(tmp_path):
+    """BUILD with a pair sets attributes of any object, such as the defaults of a function."""
+    good = write({"w": np.arange(6).reshape(2, 3)}, tmp_path / "good.pth", "pickle", 5)
+    for function in (b"numpy.core.numeric\n_frombuffer", b"_codecs\nencode", b"numpy\nndarray"):
+        change = b"\x80\x02c" + function + b"\nN}X\x0c\x00\x00\x00__defaults__Ns\x86b."
+        (tmp_path / "a.pkl").write_bytes(change)
+        with pytest.raises(InputError, match="damaged"):
+            read_checkpoint_file(str(tmp_path / "a.pkl"))
+        assert read_checkpoint_file(str(good))["w"].tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -1,0 +1,149 @@
+"""What the objects of a dataset are like: counts, sizes, and what looks odd in them.
+
+Takes Detectron2's dicts. Shape letters: G objects without the crowds, I images, K classes. Boxes
+are XYXY in pixels of the image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from detectron2.structures import BoxMode
+
+# COCO's: the area of a small object is below 32^2 pixels, that of a large one at least 96^2.
+SMALL, LARGE = 32.0**2, 96.0**2
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+FEW = 10  # objects; a class with fewer hardly learns
+LONG = 10.0  # times as long as wide, or as wide as long: rare but in text, poles and mistakes
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of a dataset; crowds are only counted."""
+
+    boxes: np.ndarray  # (G, 4) float64
+    classes: np.ndarray  # (G,) int64, index of the class
+    images: np.ndarray  # (G,) int64, index of the image
+    sizes: np.ndarray  # (I, 2) float64: width, height
+    crowds: int
+
+    @property
+    def sides(self) -> np.ndarray:
+        """(G, 2): width, height."""
+        return self.boxes[:, 2:] - self.boxes[:, :2]
+
+    @property
+    def empty_images(self) -> int:
+        """Images without an object; what has crowds alone is one of them."""
+        return len(self.sizes) - len(np.unique(self.images))
+
+
+def collect(dicts: Sequence[dict[str, Any]]) -> Objects:
+    """The objects of `dicts`, which have a width and a height each. No dicts give no objects."""
+    boxes, classes, images, crowds = [], [], [], 0
+    for index, record in enumerate(dicts):
+        for annotation in record.get("annotations", ()):
+            if annotation.get("iscrowd", 0):
+                crowds += 1
+                continue
+            boxes.append(_xyxy(annotation))
+            classes.append(annotation["category_id"])
+            images.append(index)
+    sizes = [(record["width"], record["height"]) for record in dicts]
+    return Objects(
+        np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        np.array(classes, dtype=np.int64),
+        np.array(images, dtype=np.int64),
+        np.array(sizes, dtype=np.float64).reshape(-1, 2),
+        crowds,
+    )
+
+
+def _xyxy(annotation: dict[str, Any]) -> Sequence[float]:
+    box, mode = annotation["bbox"], annotation["bbox_mode"]
+    if mode == BoxMode.XYWH_ABS:  # BoxMode.convert takes ten times as long
+        return box[0], box[1], box[0] + box[2], box[1] + box[3]
+    return box if mode == BoxMode.XYXY_ABS else BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
+
+
+def count_classes(objects: Objects, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Objects of each of `number` classes, and images that hold one: (K,) and (K,)."""
+    pairs = np.unique(np.stack([objects.images, objects.classes], axis=1), axis=0)
+    return (
+        np.bincount(objects.classes, minlength=number),
+        np.bincount(pairs[:, 1], minlength=number),
+    )
+
+
+def count_sizes(objects: Objects) -> dict[str, int]:
+    """Objects that are small, medium and large by the area of their box."""
+    area = objects.sides.prod(axis=1)
+    small, large = int((area < SMALL).sum()), int((area >= LARGE).sum())
+    return {"small": small, "medium": len(area) - small - large, "large": large}
+
+
+def percentiles(values: np.ndarray) -> list[float]:
+    """The PERCENTILES of `values` (G,); none gives an empty list."""
+    return np.percentile(values, PERCENTILES).tolist() if len(values) else []
+
+
+def hints(objects: Objects, class_names: Sequence[str]) -> list[str]:
+    """Sentences about what may be a mistake in the annotations."""
+    sides = objects.sides
+    shorter, longer = sides.min(axis=1), sides.max(axis=1)
+    rows = np.concatenate(
+        [objects.images[:, None], objects.classes[:, None], objects.boxes], axis=1
+    )
+    twice = len(rows) - len(np.unique(rows, axis=0))
+    anywhere = len(rows) - len(np.unique(np.delete(rows, 1, axis=1), axis=0)) - twice
+    counted = [
+        (int((shorter < 1).sum()), "have a side under one pixel"),
+        (int((longer > LONG * shorter).sum()), f"are over {LONG:g} times as long as wide"),
+        (twice, "repeat the box and the class of another in their image"),
+        (anywhere, "repeat the box of another of their image with another class"),
+    ]
+    found = [f"{number} of {len(rows)} objects {what}." for number, what in counted if number]
+    counts, _ = count_classes(objects, len(class_names))
+    rare = [f"{name} ({n})" for name, n in zip(class_names, counts) if n < FEW]
+    if rare:
+        shown = ", ".join(rare[:10]) + (", ..." if len(rare) > 10 else "")
+        found.append(f"{len(rare)} of {len(counts)} classes have under {FEW} objects: {shown}.")
+    return found
+
+
+def shared_images(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of files, one of each list, that are the same file or have the same bytes.
+
+    Only files of equal length are read. Files that are not there are in no pair.
+    """
+    groups = [_by_length(first), _by_length(second)]
+    pairs = []
+    for length in groups[0].keys() & groups[1].keys():
+        contents: dict[bytes, str] = {_digest(path): path for path in groups[0][length]}
+        pairs += [
+            (contents[digest], path)
+            for path in groups[1][length]
+            if (digest := _digest(path)) in contents
+        ]
+    return sorted(pairs)
+
+
+def _by_length(paths: Sequence[str]) -> dict[int, list[str]]:
+    groups = defaultdict(list)
+    for path in paths:
+        try:
+            groups[os.stat(path).st_size].append(path)
+        except OSError:
+            continue
+    return groups
+
+
+def _digest(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).digest()

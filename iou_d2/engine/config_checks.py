@@ -1,0 +1,174 @@
+"""What a config says that no model and no training can follow: told before anything is built."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+)
+from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
+from detectron2.utils import comm
+
+from iou_d2.errors import InputError
+
+# Architectures that read MODEL.PROPOSAL_GENERATOR, and those that read MODEL.ROI_HEADS.
+_WITH_PROPOSALS = ("GeneralizedRCNN", "ProposalNetwork", "StandaloneIoUNet", "PanopticFPN")
+_WITH_ROI_HEADS = ("GeneralizedRCNN", "StandaloneIoUNet", "PanopticFPN")
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Check what every use of a model reads: parts that are there, images, device.
+
+    Raises InputError with the key, its value and what it may be.
+    """
+    _check_parts(cfg)
+    _check_images(cfg)
+    _check_device(cfg.MODEL.DEVICE)
+    _at_least(cfg, "MODEL.RETINANET.NUM_CLASSES", 1)
+    _at_least(cfg, "MODEL.ROI_HEADS.NUM_CLASSES", 1)
+    for key in ("INPUT.MIN_SIZE_TEST", "DATALOADER.NUM_WORKERS"):
+        _at_least(cfg, key, 0)
+    _at_least(cfg, "INPUT.MAX_SIZE_TEST", 1)
+    if cfg.TEST.AUG.ENABLED:
+        raise InputError(
+            "TEST.AUG.ENABLED is True, but no command augments test images: set it to False."
+        )
+
+
+def check_training(cfg: CfgNode) -> None:
+    """Check, beside `check_config`, what training alone reads.
+
+    Raises InputError with the key, its value and what it may be.
+    """
+    check_config(cfg)
+    check_datasets(cfg, "DATASETS.TRAIN")
+    if not cfg.DATASETS.TRAIN:
+        raise InputError("DATASETS.TRAIN is empty: name the data to train on with --train.")
+    _check_solver(cfg)
+    if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
+        raise InputError(
+            f"SOLVER.OPTIMIZER is 'SGD' or 'AdamW', but it is {cfg.SOLVER.OPTIMIZER!r}."
+        )
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    sizes = (sizes,) if isinstance(sizes, int) else sizes
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"INPUT.MIN_SIZE_TRAIN is {sizes}, but sides have at least 1 pixel.")
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
+        raise InputError(
+            f"INPUT.MIN_SIZE_TRAIN is {tuple(sizes)}, but with MIN_SIZE_TRAIN_SAMPLING 'range' it "
+            "is the shortest and the longest side."
+        )
+
+
+def check_datasets(cfg: CfgNode, key: str) -> None:
+    """Check that DATASETS.TRAIN or DATASETS.TEST is a tuple of names, and not one name."""
+    value = _value(cfg, key)
+    if isinstance(value, str):
+        option = "--train" if key.endswith("TRAIN") else "--test"
+        raise InputError(
+            f"{key} is the text {value!r} and not a tuple of names: write {option} {value}, or "
+            f"{key} \"('{value}',)\" with the comma."
+        )
+    wrong = [name for name in value if not isinstance(name, str) or not name]
+    if wrong:
+        raise InputError(f"{key} holds {wrong[0]!r}, which is no name of a dataset.")
+
+
+def require_no_masks(cfg: CfgNode, has_masks: bool) -> None:
+    """Raise an InputError where MODEL.MASK_ON wants masks that the training data do not have."""
+    if cfg.MODEL.MASK_ON and not has_masks:
+        raise InputError(
+            "MODEL.MASK_ON is True, but objects of DATASETS.TRAIN have no segmentation, only "
+            "boxes: set MODEL.MASK_ON False."
+        )
+
+
+def _check_parts(cfg: CfgNode) -> None:
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    _registered(META_ARCH_REGISTRY, architecture, "MODEL.META_ARCHITECTURE")
+    _registered(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
+    name = cfg.MODEL.ANCHOR_GENERATOR.NAME
+    _registered(ANCHOR_GENERATOR_REGISTRY, name, "MODEL.ANCHOR_GENERATOR.NAME")
+    if architecture in _WITH_PROPOSALS:
+        name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+        if name != "PrecomputedProposals":
+            _registered(PROPOSAL_GENERATOR_REGISTRY, name, "MODEL.PROPOSAL_GENERATOR.NAME")
+    if architecture in _WITH_ROI_HEADS:
+        _registered(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME, "MODEL.ROI_HEADS.NAME")
+
+
+def _registered(registry: Any, name: str, key: str) -> None:
+    names = sorted(known for known, _ in registry)
+    if name not in names:
+        raise InputError(f"{key} is one of {', '.join(names)}, but it is {name!r}.")
+
+
+def _check_images(cfg: CfgNode) -> None:
+    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+        raise InputError(
+            f"INPUT.FORMAT is 'BGR' or 'RGB', but it is {cfg.INPUT.FORMAT!r}. Grey images are read "
+            "as three equal channels."
+        )
+    for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
+        values = _value(cfg, key)
+        if len(values) != 3 or not all(_is_finite(value) for value in values):
+            raise InputError(f"{key} is three numbers, one a channel, but it is {list(values)}.")
+    if min(cfg.MODEL.PIXEL_STD) <= 0:
+        raise InputError(f"MODEL.PIXEL_STD is over 0, but it is {list(cfg.MODEL.PIXEL_STD)}.")
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"MODEL.DEVICE is 'cpu', 'cuda' or 'cuda:N', but it is {name!r}.")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and count and (device.index or 0) >= count:
+        raise InputError(f"MODEL.DEVICE is {name!r}, but there are {count} GPUs, counted from 0.")
+
+
+def _check_solver(cfg: CfgNode) -> None:
+    _at_least(cfg, "SOLVER.IMS_PER_BATCH", 1)
+    processes = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % processes:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes "
+            f"cannot share: make it a multiple of {processes}."
+        )
+    _at_least(cfg, "SOLVER.MAX_ITER", 1)
+    _at_least(cfg, "SOLVER.CHECKPOINT_PERIOD", 1)
+    for name in ("WARMUP_ITERS", "WARMUP_FACTOR", "GAMMA", "MOMENTUM", "WEIGHT_DECAY"):
+        _at_least(cfg, f"SOLVER.{name}", 0)
+    _at_least(cfg, "TEST.EVAL_PERIOD", 0)
+    _at_least(cfg, "VIS_PERIOD", 0)
+    if not (_is_finite(cfg.SOLVER.BASE_LR) and cfg.SOLVER.BASE_LR > 0):
+        raise InputError(f"SOLVER.BASE_LR is over 0 and finite, but it is {cfg.SOLVER.BASE_LR}.")
+    steps = list(cfg.SOLVER.STEPS)
+    if steps != sorted(steps) or any(step < 0 for step in steps):
+        raise InputError(f"SOLVER.STEPS are rising iterations, but they are {tuple(steps)}.")
+
+
+def _at_least(cfg: CfgNode, key: str, low: float) -> None:
+    value = _value(cfg, key)
+    if not _is_finite(value) or value < low:
+        raise InputError(f"{key} is at least {low}, but it is {value}.")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    node: Any = cfg
+    for part in key.split("."):
+        node = node[part]
+    return node

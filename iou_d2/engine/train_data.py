@@ -1,0 +1,93 @@
+"""Training data whose order a resumed run goes on with."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
+
+from iou_d2.data.mapper import CheckedDatasetMapper
+
+
+class ResumableSampler(TrainingSampler):
+    """Detectron2's TrainingSampler, which can begin later in its endless order of shuffled passes.
+
+    Attributes:
+        start: images of all processes together that are left out at the beginning.
+    """
+
+    def __init__(self, size: int):
+        super().__init__(size, seed=comm.shared_random_seed())
+        self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.start + self._rank
+        yield from itertools.islice(self._infinite_indices(), first, None, self._world_size)
+
+    def state_dict(self, images: int) -> dict:
+        """What it takes to go on after `images` more than the first `start` ones."""
+        return {"seed": self._seed, "images": self.start + images, "size": self._size}
+
+    def load_state_dict(self, state: dict | None) -> None:
+        """Go on where `state` says; with a warning from the beginning, where that cannot be."""
+        logger = logging.getLogger(__name__)
+        if state is None:
+            logger.warning("The checkpoint does not say where its data were: a new pass begins.")
+            return
+        if state["size"] != self._size:
+            logger.warning(
+                f"The checkpoint had {state['size']} training images and there are {self._size}: "
+                "a new pass begins."
+            )
+            return
+        self._seed, self.start = state["seed"], state["images"]
+
+
+class TrainData:
+    """A training loader that is built when its first batch is asked for, so that a checkpoint can
+    say before where it begins.
+
+    A resumed run sees the images that the first one would have seen next, but for those that its
+    data loader held back to group them by aspect ratio, and with other random augmentation. With
+    another sampler than Detectron2's default a new pass begins.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        self.cfg = cfg
+        self.dataset = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+            if cfg.MODEL.KEYPOINT_ON
+            else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+        is_default = cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler"
+        self.sampler = ResumableSampler(len(self.dataset)) if is_default else None
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        dataset, self.dataset = self.dataset, None  # the loader keeps a packed copy
+        mapper = CheckedDatasetMapper(self.cfg, is_train=True)
+        yield from build_detection_train_loader(
+            self.cfg, mapper=mapper, dataset=dataset, sampler=self.sampler
+        )
+
+    def state_dict(self, iterations: int) -> dict | None:
+        """What it takes to go on after so many batches of this run."""
+        if self.sampler is None:
+            return None
+        return self.sampler.state_dict(iterations * self.cfg.SOLVER.IMS_PER_BATCH)
+
+    def load_state_dict(self, state: dict | None) -> None:
+        if self.sampler is None:
+            logging.getLogger(__name__).warning(
+                f"DATALOADER.SAMPLER_TRAIN {self.cfg.DATALOADER.SAMPLER_TRAIN} does not remember "
+                "where it was: a new pass begins."
+            )
+            return
+        self.sampler.load_state_dict(state)

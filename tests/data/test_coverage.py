@@ -1,0 +1,122 @@
+"""What configs can match, against Detectron2's anchors and IoU and against the assigners."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.anchor_generator import build_anchor_generator
+from detectron2.structures import Boxes, pairwise_iou
+
+from iou_d2 import get_config
+from iou_d2.data.coverage import Pixels, Resize, matching_of, resize_of
+from iou_d2.detectors.point_detector import build_assigner, point_offset
+from iou_d2.errors import InputError
+from iou_d2.ops.points import PointGrid
+
+WIDTH, HEIGHT = 150, 100  # padded to 160 x 128
+
+
+def random_boxes(count: int = 60) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([WIDTH, HEIGHT])
+    corners = torch.rand(count, 2, generator=generator) * scale * 0.98
+    sides = 1 + torch.rand(count, 2, generator=generator) ** 2 * (scale - 1)
+    return torch.cat([corners, torch.minimum(corners + sides, scale)], dim=1).double()
+
+
+def feature_maps(strides: list[int]) -> list[torch.Tensor]:
+    return [torch.zeros(1, 1, -(-128 // stride), -(-160 // stride)) for stride in strides]
+
+
+def image_sizes(boxes: torch.Tensor) -> np.ndarray:
+    return np.tile([[WIDTH, HEIGHT]], (len(boxes), 1)).astype(float)
+
+
+@pytest.mark.parametrize(
+    ("config", "strides", "offset", "threshold"),
+    [
+        ("quick/retinanet_own_data", [8, 16, 32, 64], "0.0", 0.5),
+        ("quick/retinanet_own_data", [8, 16, 32, 64], "0.5", 0.5),
+        ("retinanet_R_50_FPN_1x", [8, 16, 32, 64, 128], "0.0", 0.5),
+        ("faster_rcnn_R_50_FPN_1x", [4, 8, 16, 32, 64], "0.0", 0.7),
+    ],
+)
+def test_the_best_anchor_is_that_of_all_anchors(config, strides, offset, threshold):
+    cfg = get_config(config, ["MODEL.ANCHOR_GENERATOR.OFFSET", offset, "MODEL.DEVICE", "cpu"])
+    generator = build_anchor_generator(cfg, [ShapeSpec(stride=stride) for stride in strides])
+    boxes = random_boxes()
+    anchors = Boxes.cat(generator(feature_maps(strides)))
+    expected = pairwise_iou(Boxes(boxes.float()), anchors).amax(dim=1).numpy()
+    matching = matching_of(cfg)
+    found = matching.best_iou(boxes.numpy(), image_sizes(boxes))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert matching.threshold == threshold
+    assert 0 < matching(boxes.numpy(), image_sizes(boxes)).sum() < len(boxes)
+
+
+@pytest.mark.parametrize("offset", ["0.0", "0.5"])
+@pytest.mark.parametrize("radius", ["0.0", "1.5"])
+def test_fcos_takes_an_object_where_its_assigner_does(offset, radius):
+    key = "MODEL.POINT_DETECTOR"
+    cfg = get_config(
+        "quick/fcos_shapes",
+        [f"{key}.POINT_OFFSET", offset, f"{key}.CENTER_SAMPLING_RADIUS", radius],
+    )
+    strides, boxes = [8, 16, 32, 64], random_boxes()
+    points = PointGrid(strides, point_offset(cfg))(feature_maps(strides))
+    assigner = build_assigner(cfg)
+    # One object at a time: they do not compete.
+    expected = [bool((assigner(points, strides, box[None]) >= 0).any()) for box in boxes]
+    found = matching_of(cfg)(boxes.numpy(), image_sizes(boxes))
+    assert found.tolist() == expected
+    assert 0 < sum(expected) < len(boxes)
+
+
+def test_an_object_that_atss_takes_has_a_point_inside():
+    cfg = get_config("quick/atss_shapes")
+    strides, boxes = [8, 16, 32, 64], random_boxes()
+    points = PointGrid(strides, point_offset(cfg))(feature_maps(strides))
+    x, y = torch.cat(points).double().unbind(dim=1)
+    inside = (x > boxes[:, :1]) & (x < boxes[:, 2:3]) & (y > boxes[:, 1:2]) & (y < boxes[:, 3:])
+    found = matching_of(cfg)(boxes.numpy(), image_sizes(boxes))
+    assert found.tolist() == inside.any(dim=1).tolist()
+    assigner = build_assigner(cfg)
+    taken = [bool((assigner(points, strides, box[None]) >= 0).any()) for box in boxes]
+    assert not any(now and not can for now, can in zip(taken, found))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1000, 100), (33, 77)])
+def test_the_resize_is_detectron2s(size):
+    image = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    expected = ResizeShortestEdge([240], 512, "choice").get_transform(image)
+    factors = Resize(240, 512)(np.array([size], dtype=float))[0]
+    assert (factors * size).tolist() == pytest.approx([expected.new_w, expected.new_h])
+
+
+def test_the_middle_of_the_training_sizes_and_the_crop_are_taken():
+    assert resize_of(get_config("quick/retinanet_own_data")) == Resize(240, 512)
+    assert resize_of(get_config("quick/retinanet_small_objects")) == Resize(256, 320, (128, 128))
+
+
+def test_unitbox_wants_a_cell():
+    pixels = matching_of(get_config("quick/unitbox_shapes"))
+    assert pixels == Pixels(8)
+    boxes = np.array([[0, 0, 8, 20], [0, 0, 7.9, 20]])
+    assert pixels(boxes, image_sizes(boxes)).tolist() == [True, False]
+
+
+def test_no_objects_are_covered_by_anything():
+    for config in ("quick/retinanet_shapes", "quick/fcos_shapes", "quick/unitbox_shapes"):
+        assert len(matching_of(get_config(config))(np.zeros((0, 4)), np.zeros((0, 2)))) == 0
+
+
+def test_an_unknown_detector_and_feature_are_named():
+    with pytest.raises(InputError, match="Panoptic"):
+        matching_of(get_config("", ["MODEL.META_ARCHITECTURE", "PanopticFPN"]))
+    with pytest.raises(InputError, match="feature stage3"):
+        matching_of(
+            get_config("quick/retinanet_shapes", ["MODEL.RETINANET.IN_FEATURES", "('stage3',)"])
+        )
