@@ -1,7 +1,7 @@
 """Detectors that know how well their boxes fit, on Detectron2.
 
-Importing it loads nothing else. `add_iou_config`, `get_config` and `load_config` load Detectron2,
-and register the backbones and detectors, when they are first asked for.
+Importing it loads nothing else. `add_iou_config`, `build_predictor`, `get_config` and `load_config`
+load Detectron2, and register the backbones and detectors, when they are first asked for.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import add_iou_config, get_config, load_config
+    from .engine.checkpoint import build_predictor
 
 __version__ = "0.1.0"
-__all__ = ["add_iou_config", "get_config", "load_config"]
+__all__ = ["add_iou_config", "build_predictor", "get_config", "load_config"]
 
 
 def __getattr__(name: str):
@@ -25,6 +26,10 @@ def __getattr__(name: str):
         raise ImportError(missing)
     from . import config
 
+    if name == "build_predictor":
+        from .engine.checkpoint import build_predictor
+
+        return build_predictor
     return getattr(config, name)
 
 

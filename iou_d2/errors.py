@@ -20,3 +20,7 @@ class MissingFileError(InputError, FileNotFoundError):
 
 class UnknownKeyError(InputError, KeyError):
     """A config sets a key that there is not."""
+
+
+class DivergedError(InputError, FloatingPointError):
+    """Training has diverged: a lower learning rate may help."""

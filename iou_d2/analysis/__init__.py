@@ -6,6 +6,7 @@ Works on a ground-truth JSON and a results JSON; knows no method and no config.
 from .comparison import metric_by_iteration, recall_by_false_positives
 from .curves import binned_mean, correlation, localization_table, select_localized
 from .plots import plot_ap_by_iou, plot_curves, plot_score_vs_iou
+from .reading import read_ground_truth, read_results
 from .records import Records, best_iou, load_json, make_records, read_records
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "plot_ap_by_iou",
     "plot_curves",
     "plot_score_vs_iou",
+    "read_ground_truth",
     "read_records",
+    "read_results",
     "recall_by_false_positives",
     "select_localized",
 ]

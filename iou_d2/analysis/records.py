@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .reading import read_ground_truth, read_results
+
 
 @dataclass(frozen=True)
 class Records:
@@ -177,19 +179,10 @@ def load_json(path: str | os.PathLike, kind: type):
 
 
 def read_records(gt_path: str | os.PathLike, results_path: str | os.PathLike) -> Records:
-    """`make_records` from a COCO ground-truth JSON and a results JSON.
+    """`make_records` from a COCO ground-truth JSON and a results JSON, mended: see reading.py.
 
-    Raises:
-        FileNotFoundError, ValueError: a file is missing, is not what it should be, lacks a key,
-            or the two do not belong together. The message names the file.
+    Raises InputError or MissingFileError: a file is not what it should be, or the two do not belong
+    together. The message names the file.
     """
-    ground_truth, results = load_json(gt_path, dict), load_json(results_path, list)
-    missing = {"images", "annotations", "categories"} - ground_truth.keys()
-    if missing:
-        raise ValueError(f"{gt_path} lacks the key(s) {', '.join(sorted(missing))}.")
-    try:
-        return make_records(ground_truth, results)
-    except KeyError as error:
-        raise ValueError(f"An entry of {results_path} or {gt_path} lacks {error}.") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{results_path} does not fit {gt_path}: {error}") from error
+    ground_truth = read_ground_truth(gt_path)
+    return make_records(ground_truth, read_results(results_path, ground_truth))

@@ -21,7 +21,7 @@ from iou_d2.analysis import (
     plot_ap_by_iou,
     plot_score_vs_iou,
 )
-from iou_d2.commands.coco_files import read_ground_truth, read_results
+from iou_d2.analysis.reading import read_ground_truth, read_results
 from iou_d2.commands.output import make_folder
 from iou_d2.errors import InputError
 from iou_d2.evaluation import IOU_THRESHOLDS, ap_by_iou, coco_precision, summarize_ap

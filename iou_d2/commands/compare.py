@@ -21,7 +21,7 @@ from detectron2.evaluation import inference_on_dataset
 from tabulate import tabulate
 
 from iou_d2.analysis import metric_by_iteration, plot_curves, recall_by_false_positives
-from iou_d2.commands.coco_files import read_ground_truth, read_results
+from iou_d2.analysis.reading import read_ground_truth, read_results
 from iou_d2.commands.finished_runs import file_of, read_metrics, read_run_config, trained_config
 from iou_d2.commands.output import make_folder
 from iou_d2.commands.trained import load_trained

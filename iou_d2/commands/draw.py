@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from iou_d2.commands.coco_files import read_ground_truth, read_results
+from iou_d2.analysis.reading import read_ground_truth, read_results
 from iou_d2.commands.output import make_folder
 from iou_d2.commands.pictures import read_picture, unlike_names, write_picture
 from iou_d2.detectors.visualize import detection_label, draw_boxes

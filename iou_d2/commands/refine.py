@@ -32,7 +32,7 @@ from tabulate import tabulate
 from torch import nn
 
 from iou_d2 import get_config
-from iou_d2.commands.coco_files import read_ground_truth, read_results
+from iou_d2.analysis.reading import read_ground_truth, read_results
 from iou_d2.commands.output import check_output_file, write_whole
 from iou_d2.commands.trained import (
     add_trust_argument,
@@ -42,7 +42,7 @@ from iou_d2.commands.trained import (
     require_same_names,
 )
 from iou_d2.config import set_class_names
-from iou_d2.data.images import read_header
+from iou_d2.data.images import usable_header
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.engine.config_checks import check_config
 from iou_d2.errors import InputError, MissingFileError
@@ -118,7 +118,7 @@ def image_records(truth: dict, folder: str, results: list[dict]) -> list[dict]:
         path = os.path.join(folder, image["file_name"])
         if not os.path.isfile(path):
             raise MissingFileError(f"There is no image {path}.")
-        header = read_header(path)
+        header = usable_header(path)
         stated = image.get("width", header.width), image.get("height", header.height)
         if stated != (header.width, header.height):
             raise InputError(

@@ -12,26 +12,33 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from iou_d2.commands.arguments import add_config_arguments, config_of
-from iou_d2.config import set_class_names
-from iou_d2.data.register import class_names, register_dataset
-from iou_d2.data.shapes import ensure_shapes
+from iou_d2.commands.run_data import use_datasets
+from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
+from iou_d2.data.cleaning import write_text
+from iou_d2.engine.checkpoint import remove_unfinished
+from iou_d2.engine.config_checks import check_config, check_datasets, check_training
 from iou_d2.engine.launch import launch
-from iou_d2.engine.pretrained import check_start
+from iou_d2.engine.lock import locked
+from iou_d2.engine.pretrained import check_start, is_pretrained
 from iou_d2.engine.run_record import describe_run, recorded
+from iou_d2.engine.safe_load import read_checkpoint_file, read_class_names
 from iou_d2.engine.trainer import Trainer
+from iou_d2.errors import InputError
 
 
 def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -53,6 +60,7 @@ def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
         metavar="URL",
         help="where processes meet: tcp://HOST:PORT of machine 0, or auto on a single machine",
     )
+    add_trust_argument(parser)
     add_config_arguments(parser)
     return parser
 
@@ -73,81 +81,113 @@ def main(argv: list[str] | None = None, epilog: str | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """What each process does."""
-    cfg = setup(args)
-    record = describe_run(cfg, args.config_file, [*args.more_opts, *args.opts])
-    folder = Path(cfg.OUTPUT_DIR)
-    if args.eval_only:
-        with recorded(record, folder / "evaluation.json"):
-            evaluate(cfg, args.resume, record)
-        return
-    with recorded(record, folder / "run.json", keep_earlier=args.resume):
-        train(cfg, args.resume, record)
+    # Only the main process says that CUDA is not there.
+    if args.num_gpus == 0 or (comm.get_rank() > 0 and not torch.cuda.is_available()):
+        args.opts = [*args.opts, "MODEL.DEVICE", "cpu"]
+    cfg = config_of(args)
+    check = check_config if args.eval_only else check_training
+    check(cfg)
+    check_datasets(cfg, "DATASETS.TEST")
+    if comm.get_world_size() > 1 and args.num_gpus > 0 and torch.cuda.is_available():
+        require_cuda(cfg)
+    weights = weights_of(cfg, args.resume)
+    if args.eval_only and not weights:
+        raise InputError(
+            "Nothing is trained that --eval-only could evaluate: give MODEL.WEIGHTS at the end of "
+            "the command line."
+        )
+    known = class_names_in(weights, args.trust_weights)
+    with locked(cfg.OUTPUT_DIR):
+        prepare(cfg, args, known, weights)
+        record = describe_run(cfg, args.config_file, [*args.more_opts, *args.opts])
+        folder = Path(cfg.OUTPUT_DIR)
+        if args.eval_only:
+            with recorded(record, folder / "evaluation.json"):
+                evaluate(cfg, args.trust_weights, record)
+            return
+        with recorded(record, folder / "run.json", keep_earlier=args.resume):
+            train(cfg, args.resume, args.trust_weights, record)
 
 
-def train(cfg: CfgNode, resume: bool, record: dict) -> None:
-    trainer = Trainer(cfg)
+def train(cfg: CfgNode, resume: bool, trust_weights: bool, record: dict) -> None:
+    trainer = Trainer(cfg, trust_weights)
     trainer.resume_or_load(resume=resume)
+    mismatch = trainer.checkpointer.mismatch
+    if mismatch is not None and not mismatch.is_whole:
+        logging.getLogger(__name__).warning(
+            f"What the weights do not fill starts anew: {mismatch.sentence()}"
+        )
     try:
         trainer.train()
     finally:  # results that are not the expected ones end the run, and are to be recorded too
         record["results"] = trainer.results
 
 
-def evaluate(cfg: CfgNode, resume: bool, record: dict) -> None:
-    model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-        cfg.MODEL.WEIGHTS, resume=resume
-    )
+def evaluate(cfg: CfgNode, trust_weights: bool, record: dict) -> None:
+    model = fill(Trainer.build_model(cfg), cfg, read_weights(cfg, trust_weights))
     record["results"] = results = Trainer.test(cfg, model)
     if comm.is_main_process():
         log_results(cfg, results)
         verify_results(cfg, results)
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """The config of a run, with its datasets registered, its loggers made and its seed set."""
-    # Only the main process says that CUDA is not there.
-    if args.num_gpus == 0 or (comm.get_rank() > 0 and not torch.cuda.is_available()):
-        args.opts = [*args.opts, "MODEL.DEVICE", "cpu"]
-    cfg = config_of(args)
-    if comm.get_world_size() > 1 and args.num_gpus > 0 and torch.cuda.is_available():
-        require_cuda(cfg)
-    # Before the data are read, so that what is mended in them stands in log.txt. Detectron2's
-    # default_setup makes the first two again, which does nothing when it is called alike.
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fvcore")
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="iou_d2")
-    use_datasets(cfg, args.eval_only)
-    check_start(cfg, args.eval_only, args.resume)
+def weights_of(cfg: CfgNode, resume: bool) -> str:
+    """The file that a run begins with: the last checkpoint in OUTPUT_DIR where it resumes and there
+    is one, or else MODEL.WEIGHTS."""
+    last = Path(cfg.OUTPUT_DIR) / "last_checkpoint"
+    if resume and last.is_file():
+        return str(last.with_name(last.read_text(encoding="utf-8").strip()))
+    return cfg.MODEL.WEIGHTS
+
+
+def class_names_in(weights: str, trust: bool) -> list[str]:
+    """The names of the classes that a checkpoint knows; none where it does not say them."""
+    # Those of other projects and of backbones.
+    if not weights or "?matching_heuristics" in weights or is_pretrained(weights):
+        return []
+    if trust:
+        return names_in(read_checkpoint_file(weights, trust=True), weights)
+    return read_class_names(weights) or []
+
+
+def prepare(cfg: CfgNode, args: argparse.Namespace, known: list[str], weights: str) -> None:
+    """Complete the config with the data, and make the loggers and the seed of a run."""
+    # Before the data are read, so that what is mended in them stands in log.txt.
+    for name in ("fvcore", "detectron2", "iou_d2"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    use_datasets(cfg, known, weights, args.eval_only, args.resume)
+    check_start(cfg, weights, args.eval_only)
+    if args.eval_only:
+        cfg.MODEL.WEIGHTS = weights
     cfg.freeze()
-    default_setup(cfg, args)
-    return cfg
+    log_setup(cfg, args)
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    if args.eval_only:
+        return
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if comm.is_main_process():
+        remove_unfinished(cfg.OUTPUT_DIR)
+
+
+def log_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Log and write what Detectron2's `default_setup` does, but let an evaluation leave alone the
+    config.yaml of the training, which later calls read."""
+    logger = logging.getLogger("detectron2")
+    logger.info(f"Rank of current process: {comm.get_rank()}. World size: {comm.get_world_size()}")
+    logger.info(f"Environment info:\n{collect_env_info()}")
+    logger.info(f"Command line arguments: {args}")
+    logger.info(f"Running with full config:\n{cfg.dump()}")
+    if comm.is_main_process():
+        name = "evaluation_config.yaml" if args.eval_only else "config.yaml"
+        write_text(Path(cfg.OUTPUT_DIR) / name, cfg.dump())
 
 
 def require_cuda(cfg: CfgNode) -> None:
     if not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise ValueError(
+        raise InputError(
             f"Several processes with a GPU each cannot train on MODEL.DEVICE {cfg.MODEL.DEVICE}: "
             "give --num-gpus 0."
         )
-
-
-def use_datasets(cfg: CfgNode, eval_only: bool) -> None:
-    """Register the datasets of `cfg`, and take the names and the number of classes from them."""
-    clean_dir = os.path.join(cfg.OUTPUT_DIR, "datasets")
-    cfg.DATASETS.TEST = tuple(register_dataset(name, clean_dir) for name in cfg.DATASETS.TEST)
-    used = cfg.DATASETS.TEST
-    if not eval_only:
-        cfg.DATASETS.TRAIN = tuple(register_dataset(name, clean_dir) for name in cfg.DATASETS.TRAIN)
-        used = cfg.DATASETS.TRAIN + used
-    names = class_names(used)
-    if eval_only and cfg.MODEL.CLASS_NAMES not in ([], names):
-        raise ValueError(
-            f"The model knows the classes {cfg.MODEL.CLASS_NAMES}, but DATASETS.TEST has {names}."
-        )
-    set_class_names(cfg, names)
-    for name in used:
-        ensure_shapes(name)
 
 
 def log_results(cfg: CfgNode, results: dict) -> None:

@@ -105,6 +105,12 @@ def require_objects(names: Sequence[str]) -> None:
     )
 
 
+def has_segmentations(name: str) -> bool:
+    """Whether an object of a registered dataset has a mask."""
+    records = DatasetCatalog.get(name)
+    return any(a.get("segmentation") for record in records for a in record.get("annotations", ()))
+
+
 def difference(first: Sequence[str], second: Sequence[str]) -> str:
     """How two lists with unlike names differ."""
     parts = [

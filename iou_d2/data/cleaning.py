@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from iou_d2.errors import MissingFileError
 
 Box = tuple[float, float, float, float]
 
@@ -91,10 +93,10 @@ def missing_files(paths: Sequence[str]) -> list[str]:
 
 
 def require_files(source: Path, what: str, paths: Sequence[str]) -> None:
-    """Raise FileNotFoundError that counts the missing `paths` and names three, if there are any."""
+    """Raise MissingFileError that counts the missing `paths` and names three, if there are any."""
     missing = missing_files(paths)
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{len(missing)} of the {len(paths)} {what} that {source} lists are not there, "
             f"the first: {', '.join(missing[:3])}."
         )
@@ -107,7 +109,17 @@ def copy_name(stem: str, dataset: str) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write all of `path` or nothing, for the processes of one run all write the same file."""
+    write_parts(path, [text])
+
+
+def write_parts(path: Path, parts: Iterable[str]) -> None:
+    """`write_text` of a text that comes in parts. What a failure leaves unfinished is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

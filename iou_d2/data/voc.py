@@ -8,18 +8,20 @@ Detectron2's reader: one is taken off xmin and ymin only.
 from __future__ import annotations
 
 import logging
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
 
+from iou_d2.errors import InputError
+
 from .cleaning import (
+    CLIPPED,
     NO_TRUST,
+    OUTSIDE,
     Box,
     Findings,
     Trust,
@@ -28,22 +30,15 @@ from .cleaning import (
     require_files,
     write_text,
 )
+from .images import read_header
+from .voc_layout import VocLayout, find_layout, image_files, read_split, xml_files
+from .voc_xml import VocImage, object_names, parse_xml, read_image
 
 ALL = "all"  # the split of a folder without ImageSets
+NO_SIZE = "sizes were missing or zero and read from the image"
 
-
-class VocObject(NamedTuple):
-    name: str
-    difficult: int
-    box: Box
-
-
-class VocImage(NamedTuple):
-    image_id: str
-    file_name: str  # as the XML says; the file itself may have another ending
-    width: int
-    height: int
-    objects: list[VocObject]
+# Fewer boxes say nothing about how a whole file was written.
+_ENOUGH = 10
 
 
 def register_voc(folder: Path, split: str | None, clean_dir: Path, trust: Trust = NO_TRUST) -> str:
@@ -56,23 +51,29 @@ def register_voc(folder: Path, split: str | None, clean_dir: Path, trust: Trust 
     `clean_dir`, in which coordinates are rounded.
 
     Args:
-        folder: absolute path. split: a file of ImageSets/Main without its ending, or None for all
-            annotations of a folder without ImageSets. clean_dir: where a mended copy goes.
+        folder: absolute path, see voc_layout.py. split: a file of ImageSets/Main without its
+            ending or a folder, or None for all annotations of a folder without ImageSets.
+        clean_dir: where a mended copy goes. trust: `boxes` takes boxes that look like fractions
+            or of which most stick out of their image.
 
     Raises:
-        FileNotFoundError: a folder, the split, an annotation or an image is not there.
-        ValueError: an annotation or the split is broken; the sentence names file and object.
+        MissingFileError: a folder, the split, an annotation or an image is not there.
+        InputError: an annotation or the split is broken, with names of file and object; every box
+            of the split was dropped.
     """
     name = f"voc:{folder}" if split is None else f"voc:{folder}:{split}"
     if name in DatasetCatalog:
         return name
-    image_ids = _read_split(folder, split)
-    images, classes = _read_annotations(folder, image_ids)
-    files = _image_files(folder, images)
+    layout, findings = find_layout(folder), Findings()
+    images, classes = _read_annotations(layout, split, findings)
+    files = _image_files(layout, images)
     require_files(folder, "images", files)
-    cleaned, findings = _clean(images)
+    images = _with_sizes(images, files, findings)
+    if not trust.boxes:
+        _refuse_fractions(name, images)
+    cleaned = _clean(name, images, findings, trust)
     source = folder
-    if split is None or not _evaluator_agrees(folder, split, cleaned):
+    if not layout.is_strict or split is None or not _evaluator_agrees(folder, split, cleaned):
         source = clean_dir / copy_name(f"{folder.name}-{split or ALL}", name)
         _write_copy(source, split or ALL, cleaned)
     logger = logging.getLogger(__name__)
@@ -80,150 +81,125 @@ def register_voc(folder: Path, split: str | None, clean_dir: Path, trust: Trust 
         logger.warning(f"{name}: {findings}.")
     if source != folder:
         logger.info(f"The VOC evaluator reads a copy of {name} in whole pixels, {source}.")
-    dicts = [_to_detectron2(image, file, classes) for image, file in zip(cleaned, files)]
-    DatasetCatalog.register(name, lambda: dicts)
+    DatasetCatalog.register(name, lambda: _load(name, cleaned, files))
     MetadataCatalog.get(name).set(
         thing_classes=classes,
         dirname=str(source),
         split=split or ALL,
         year=2007 if "2007" in folder.name else 2012,
         evaluator_type="pascal_voc",
+        findings=findings,
     )
     return name
 
 
-def _read_split(folder: Path, split: str | None) -> list[str]:
-    for part in ("Annotations", "JPEGImages"):
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(f"{folder} is not a Pascal VOC folder: it has no {part}/.")
-    lists = folder / "ImageSets" / "Main"
-    if split is None:
-        if lists.is_dir():
-            raise ValueError(f"Name a split, as in voc:{folder}:SPLIT; {_splits(lists)}")
-        return sorted(path.stem for path in (folder / "Annotations").glob("*.xml"))
-    file = lists / f"{split}.txt"
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no split file {file}; {_splits(lists)}")
-    image_ids = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    image_ids = [image_id for image_id in image_ids if image_id]
-    if not image_ids:
-        raise ValueError(f"{file} lists no image.")
-    seen: set[str] = set()
-    for image_id in image_ids:
-        if image_id in seen:
-            raise ValueError(f"{file} lists the image {image_id} twice.")
-        seen.add(image_id)
-    return image_ids
-
-
-def _splits(lists: Path) -> str:
-    names = sorted(path.stem for path in lists.glob("*.txt"))
-    return f"the splits there are {', '.join(names)}." if names else "there is no other split."
-
-
-def _read_annotations(folder: Path, image_ids: Sequence[str]) -> tuple[list[VocImage], list[str]]:
+def _read_annotations(
+    layout: VocLayout, split: str | None, findings: Findings
+) -> tuple[list[VocImage], list[str]]:
     """The images of the split, in its order, and the sorted class names of the whole folder."""
-    annotations = folder / "Annotations"
-    listed = [str(annotations / f"{image_id}.xml") for image_id in image_ids]
-    require_files(folder, "annotations", listed)
+    xmls = xml_files(layout.annotations)
+    image_ids = read_split(layout, split, list(xmls), findings)
+    listed = [str(xmls.get(i, layout.annotations / f"{i}.xml")) for i in image_ids]
+    require_files(layout.folder, "annotations", listed)
     wanted, images, classes = set(image_ids), {}, set()
-    for xml in sorted(annotations.glob("*.xml")):
-        root = _parse(xml)
-        classes.update(_text(xml, i, obj, "name") for i, obj in _objects(root))
-        if xml.stem in wanted:
-            images[xml.stem] = _read_image(xml, root)
+    for image_id, xml in xmls.items():
+        root = parse_xml(xml, findings)
+        classes.update(object_names(xml, root))
+        if image_id in wanted:
+            images[image_id] = read_image(xml, image_id, root, findings)
     if not classes:
-        raise ValueError(f"{annotations} holds no XML file with an object.")
+        raise InputError(f"{layout.annotations} holds no XML file with an object.")
     for name in classes:
-        if "/" in name:
-            raise ValueError(
-                f"The class '{name}' in {annotations} holds a slash, which Detectron2's VOC "
+        if "/" in name or "\\" in name:
+            raise InputError(
+                f"The class '{name}' in {layout.annotations} holds a slash, which Detectron2's VOC "
                 "evaluator cannot use: it writes one file a class."
             )
     return [images[image_id] for image_id in image_ids], sorted(classes)
 
 
-def _parse(xml: Path) -> ET.Element:
-    try:
-        return ET.parse(xml).getroot()
-    except ET.ParseError as error:
-        raise ValueError(f"{xml} is not well-formed XML: {error}.") from error
-
-
-def _objects(root: ET.Element) -> list[tuple[int, ET.Element]]:
-    return list(enumerate(root.findall("object"), start=1))
-
-
-def _text(xml: Path, index: int, obj: ET.Element, tag: str) -> str:
-    text = (obj.findtext(tag) or "").strip()
-    if not text:
-        raise ValueError(f"{xml}: object {index} has no {tag}.")
-    return text
-
-
-def _read_image(xml: Path, root: ET.Element) -> VocImage:
-    sides = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
-    if not all(re.fullmatch("[1-9][0-9]{0,8}", side) for side in sides):
-        raise ValueError(f"{xml} needs a size in whole pixels, not width, height = {sides}.")
-    objects = []
-    for index, obj in _objects(root):
-        name = _text(xml, index, obj, "name")
-        if obj.find("bndbox") is None:
-            raise ValueError(f"{xml}: object {index} ({name}) has no bndbox.")
-        difficult = int((obj.findtext("difficult") or "0").strip() == "1")
-        objects.append(VocObject(name, difficult, _read_box(xml, index, obj)))
-    file_name = (root.findtext("filename") or "").strip()
-    return VocImage(xml.stem, file_name, int(sides[0]), int(sides[1]), objects)
-
-
-def _read_box(xml: Path, index: int, obj: ET.Element) -> Box:
-    values = []
-    for side in ("xmin", "ymin", "xmax", "ymax"):
-        text = _text(xml, index, obj, f"bndbox/{side}")
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        # The comparison fails for NaN and infinity.
-        if not -1e12 < value < 1e12:
-            raise ValueError(f"{xml}: object {index} has the {side} '{text}', which is no number.")
-        values.append(value)
-    return values[0] - 1, values[1] - 1, values[2], values[3]
-
-
-def _image_files(folder: Path, images: Sequence[VocImage]) -> list[str]:
+def _image_files(layout: VocLayout, images: Sequence[VocImage]) -> list[str]:
     """The image of each id, whatever its ending: the only one of that stem, or what XML names."""
-    by_stem: dict[str, list[str]] = {}
-    for path in sorted((folder / "JPEGImages").iterdir()):
-        by_stem.setdefault(path.stem, []).append(path.name)
+    by_stem = image_files(layout.images)
+    by_name: dict[str, list[Path]] = {}
+    for path in (path for paths in by_stem.values() for path in paths):
+        by_name.setdefault(path.name, []).append(path)
+        by_name.setdefault(f"{path.stem}\0", []).append(path)  # no name holds a zero byte
     files = []
     for image in images:
+        folder, _, stem = image.image_id.rpartition("/")
         found = by_stem.get(image.image_id, [])
-        named = by_stem.get(Path(image.file_name).stem, [])
-        if len(found) != 1 and image.file_name in named:
-            found = [image.file_name]
-        files.append(str(folder / "JPEGImages" / (found or [f"{image.image_id}.jpg"])[0]))
+        named = by_name.get(image.file_name, [])
+        beside = [path for path in named if path.parent == layout.images / folder]
+        if len(found) != 1 and len(beside or named) == 1:
+            found = beside or named
+        if not found and len(by_name.get(f"{stem}\0", [])) == 1:
+            found = by_name[f"{stem}\0"]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise InputError(f"{image.image_id}.xml may mean each of {names} in {layout.images}.")
+        files.append(str(found[0] if found else layout.images / f"{image.image_id}.jpg"))
     return files
 
 
-def _clean(images: Sequence[VocImage]) -> tuple[list[VocImage], Findings]:
-    cleaned, findings = [], Findings()
+def _with_sizes(
+    images: Sequence[VocImage], files: Sequence[str], findings: Findings
+) -> list[VocImage]:
+    sized = []
+    for image, file in zip(images, files):
+        if not image.width or not image.height:
+            header = read_header(file)
+            findings.add(NO_SIZE, f"{image.image_id}.xml")
+            image = image._replace(width=header.width, height=header.height)
+        sized.append(image)
+    return sized
+
+
+def _refuse_fractions(name: str, images: Sequence[VocImage]) -> None:
+    boxes = [obj.box for image in images for obj in image.objects]
+    if boxes and all(-1 <= min(b[:2]) and max(b[:2]) <= 0 and max(b[2:]) <= 1 for b in boxes):
+        raise InputError(
+            f"All {len(boxes)} boxes of {name} lie in 0..1: they look like fractions of the image, "
+            "where VOC has pixels. Set DATASETS.TRUST_BOXES True if they are right."
+        )
+
+
+def _clean(
+    name: str, images: Sequence[VocImage], findings: Findings, trust: Trust
+) -> list[VocImage]:
+    cleaned, boxes = [], Findings()
+    total = sum(len(image.objects) for image in images)
     for image in images:
         objects = []
         for index, obj in enumerate(image.objects, start=1):
             box, finding = clean_box(obj.box, image.width, image.height)
             if finding is not None:
                 findings.add(finding, f"{image.image_id}.xml, object {index}")
+                boxes.add(finding, f"{image.image_id}.xml, object {index}")
             if box is not None:
                 objects.append(obj._replace(box=box))
         cleaned.append(image._replace(objects=objects))
-    return cleaned, findings
+    if total and not any(image.objects for image in cleaned):
+        raise InputError(f"No box of {name} is left of {total}: {boxes}.")
+    sticking_out = boxes.count[CLIPPED] + boxes.count[OUTSIDE]
+    if not trust.boxes and total >= _ENOUGH and sticking_out > total / 2:
+        raise InputError(
+            f"{sticking_out} of the {total} boxes of {name} stick out of their images: {boxes}. "
+            "Set DATASETS.TRUST_BOXES True if they are right."
+        )
+    return cleaned
 
 
-def _to_detectron2(image: VocImage, file_name: str, classes: Sequence[str]) -> dict:
+def _load(name: str, images: Sequence[VocImage], files: Sequence[str]) -> list[dict]:
+    """Dicts for Detectron2, with the indices that the classes have now."""
+    classes = {c: index for index, c in enumerate(MetadataCatalog.get(name).thing_classes)}
+    return [_to_detectron2(image, file, classes) for image, file in zip(images, files)]
+
+
+def _to_detectron2(image: VocImage, file_name: str, classes: dict[str, int]) -> dict:
     annotations = [
         {
-            "category_id": classes.index(obj.name),
+            "category_id": classes[obj.name],
             "bbox": list(obj.box),
             "bbox_mode": BoxMode.XYXY_ABS,
         }
@@ -249,13 +225,16 @@ def _evaluator_box(box: Box) -> list[int]:
 
 def _evaluator_agrees(folder: Path, split: str, images: Sequence[VocImage]) -> bool:
     """Whether Detectron2's VOC evaluator reads from `folder` what is in `images`."""
-    listed = (folder / "ImageSets" / "Main" / f"{split}.txt").read_text(encoding="utf-8")
+    try:
+        listed = (folder / "ImageSets" / "Main" / f"{split}.txt").read_text(encoding="utf-8")
+    except UnicodeError:
+        return False
     if [line.strip() for line in listed.splitlines()] != [_evaluator_id(i) for i in images]:
         return False
     for image in images:
         try:
             seen = parse_rec(str(folder / "Annotations" / f"{image.image_id}.xml"))
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, OSError, TypeError, ValueError, ET.ParseError):
             return False
         ours = [(o.name, o.difficult, _evaluator_box(o.box)) for o in image.objects]
         if [(o["name"], o["difficult"], o["bbox"]) for o in seen] != ours:

@@ -13,6 +13,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
+from fvcore.common.checkpoint import _filter_reused_missing_keys
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -124,21 +125,24 @@ class SafeCheckpointer(DetectionCheckpointer):
         return content
 
     def _load_model(self, checkpoint: dict):
-        names = list(checkpoint["model"])
         try:
             found = super()._load_model(checkpoint)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{self._file} does not fit the model: {reason}") from error
         shapes = tuple(found.incorrect_shapes)
-        left = {name for name, _, _ in shapes}
-        missing = tuple(name for name in found.missing_keys if name not in left)
-        unexpected = tuple(k for k in found.unexpected_keys if "cell_anchors" not in k)
-        loaded = len(self.model.state_dict()) - len(set(found.missing_keys) | left)
         # The number of batches tells nothing of what the model finds; converted files have none.
-        missing = tuple(k for k in missing if not k.endswith("num_batches_tracked"))
-        loaded = min(loaded, len(names))
-        self.mismatch = Mismatch(self._file, max(loaded, 0), missing, unexpected, shapes)
+        wanted = {k for k in self.model.state_dict() if not k.endswith("num_batches_tracked")}
+        absent = wanted.intersection(found.missing_keys)
+        skipped = {name for name, _, _ in shapes}
+        self.mismatch = Mismatch(
+            self._file,
+            loaded=len(wanted - absent - skipped),
+            # A tensor that has two names in the model is there under either of them.
+            missing=tuple(sorted(set(_filter_reused_missing_keys(self.model, absent)) - skipped)),
+            unexpected=tuple(k for k in found.unexpected_keys if "cell_anchors" not in k),
+            other_shapes=shapes,
+        )
         self._warn_of_non_finite()
         return found
 

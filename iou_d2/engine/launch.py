@@ -6,10 +6,13 @@ and those that torchrun started, form their group here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,7 +20,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.engine import launch as launch_gpus
 
+from iou_d2.errors import InputError
+
 from .compat import create_local_process_group
+
+# The exit status of a process that has told the user's error; and seconds for which others wait.
+SAID, GRACE = 77, 5
 
 
 class Place(NamedTuple):
@@ -53,11 +61,11 @@ def launch(
         dist_url: where they meet, "tcp://HOST:PORT" of machine 0; "auto" on a single machine.
 
     Raises:
-        ValueError: the arguments, or they and the environment, contradict each other.
+        InputError: the arguments, or they and the environment, contradict each other.
     """
     use_cuda = num_gpus > 0 and torch.cuda.is_available()
     if use_cuda and num_processes > 1:
-        raise ValueError("--num-processes counts processes on the CPU: give --num-gpus 0 too.")
+        raise InputError("--num-processes counts processes on the CPU: give --num-gpus 0 too.")
     if num_gpus > 1 and not use_cuda:
         count = "one CPU process is" if num_processes == 1 else f"{num_processes} are"
         logging.getLogger("detectron2").warning(f"--num-gpus needs CUDA, so {count} used.")
@@ -71,19 +79,46 @@ def launch(
         return
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ValueError(
+        raise InputError(
             "torchrun has started the processes: leave out --num-gpus, --num-processes and "
             "--num-machines, or start without torchrun."
         )
     if use_cuda:
-        launch_gpus(function, num_gpus, num_machines, machine_rank, dist_url, args=arguments)
+        with _ending_as_its_processes():
+            work = (function, arguments)
+            launch_gpus(_in_a_sentence, num_gpus, num_machines, machine_rank, dist_url, args=work)
         return
     if dist_url == "auto":
         if num_machines > 1:
-            raise ValueError("Several machines need a --dist-url, tcp://HOST:PORT of machine 0.")
+            raise InputError("Several machines need a --dist-url, tcp://HOST:PORT of machine 0.")
         dist_url = f"tcp://127.0.0.1:{free_port()}"
     start = (num_processes, num_machines, machine_rank, dist_url, function, arguments)
-    mp.spawn(_start_process, start, nprocs=num_processes)
+    with _ending_as_its_processes():
+        mp.spawn(_start_process, start, nprocs=num_processes)
+
+
+@contextlib.contextmanager
+def _ending_as_its_processes() -> Iterator[None]:
+    """Exit with the status of a process that has ended by an exit, and so has said why."""
+    try:
+        yield
+    except mp.ProcessExitedException as error:
+        if error.exit_code != SAID:
+            raise
+        sys.exit(1)
+
+
+def _in_a_sentence(function: Callable, arguments: tuple) -> None:
+    """Run `function(*arguments)`; an InputError ends this process, and the first process of the
+    run says it. All have the same input, but an error of one alone is said by it."""
+    try:
+        function(*arguments)
+    except InputError as error:
+        rank = int(dist.get_rank()) if dist.is_initialized() else 0
+        if rank > 0:  # the first process, where it fails alike, ends the others before they speak
+            time.sleep(GRACE)
+        print(str(error), file=sys.stderr, flush=True)
+        os._exit(SAID)  # not by way of the others, who may wait for this process
 
 
 def place_in_environment(environment: Mapping[str, str]) -> Place | None:
@@ -92,7 +127,7 @@ def place_in_environment(environment: Mapping[str, str]) -> Place | None:
 
     Without the last two there is one process on each machine, as in the pods of Kubernetes.
 
-    Raises ValueError where the four contradict each other.
+    Raises InputError where the four contradict each other.
     """
     if "RANK" not in environment or int(environment.get("WORLD_SIZE", "1")) <= 1:
         return None
@@ -103,7 +138,7 @@ def place_in_environment(environment: Mapping[str, str]) -> Place | None:
         local_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
     )
     if place.local_rank >= place.local_size or place.world_size % place.local_size:
-        raise ValueError(
+        raise InputError(
             f"The environment gives LOCAL_RANK {place.local_rank}, LOCAL_WORLD_SIZE "
             f"{place.local_size} and WORLD_SIZE {place.world_size}: each machine needs the same "
             "number of processes, counted from 0."
@@ -133,7 +168,7 @@ def _start_process(
         local_rank=local_rank,
         local_size=num_processes,
     )
-    _join(dist_url, place, False, function, arguments)
+    _join(dist_url, place, False, _in_a_sentence, (function, arguments))
 
 
 def _join(url: str, place: Place, use_cuda: bool, function: Callable, arguments: tuple) -> None:
@@ -152,7 +187,7 @@ def _join(url: str, place: Place, use_cuda: bool, function: Callable, arguments:
 
 def _use_own_gpu(place: Place) -> None:
     if place.local_size > torch.cuda.device_count():
-        raise ValueError(
+        raise InputError(
             f"{place.local_size} processes of this machine want a GPU each, and it has "
             f"{torch.cuda.device_count()}; --num-gpus 0 trains on the CPU."
         )

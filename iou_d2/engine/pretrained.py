@@ -86,17 +86,18 @@ def require_trained(weights: str) -> None:
         )
 
 
-def check_start(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
-    """Raise an InputError where a run cannot have the weights of a backbone that it starts from, or
-    would evaluate them. A run that resumes, or evaluates its own checkpoint, needs no such file."""
-    if not eval_only:
-        check_pretrained(cfg)
-    if resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
-        return
+def check_start(cfg: CfgNode, weights: str, eval_only: bool) -> None:
+    """Check what a run begins with: `weights` are MODEL.WEIGHTS of `cfg`, or where the run resumes
+    its last checkpoint, which needs no other file.
+
+    Raises InputError where a backbone cannot be had, does not fit, or is to be evaluated alone.
+    """
     if eval_only:
-        require_trained(cfg.MODEL.WEIGHTS)
-    elif is_pretrained(cfg.MODEL.WEIGHTS):
-        find_weights(cfg.MODEL.WEIGHTS)
+        require_trained(weights)
+        return
+    check_pretrained(cfg)
+    if is_pretrained(weights):
+        find_weights(weights)
 
 
 def find_weights(weights: str) -> Path:

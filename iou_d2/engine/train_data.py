@@ -59,22 +59,27 @@ class TrainData:
 
     def __init__(self, cfg: CfgNode):
         self.cfg = cfg
-        self.dataset = get_detection_dataset_dicts(
+        self._dataset = self._read()
+        is_default = cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler"
+        self.sampler = ResumableSampler(len(self._dataset)) if is_default else None
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        # The loader keeps a packed copy, so that this one would fill memory for nothing.
+        dataset, self._dataset = self._dataset or self._read(), None
+        mapper = CheckedDatasetMapper(self.cfg, is_train=True)
+        yield from build_detection_train_loader(
+            self.cfg, mapper=mapper, dataset=dataset, sampler=self.sampler
+        )
+
+    def _read(self) -> list[dict]:
+        cfg = self.cfg
+        return get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
             if cfg.MODEL.KEYPOINT_ON
             else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
-        is_default = cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler"
-        self.sampler = ResumableSampler(len(self.dataset)) if is_default else None
-
-    def __iter__(self) -> Iterator[list[dict]]:
-        dataset, self.dataset = self.dataset, None  # the loader keeps a packed copy
-        mapper = CheckedDatasetMapper(self.cfg, is_train=True)
-        yield from build_detection_train_loader(
-            self.cfg, mapper=mapper, dataset=dataset, sampler=self.sampler
         )
 
     def state_dict(self, iterations: int) -> dict | None:

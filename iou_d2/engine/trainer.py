@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
-    SimpleTrainer,
     TrainerBase,
     create_ddp_model,
 )
@@ -21,11 +20,14 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
 from iou_d2.data.mapper import CheckedDatasetMapper
+from iou_d2.errors import DivergedError, InputError
 from iou_d2.evaluation.build import build_evaluator
 
+from .amp import trainer_class
 from .checkpoint import SafeCheckpointer
 from .pretrained import check_pretrained
 from .solver import build_solver
+from .train_data import TrainData
 
 
 class Trainer(DefaultTrainer):
@@ -37,7 +39,11 @@ class Trainer(DefaultTrainer):
     resumes on the version that began it.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, trust_weights: bool = False):
+        """
+        Args:
+            trust_weights: let the file of MODEL.WEIGHTS make any object, and so run any code.
+        """
         # Not that of DefaultTrainer, which wraps each model as one on a GPU, and so fails on CPUs.
         TrainerBase.__init__(self)
         check_pretrained(cfg)
@@ -46,15 +52,16 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        loader = self.build_train_loader(cfg)
+        self.data = self.build_train_loader(cfg)
         model = share_gradients(model)
-        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer_class(model, loader, optimizer)
+        step = trainer_class(cfg.SOLVER.AMP.ENABLED, model)
+        self._trainer = step(model, self.data, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             extra={"class_names": list(cfg.MODEL.CLASS_NAMES)},
+            trust=trust_weights,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
@@ -73,22 +80,24 @@ class Trainer(DefaultTrainer):
         state["_trainer"] = {"iteration": self.iter, "optimizer": self.optimizer.state_dict()}
         if hasattr(self._trainer, "grad_scaler"):
             state["_trainer"]["grad_scaler"] = self._trainer.grad_scaler.state_dict()
+        state["data"] = self.data.state_dict(self.iter + 1 - self.start_iter)
         return state
 
     def load_state_dict(self, state: dict) -> None:
         TrainerBase.load_state_dict(self, state)
         if "_trainer" not in state:
-            raise KeyError(
+            raise InputError(
                 "The checkpoint holds no optimizer state: it was written by Detectron2 0.5's own "
                 "trainer. Start from its weights with MODEL.WEIGHTS and without --resume."
             )
         try:
             self.optimizer.load_state_dict(state["_trainer"]["optimizer"])
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 "The optimizer of the checkpoint has other parameters than this one. Resume with "
                 "the config and the Detectron2 version (0.5 or main) that began the run."
             ) from error
+        self.data.load_state_dict(state.get("data"))
         if hasattr(self._trainer, "grad_scaler") and "grad_scaler" in state["_trainer"]:
             self._trainer.grad_scaler.load_state_dict(state["_trainer"]["grad_scaler"])
 
@@ -96,6 +105,7 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg):
         model = super().build_model(cfg)
         model.register_forward_hook(stop_at_non_finite_loss)
+        name_images_of_errors(model)
         return model
 
     @classmethod
@@ -104,7 +114,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
+        return TrainData(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
@@ -135,8 +145,44 @@ def stop_at_non_finite_loss(model: nn.Module, inputs: tuple, losses: dict[str, T
         return
     is_finite = torch.isfinite(values).tolist()
     bad = {name: value for name, value, good in zip(losses, values.tolist(), is_finite) if not good}
-    images = [image.get("image_id", image.get("file_name")) for image in inputs[0]]
-    raise FloatingPointError(
-        f"At iteration {get_event_storage().iter} the losses {bad} are not finite, for the "
-        f"images with the ids {images}. A lower SOLVER.BASE_LR may help."
+    raise DivergedError(
+        f"At iteration {_iteration()} the losses {bad} are not finite, {_of(inputs[0])}"
     )
+
+
+def name_images_of_errors(model: nn.Module) -> None:
+    """Let two errors that a model raises in training, before there are losses, name the images:
+    the FloatingPointError of Detectron2's RPN, and the ValueError of batch norm, which has no
+    statistics of a single value."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def named(batched_inputs, *args, **kwargs):
+        try:
+            return forward(batched_inputs, *args, **kwargs)
+        except DivergedError:
+            raise
+        except FloatingPointError as error:
+            raise DivergedError(
+                f"At iteration {_iteration()} there are no losses: {error} It was "
+                f"{_of(batched_inputs)}"
+            ) from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            sizes = [tuple(image["image"].shape[-2:]) for image in batched_inputs]
+            raise InputError(
+                f"Batch norm cannot train on the images of height and width {sizes}, which leave "
+                "one value a channel: raise INPUT.MIN_SIZE_TRAIN or SOLVER.IMS_PER_BATCH."
+            ) from error
+
+    model.forward = named
+
+
+def _iteration() -> int:
+    return get_event_storage().iter
+
+
+def _of(batched_inputs: list[dict]) -> str:
+    images = [image.get("image_id", image.get("file_name")) for image in batched_inputs]
+    return f"for the images with the ids {images}. A lower SOLVER.BASE_LR may help."

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
     DatasetEvaluator,
     DatasetEvaluators,
     PascalVOCDetectionEvaluator,
 )
+from detectron2.utils import comm
 
 from .coco import COCOLocalizationEvaluator, file_stem
 
@@ -18,12 +19,28 @@ from .coco import COCOLocalizationEvaluator, file_stem
 class VOCEvaluator(PascalVOCDetectionEvaluator):
     """Detectron2's Pascal VOC evaluator, reported as the task "voc" to stand beside "bbox".
 
-    AP, AP50 and AP75 in percent, objects marked difficult left out. Detectron2 lets a class without
-    objects count as 0 or NaN in these means; the COCO-style AP leaves it out.
+    AP, AP50 and AP75 in percent over the classes that have objects, those marked difficult left
+    out; NaN where no class has. Detectron2 counts a class without objects as 0 or NaN.
     """
+
+    def __init__(self, dataset_name: str):
+        super().__init__(dataset_name)
+        records = DatasetCatalog.get(dataset_name)
+        present = {a["category_id"] for r in records for a in r.get("annotations", ())}
+        # Class index of the model -> the number that the parent gives to a class that is there.
+        self._number = {index: number for number, index in enumerate(sorted(present))}
+        self._class_names = [self._class_names[index] for index in self._number]
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """{"voc": {metric: value}} on the main process, None on the others."""
+        self._predictions = {
+            self._number[index]: lines
+            for index, lines in self._predictions.items()
+            if index in self._number
+        }
+        if not self._class_names:
+            undefined = dict.fromkeys(("AP", "AP50", "AP75"), float("nan"))
+            return {"voc": undefined} if comm.is_main_process() else None
         results = super().evaluate()
         if not results:
             return None

@@ -7,6 +7,7 @@ and, where the method has them, `cls_scores` (class score), `pred_ious` (predict
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -41,6 +42,8 @@ class COCOLocalizationEvaluator(COCOEvaluator):
     - "bbox": AP, AP50, AP60, AP70, AP75, AP80, AP90, APs, APm, APl, AP-<class>, in percent.
     - "localization": Pearson's and Spearman's correlation of the confidence, the class score and
       the predicted IoU with the true IoU: see `iou_d2.analysis.localization_table`.
+
+    Both count the classes that are in the dataset and that the model knows.
 
     NaN stands for what is not defined: AP without objects, a correlation over fewer than two
     detections and, as in Detectron2, every AP of a model without any detection.
@@ -97,7 +100,8 @@ class COCOLocalizationEvaluator(COCOEvaluator):
     # The parent's `evaluate` calls this on the main process with the predictions of all of them.
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
         results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
-        self._restore_category_ids(results)
+        category_of = self._category_of()
+        results = self._with_category_ids(results, category_of)
         path = os.path.join(self._output_dir, "coco_instances_results.json")
         with PathManager.open(path, "w") as f:
             f.write(json.dumps(results))
@@ -106,36 +110,48 @@ class COCOLocalizationEvaluator(COCOEvaluator):
             self._logger.info("Annotations are not available for evaluation.")
             return
 
-        self._results["bbox"] = self._average_precision(results, img_ids)
-        records = make_records(self._coco_api.dataset, results)
+        truth = restrict_classes(self._coco_api.dataset, set(category_of.values()))
+        self._results["bbox"] = self._average_precision(truth, results, img_ids)
+        records = make_records(truth, results)
         self._results["localization"] = localization_table(records)
         table = create_small_table(self._results["localization"])
         self._logger.info(f"Correlation with the true IoU, where it is over 0.5:\n{table}")
 
-    def _restore_category_ids(self, results: list[dict]) -> None:
-        """Turn class indices, in place, into the category ids of the dataset."""
+    def _category_of(self) -> dict[int, int]:
+        """The category id of each class index that the dataset has."""
         mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if mapping is None:
-            mapping = {id_: id_ for id_ in self._coco_api.cats}
-        category_ids = {index: id_ for id_, index in mapping.items()}
-        for result in results:
-            index = result["category_id"]
-            if index not in category_ids:
-                raise ValueError(
-                    f"A detection has class {index}, but the dataset {self._metadata.name!r} has "
-                    f"{len(category_ids)} classes: does the model belong to this dataset?"
-                )
-            result["category_id"] = category_ids[index]
+            return {id_: id_ for id_ in self._coco_api.cats}
+        return {index: id_ for id_, index in mapping.items()}
 
-    def _average_precision(self, results: list[dict], img_ids: list | None) -> dict[str, float]:
+    def _with_category_ids(self, results: list[dict], category_of: dict[int, int]) -> list[dict]:
+        """Detections, changed in place, without those of classes that the model has and the dataset
+        lacks."""
+        classes = self._metadata.get("thing_classes") or category_of
+        for result in results:
+            if not 0 <= result["category_id"] < max(len(classes), len(category_of)):
+                raise ValueError(
+                    f"A detection has class {result['category_id']}, but the dataset "
+                    f"{self._metadata.name!r} has {len(classes)} classes: does the model belong to "
+                    "this dataset?"
+                )
+        results = [result for result in results if result["category_id"] in category_of]
+        for result in results:
+            result["category_id"] = category_of[result["category_id"]]
+        return results
+
+    def _average_precision(
+        self, truth: dict, results: list[dict], img_ids: list | None
+    ) -> dict[str, float]:
         precision = coco_precision(
-            self._coco_api.dataset,
+            truth,
             results,
             image_ids=img_ids,
             max_dets=self._max_dets,
             backend=self._backend,
         )
-        names = [self._coco_api.cats[id_]["name"] for id_ in sorted(self._coco_api.cats)]
+        categories = sorted(truth["categories"], key=lambda category: category["id"])
+        names = [category["name"] for category in categories]
         table = summarize_ap(precision, names)
         if not results:
             self._logger.warning("No predictions from the model!")
@@ -148,9 +164,23 @@ class COCOLocalizationEvaluator(COCOEvaluator):
         return table
 
 
+def restrict_classes(truth: dict, category_ids: set) -> dict:
+    """A COCO dataset without the categories, and their objects, that are not in `category_ids`."""
+    if {category["id"] for category in truth["categories"]} <= category_ids:
+        return truth
+    return {
+        **truth,
+        "categories": [c for c in truth["categories"] if c["id"] in category_ids],
+        "annotations": [a for a in truth["annotations"] if a["category_id"] in category_ids],
+    }
+
+
 def file_stem(dataset_name: str) -> str:
-    """The name as a file may have it: names of a user's own data hold paths."""
-    return re.sub(r"[^\w.-]+", "_", dataset_name)[-100:].lstrip("_.")
+    """The name as a file may have it: names of a user's own data hold paths. No two are alike."""
+    plain = re.sub(r"[^\w.-]+", "_", dataset_name, flags=re.ASCII)
+    if plain == dataset_name and len(plain) <= 100:
+        return plain
+    return f"{plain[-80:].lstrip('_.')}-{hashlib.sha256(dataset_name.encode()).hexdigest()[:8]}"
 
 
 def instances_to_results(instances: Instances, image_id: int | str) -> list[dict]:

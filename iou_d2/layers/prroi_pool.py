@@ -53,7 +53,8 @@ def prroi_pool(
         features: (N, C, H, W), float32 or float64, or half precision (summed in float32).
             Contiguous and channels-last maps are read as they are.
         rois: (R, 5), float32 or float64: batch index, then x1, y1, x2, y2 in pixels of the network
-            input.
+            input. Of an index that is no whole number the fraction is cut off; the plain operations
+            that stand in for the compiled ones give 0 for it.
         output_size: (P, Q), or one number for both.
         spatial_scale: feature pixels an input pixel, 1 / stride.
         aligned: False is the published operator, with the centre of pixel i at coordinate i. True
@@ -64,6 +65,7 @@ def prroi_pool(
         (R, C, P, Q) of the features' dtype and memory format. Pixels outside the map count as 0 and
         the divisor is the whole bin. RoIs with a side of at most 1e-9 feature pixels, inverted ones
         and ones with NaN or infinity give 0, and their gradients are 0. No RoIs: an empty result.
+        Tensors on the device "meta" give the shape alone, and nothing in them is checked.
 
     Raises:
         ValueError, TypeError: on wrong shapes or dtypes, two devices, an output size below 1.

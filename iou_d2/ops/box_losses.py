@@ -45,7 +45,7 @@ def box_iou_loss(boxes: Tensor, targets: Tensor, kind: str) -> Tensor:
             `MIN_IOU`; "giou" arXiv 1902.09630; "diou" and "ciou" arXiv 1911.08287.
 
     Returns:
-        (R,); (0,) for no boxes.
+        (R,); (0,) for no boxes. NaN where an area is beyond float32, see `aligned_iou`.
 
     Raises:
         ValueError: another kind; the shapes differ or do not end in 4.

@@ -23,7 +23,8 @@ def aligned_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Returns:
         (R,) in [0, 1]; (0,) for no boxes. 0 where the union has no area: two boxes without area or
-        inverted ones, of which a negative side counts as 0.
+        inverted ones, of which a negative side counts as 0. NaN where a box is not finite or where
+        an area is beyond the dtype, in float32 that of a square of 1.8e19 pixels a side.
 
     Raises:
         ValueError: the shapes differ or do not end in 4.

@@ -2,7 +2,8 @@
 
 Shape letters: R boxes of one image, S kept ones. Boxes are XYXY in absolute pixels. `classes` are
 integers; boxes of different classes never meet. A box or score that is not a number is never kept
-and does nothing to others, nor does a box that is not finite.
+and does nothing to others, nor does a box that is not finite. A box whose area is beyond float32,
+1.8e19 pixels a side, has no IoU with others and suppresses none.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from iou_d2.commands import analyze as analyze
 def planted(shift_of_score=lambda iou: iou, count=30):
     """Ground truth 100 wide, detections shifted sideways; the confidence follows the IoU."""
     truth = {
-        "images": [{"id": i} for i in range(count)],
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "width": 200, "height": 200} for i in range(count)
+        ],
         "categories": [{"id": 0, "name": "thing"}],
         "annotations": [
             {"id": i, "image_id": i, "category_id": 0, "bbox": [0, 0, 100, 100]}
@@ -88,13 +90,13 @@ def test_without_classes_a_wrong_class_is_no_error_and_the_better_of_two_boxes_s
     tmp_path, capsys
 ):
     truth = {
-        "images": [{"id": "a"}],
+        "images": [{"id": 3, "file_name": "a.png", "width": 99, "height": 99}],
         "categories": [{"id": 3, "name": "cat"}, {"id": 5, "name": "dog"}],
-        "annotations": [{"id": 1, "image_id": "a", "category_id": 3, "bbox": [0, 0, 10, 10]}],
+        "annotations": [{"id": 1, "image_id": 3, "category_id": 3, "bbox": [0, 0, 10, 10]}],
     }
     results = [
-        {"image_id": "a", "category_id": 5, "bbox": [0, 0, 10, 10], "score": 0.9},
-        {"image_id": "a", "category_id": 3, "bbox": [0, 0, 10, 7], "score": 0.8},
+        {"image_id": 3, "category_id": 5, "bbox": [0, 0, 10, 10], "score": 0.9},
+        {"image_id": 3, "category_id": 3, "bbox": [0, 0, 10, 7], "score": 0.8},
     ]
     merged, found = analyze.merge_classes(truth, results)
     assert [x["name"] for x in merged["categories"]] == ["object"]

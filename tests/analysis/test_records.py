@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from iou_d2.analysis import best_iou, make_records, read_records
+from iou_d2.errors import InputError
 
 
 def loop_iou(a, b):
@@ -118,32 +119,44 @@ def write(path, content):
     return path
 
 
-GOOD_GT = dataset([annotation(1, 1, [0, 0, 1, 1])])
+GOOD_GT = {
+    **dataset([annotation(1, 1, [0, 0, 1, 1])]),
+    "images": [{"id": 1, "file_name": "a.png", "width": 9, "height": 9}],
+}
 GOOD_RESULTS = [annotation(1, 1, [0, 0, 1, 1], score=0.5)]
 
 
 @pytest.mark.parametrize(
     ("gt", "results", "message"),
     [
-        ('{"images": [', GOOD_RESULTS, r"gt\.json is not a valid JSON"),
-        ([], GOOD_RESULTS, r"gt\.json should hold a JSON dict, but holds a list"),
-        ({"images": []}, GOOD_RESULTS, r"gt\.json lacks the key\(s\) annotations, categories"),
-        (GOOD_GT, '[{"image_id": 1,', r"results\.json is not a valid JSON"),
-        (GOOD_GT, {}, r"results\.json should hold a JSON list, but holds a dict"),
-        (GOOD_GT, [annotation(9, 1, [0, 0, 1, 1], score=1)], r"results\.json .* image_id 9"),
-        (GOOD_GT, [annotation(1, 2, [0, 0, 1, 1], score=1)], r"results\.json .* category_id 2"),
-        (GOOD_GT, [annotation(1, 1, [0, 0, 1, 1])], r"results\.json .* lacks 'score'"),
-        (GOOD_GT, [annotation(1, 1, [0, 0, 1], score=1)], r"results\.json does not fit"),
-        (GOOD_GT, [annotation(1, 1, [0, 0, 1, 1], score=None)], r"results\.json does not fit"),
-        (GOOD_GT, [annotation(1, 1, [0, 0, 1, 1], score=math.nan)], r"results\.json .*not finite"),
-        (GOOD_GT, [5], r"results\.json does not fit"),
+        ('{"images": [', GOOD_RESULTS, r"gt\.json is not valid JSON"),
+        ([], GOOD_RESULTS, r"gt\.json holds a list"),
+        ({"images": []}, GOOD_RESULTS, r"gt\.json .* no list 'categories'"),
+        (GOOD_GT, '[{"image_id": 1,', r"results\.json is not valid JSON"),
+        (GOOD_GT, "[" * 100_000, r"results\.json nests brackets"),
+        (GOOD_GT, "[1" + "0" * 5000 + "]", r"results\.json cannot be read"),
+        (GOOD_GT, {}, r"results\.json should hold a JSON list .*, but holds a dict"),
+        (GOOD_GT, [annotation(9, 1, [0, 0, 1, 1], score=1)], r"results\.json: \[0\] .*image_id 9"),
+        (GOOD_GT, [annotation(1, 2, [0, 0, 1, 1], score=1)], r"results\.json: .*category_id 2"),
+        (GOOD_GT, [annotation(1, 1, [0, 0, 1, 1])], r"results\.json: \[0\] has no score"),
+        (GOOD_GT, [annotation(1, 1, [0, 0, 1], score=1)], r"results\.json: \[0\] needs a bbox"),
+        (GOOD_GT, [annotation(1, 1, [0, 0, 1, 1], score=None)], r"results\.json: .* score"),
+        (GOOD_GT, [annotation(1, 1, [0, 0, 1, 1], score=math.nan)], r"results\.json: .* not nan"),
+        (GOOD_GT, [*GOOD_RESULTS, 5], r"results\.json: \[1\] is no detection"),
     ],
 )
 def test_broken_files_are_named(tmp_path, gt, results, message):
     gt_path = write(tmp_path / "gt.json", gt)
     results_path = write(tmp_path / "results.json", results)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         read_records(gt_path, results_path)
+
+
+def test_strings_in_results_are_read(tmp_path):
+    gt_path = write(tmp_path / "gt.json", GOOD_GT)
+    strings = [annotation("1", "1", ["0", "0", "1", "1.0"], score="0.5")]
+    records = read_records(gt_path, write(tmp_path / "results.json", strings))
+    assert records.true_iou.tolist() == [1] and records.score.tolist() == [0.5]
 
 
 def test_missing_file_is_named(tmp_path):

@@ -178,7 +178,7 @@ def test_what_is_wrong_is_said_and_nothing_is_written(tmp_path):
     expect_exit("only Detectron2 reads .pkl", ours, pkl, *to_mmdet)
     expect_exit("There is no config file", source, pkl, *to_ours, "--config-file", "x.yaml")
     wrong = ("--config-file", CONFIG, "--opts", "INPUT.FORMAT", "L")
-    expect_exit("INPUT.FORMAT is RGB or BGR", source, pkl, *to_ours, *wrong)
+    expect_exit("INPUT.FORMAT is 'BGR' or 'RGB'", source, pkl, *to_ours, *wrong)
     wrong = ("--config-file", CONFIG, "--format", "BGR")
     expect_exit("--format is BGR, but INPUT.FORMAT", source, pkl, *to_ours, *wrong)
     caffe = ("--config-file", CONFIG, "--opts", "MODEL.RESNETS.STRIDE_IN_1X1", "True")

@@ -14,6 +14,7 @@ import yaml
 from command_line import command, run
 from iou_d2 import get_config
 from iou_d2.commands import detect, pictures
+from iou_d2.errors import InputError
 
 
 def demo(environment, folder, source: list[str], output, fails: bool = False) -> str:
@@ -134,3 +135,54 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 def test_equal_names_are_told_apart():
     names = ["x.png", "x.png", "x_2.png", "y.png", "x.jpg"]
     assert pictures.unlike_names(names) == ["x.png", "x_2.png", "x_2_2.png", "y.png", "x.jpg"]
+
+
+def detect_in(folder, state, *sources: str) -> None:
+    weights = write(folder / "model.pth", {"model": state, "class_names": CLASSES})
+    where = ["--input", *(str(folder / x) for x in sources), "--output", str(folder / "out")]
+    detect.main([*where, "--config", CONFIG, *SMALL, "MODEL.WEIGHTS", weights])
+
+
+def test_a_bad_picture_is_reported_and_the_others_are_drawn(tmp_path, state):
+    grey = np.full((48, 64, 3), 90, dtype=np.uint8)
+    for name in ("a.png", "c.jpg"):
+        cv2.imwrite(str(tmp_path / name), grey)
+    good = (tmp_path / "c.jpg").read_bytes()
+    for name, content in {"d.jfif": good, "e": good, "cut.jpg": good[:300], "f.png": b""}.items():
+        (tmp_path / name).write_bytes(content)
+    cv2.imwrite(str(tmp_path / "deep.png"), np.full((48, 64), 9000, dtype=np.uint16))
+    cv2.imwrite(str(tmp_path / "deep3.png"), np.full((48, 64, 3), 9000, dtype=np.uint16))
+    with pytest.raises(SystemExit) as ended:
+        names = ("f.png", "a.png", "cut.jpg", "c.jpg", "deep.png", "deep3.png", "d.jfif", "e")
+        detect_in(tmp_path, state, *names)
+    faults = ended.value.code.splitlines()
+    assert ["f.png", "cut.jpg", "deep.png", "deep3.png"] == [
+        next(word for word in fault.split() if word.startswith(str(tmp_path))).split("/")[-1]
+        for fault in faults
+    ]
+    records = json.loads((tmp_path / "out/detections.json").read_text())
+    assert [r["file"].split("/")[-1] for r in records] == ["a.png", "c.jpg", "d.jfif", "e"]
+    drawn = {"a.png", "c.jpg", "d.png", "e.png", "detections.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == drawn
+
+
+def test_what_was_found_until_an_interruption_is_kept(tmp_path, state, monkeypatch):
+    for name in ("a.png", "b.png"):
+        cv2.imwrite(str(tmp_path / name), np.full((48, 64, 3), 90, dtype=np.uint8))
+
+    def interrupted(path):
+        if path.endswith("b.png"):
+            raise KeyboardInterrupt
+        return np.full((48, 64, 3), 90, dtype=np.uint8)
+
+    monkeypatch.setattr(detect, "read_picture", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detect_in(tmp_path, state, "a.png", "b.png")
+    assert len(json.loads((tmp_path / "out/detections.json").read_text())) == 1
+
+
+def test_weights_of_another_model_are_refused(tmp_path, state):
+    part = {name: value for name, value in state.items() if "bbox" not in name}
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((48, 64, 3), 90, dtype=np.uint8))
+    with pytest.raises(InputError, match="are not, such as head.bbox"):
+        detect_in(tmp_path, part, "a.png")

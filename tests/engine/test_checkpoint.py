@@ -168,3 +168,21 @@ def test_a_predictor_runs_nothing_of_its_weights(tmp_path):
     cfg.MODEL.WEIGHTS = str(tmp_path / "bad.pth")
     with pytest.raises(InputError, match="bad.pth is refused.*torch.nn.modules.linear.Linear"):
         build_predictor(cfg)
+
+
+def test_a_file_of_another_model_loads_nothing(tmp_path):
+    """Not even the numbers of batches of its norms, which a file without metadata need not have."""
+    torch.save({"other": torch.zeros(1)}, tmp_path / "a.pth")
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    checkpointer = SafeCheckpointer(model)
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert checkpointer.mismatch.loaded == 0 and len(checkpointer.mismatch.missing) == 4
+
+
+def test_a_tensor_with_two_names_is_not_missing(tmp_path):
+    part = nn.Linear(2, 3)
+    torch.save({"0.weight": part.weight, "0.bias": part.bias}, tmp_path / "a.pth")
+    checkpointer = SafeCheckpointer(nn.Sequential(nn.Linear(2, 3), nn.Identity()))
+    checkpointer.model.add_module("again", checkpointer.model[0])
+    checkpointer.load(str(tmp_path / "a.pth"))
+    assert checkpointer.mismatch.is_whole

@@ -10,6 +10,7 @@ from detectron2.utils import comm
 
 from iou_d2.engine import launch as module
 from iou_d2.engine.launch import Place, free_port, launch, place_in_environment
+from iou_d2.errors import InputError
 
 
 def write_place(folder):
@@ -29,6 +30,25 @@ def fail_alone():
     if comm.get_rank() == 1:
         raise ArithmeticError("rank 1 cannot count")
     dist.barrier()
+
+
+def refuse_all():
+    raise InputError("The file x is empty.")
+
+
+def refuse_second():
+    if comm.get_rank() == 1:
+        raise InputError("The file x is empty.")
+    dist.barrier()
+
+
+@pytest.mark.parametrize("function", [refuse_all, refuse_second])
+def test_an_input_error_is_said_once_and_ends_with_status_1(function, capfd):
+    with pytest.raises(SystemExit) as ended:
+        launch(function, num_gpus=0, num_processes=2)
+    assert ended.value.code == 1
+    said = capfd.readouterr().err
+    assert said.count("The file x is empty.") == 1 and "Traceback" not in said
 
 
 @pytest.fixture(autouse=True)

@@ -273,18 +273,19 @@ def test_another_width_is_refused(publish):
         load_pretrained(model, MOBILENET)
 
 
-def test_only_what_starts_from_the_backbone_needs_its_file(cache, offline, tmp_path):
-    cfg = own_data("OUTPUT_DIR", str(tmp_path))
-    for resume in (False, True):
-        with pytest.raises(InputError, match="cannot be downloaded"):
-            check_start(cfg, eval_only=False, resume=resume)
-        with pytest.raises(InputError, match="no trained detector: give the model_final.pth"):
-            check_start(cfg, eval_only=True, resume=resume)
-    (tmp_path / "last_checkpoint").write_text("model_final.pth")
-    check_start(cfg, eval_only=False, resume=True)
-    check_start(cfg, eval_only=True, resume=True)
-    cfg.MODEL.WEIGHTS = "model_final.pth"
-    check_start(cfg, eval_only=True, resume=False)
+def test_only_what_starts_from_the_backbone_needs_its_file(cache, offline):
+    cfg = own_data()
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        check_start(cfg, MOBILENET, eval_only=False)
+    with pytest.raises(InputError, match="no trained detector: give the model_final.pth"):
+        check_start(cfg, MOBILENET, eval_only=True)
+    for eval_only in (False, True):  # the first resumes
+        check_start(cfg, "output/x/model_final.pth", eval_only)
+
+
+def test_weights_at_hand_are_no_excuse_for_wrong_pixels():
+    with pytest.raises(InputError, match="needs INPUT.FORMAT RGB"):
+        check_start(own_data("INPUT.FORMAT", "BGR"), "output/x/model_final.pth", eval_only=False)
 
 
 @pytest.mark.parametrize("use", [read_weights, build_predictor])

@@ -1,0 +1,95 @@
+"""The datasets of a run: registered, checked, and of one mind about the classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
+
+from iou_d2.config import set_class_names
+from iou_d2.data.classes import (
+    OWN,
+    classes_of,
+    has_segmentations,
+    match_classes,
+    require_objects,
+    training_classes,
+)
+from iou_d2.data.cleaning import Trust
+from iou_d2.data.images import check_images
+from iou_d2.data.register import register_dataset
+from iou_d2.data.shapes import ensure_shapes
+from iou_d2.engine.config_checks import require_no_masks
+from iou_d2.errors import InputError
+from iou_d2.evaluation.coco import file_stem
+
+
+def use_datasets(
+    cfg: CfgNode, known: list[str], weights: str, eval_only: bool, resume: bool
+) -> None:
+    """Register and check the datasets of `cfg`, give them all the same classes in the same order,
+    and store these.
+
+    Args:
+        known: names of the classes in `weights`, the file that the run begins with; may be empty.
+    """
+    clean_dir = os.path.join(cfg.OUTPUT_DIR, "datasets")
+    trust = Trust(boxes=cfg.DATASETS.TRUST_BOXES, paths=cfg.DATASETS.TRUST_PATHS)
+    cfg.DATASETS.TEST = tuple(register_dataset(n, clean_dir, trust) for n in cfg.DATASETS.TEST)
+    used = cfg.DATASETS.TEST
+    if not eval_only:
+        train = tuple(register_dataset(n, clean_dir, trust) for n in cfg.DATASETS.TRAIN)
+        cfg.DATASETS.TRAIN = train
+        used = tuple(dict.fromkeys(train + used))
+    elif not used:
+        raise InputError("DATASETS.TEST is empty: name the data to evaluate on with --test.")
+    classes, known_by = classes_of_run(cfg, known, weights, eval_only, resume)
+    for name in used:
+        match_classes(name, classes, known_by, leave_out=cfg.DATASETS.TRUST_CLASSES)
+    set_class_names(cfg, classes)
+    for name in used:
+        ensure_shapes(name)
+    check_own_data(cfg, used, clean_dir, eval_only)
+
+
+def classes_of_run(
+    cfg: CfgNode, known: list[str], weights: str, eval_only: bool, resume: bool
+) -> tuple[list[str], str]:
+    """The classes of the model, in the order of its outputs, and what says so.
+
+    A checkpoint decides where it is evaluated or resumed, and the order where training begins with
+    one of the same classes. Otherwise the training data do.
+    """
+    if eval_only:
+        if known:
+            return known, weights
+        if cfg.MODEL.CLASS_NAMES:
+            return list(cfg.MODEL.CLASS_NAMES), "MODEL.CLASS_NAMES"
+        return classes_of(cfg.DATASETS.TEST[0]), cfg.DATASETS.TEST[0]
+    classes = training_classes(cfg.DATASETS.TRAIN, join=cfg.DATASETS.TRUST_CLASSES)
+    if sorted(known) == sorted(classes):
+        return known, weights
+    if known and resume:
+        raise InputError(
+            f"{weights} cannot be resumed: it has the classes {', '.join(known)}, but "
+            f"DATASETS.TRAIN has {', '.join(classes)}."
+        )
+    return classes, "DATASETS.TRAIN"
+
+
+def check_own_data(cfg: CfgNode, names: Sequence[str], clean_dir: str, eval_only: bool) -> None:
+    """Find before the run what would end it: no object to learn, images that cannot be used, masks
+    that are not there. Looks at a user's own datasets, and lets one process do it."""
+    if not comm.is_main_process():
+        return
+    own = [name for name in names if name.startswith(OWN)]
+    if not eval_only and set(cfg.DATASETS.TRAIN) <= set(own):
+        require_objects(cfg.DATASETS.TRAIN)
+        require_no_masks(cfg, has_masks=any(map(has_segmentations, cfg.DATASETS.TRAIN)))
+    for name in own:
+        cache = Path(clean_dir) / f"{file_stem(name)}.images_checked"
+        check_images(DatasetCatalog.get(name), cache, name)

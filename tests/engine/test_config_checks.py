@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+
+from iou_d2 import get_config
+from iou_d2.config_files import config_names
+from iou_d2.engine.config_checks import check_config, check_training, require_no_masks
+from iou_d2.errors import InputError
+
+DATA = ("DATASETS.TRAIN", "('shapes_train',)")
+
+
+@pytest.mark.parametrize("name", [name for name in config_names() if "Base-" not in name])
+def test_every_config_of_ours_passes(name):
+    check_training(get_config(name, ["MODEL.DEVICE", "cpu", *DATA]))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("INPUT.FORMAT", "L"),
+        ("INPUT.FORMAT", "YUV-BT.601"),
+        ("TEST.AUG.ENABLED", "True"),
+        ("MODEL.PIXEL_MEAN", "[1.0]"),
+        ("MODEL.PIXEL_STD", "[1.0, 0.0, 1.0]"),
+        ("MODEL.META_ARCHITECTURE", "RetinaNett"),
+        ("MODEL.BACKBONE.NAME", "build_nothing"),
+        ("MODEL.ROI_HEADS.NAME", "IoUNet"),
+        ("MODEL.DEVICE", "tpu"),
+        ("MODEL.DEVICE", "mps"),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", "0"),
+        ("INPUT.MIN_SIZE_TEST", "-1"),
+    ],
+)
+def test_what_no_model_can_follow_is_named(key, value):
+    cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.DEVICE", "cpu", key, value])
+    with pytest.raises(InputError, match=key):
+        check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("DATASETS.TRAIN", "('coco:x')"),
+        ("DATASETS.TRAIN", "()"),
+        ("SOLVER.IMS_PER_BATCH", "0"),
+        ("SOLVER.MAX_ITER", "0"),
+        ("SOLVER.MAX_ITER", "-3"),
+        ("SOLVER.BASE_LR", "float('nan')"),
+        ("SOLVER.BASE_LR", "-0.1"),
+        ("SOLVER.WARMUP_ITERS", "-1"),
+        ("SOLVER.STEPS", "(30, 20)"),
+        ("SOLVER.CHECKPOINT_PERIOD", "0"),
+        ("SOLVER.OPTIMIZER", "Adam"),
+        ("TEST.EVAL_PERIOD", "-1"),
+        ("INPUT.MIN_SIZE_TRAIN", "()"),
+    ],
+)
+def test_what_no_training_can_follow_is_named(key, value):
+    cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.DEVICE", "cpu", *DATA])
+    if "nan" in value:
+        cfg.SOLVER.BASE_LR = float("nan")
+    else:
+        cfg.merge_from_list([key, value]) if value != "('coco:x')" else None
+        cfg.DATASETS.TRAIN = "coco:x" if value == "('coco:x')" else cfg.DATASETS.TRAIN
+    with pytest.raises(InputError, match=key):
+        check_training(cfg)
+
+
+def test_processes_share_the_batch(monkeypatch):
+    monkeypatch.setattr("iou_d2.engine.config_checks.comm.get_world_size", lambda: 3)
+    cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.DEVICE", "cpu", *DATA])
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    with pytest.raises(InputError, match="multiple of 3"):
+        check_training(cfg)
+
+
+def test_masks_need_segmentations():
+    cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.MASK_ON", "True"])
+    require_no_masks(cfg, has_masks=True)
+    with pytest.raises(InputError, match="MODEL.MASK_ON"):
+        require_no_masks(cfg, has_masks=False)
