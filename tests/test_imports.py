@@ -20,7 +20,8 @@ FLOORS = {
     "layers": ({"ops", "_C"}, {"torch", "torchvision", "detectron2"}),
     "backbones": ({"ops", "layers"}, DETECTION),
     "detectors": ({"ops", "layers", "backbones"}, DETECTION | {"numpy", "cv2"}),
-    "data": (set(), {"numpy", "cv2", "PIL", "tqdm", "pycocotools", "iopath", "detectron2"}),
+    "data": (set(), {"numpy", "cv2", "PIL", "tqdm", "yaml", "pycocotools", "iopath",
+                     "detectron2"}),
     # Of `data` only what imports no Detectron2: see the test below.
     "analysis": ({"data"}, ARRAYS),
     "evaluation": ({"analysis"}, {"detectron2", "tabulate"}),
