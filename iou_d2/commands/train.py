@@ -34,6 +34,7 @@ from iou_d2.engine.checkpoint import remove_unfinished
 from iou_d2.engine.config_checks import check_config, check_datasets, check_training
 from iou_d2.engine.launch import launch
 from iou_d2.engine.lock import locked
+from iou_d2.engine.pretrained import check_start, is_pretrained
 from iou_d2.engine.run_record import describe_run, recorded
 from iou_d2.engine.safe_load import read_checkpoint_file, read_class_names
 from iou_d2.engine.trainer import Trainer
@@ -144,7 +145,8 @@ def start_of(cfg: CfgNode, args: argparse.Namespace) -> Start:
             "Nothing is trained that --eval-only could evaluate: give MODEL.WEIGHTS at the end of "
             "the command line."
         )
-    if not weights or "?matching_heuristics" in weights:  # of other projects
+    # Those of other projects and of backbones.
+    if not weights or "?matching_heuristics" in weights or is_pretrained(weights):
         return Start(weights, [])
     if args.trust_weights:
         return Start(weights, names_in(read_checkpoint_file(weights, trust=True), weights))
@@ -157,6 +159,7 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, start: Start) -> None:
     for name in ("fvcore", "detectron2", "iou_d2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     use_datasets(cfg, start, args.eval_only, args.resume)
+    check_start(cfg, start.weights, args.eval_only)
     if args.eval_only:
         cfg.MODEL.WEIGHTS = start.weights
     cfg.freeze()
