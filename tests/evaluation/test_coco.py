@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from iou_d2.analysis import localization_table, read_records
 from iou_d2.evaluation import COCOLocalizationEvaluator
+from iou_d2.evaluation.coco import file_stem
 from random_coco import make_random_coco
 
 
@@ -258,7 +259,7 @@ def test_a_dataset_without_json_is_converted_anew(register, tmp_path):
         forget(name)
         assert actual["bbox"]["AP"] == pytest.approx(expected["bbox"]["AP"], abs=0.01)
         assert actual["bbox"]["AP"] > 5
-    files = {"voc_some_where_val_coco_format.json", "coco_instances_results.json"}
+    files = {f"{file_stem(name)}_coco_format.json", "coco_instances_results.json"}
     assert files <= {path.name for path in (tmp_path / "b").iterdir()}
 
 
