@@ -53,7 +53,9 @@ def judge_iou(case: dict) -> str:
     require(not bool((off > 1e-5).any()), "an IoU is off by more than 1e-5")
     if is_float and len(first):
         (gradient,) = torch.autograd.grad(iou[usable].sum(), first)
-        require(bool(gradient[usable].isfinite().all()), "a gradient of ordinary boxes is not finite")
+        require(
+            bool(gradient[usable].isfinite().all()), "a gradient of ordinary boxes is not finite"
+        )
     return READ
 
 

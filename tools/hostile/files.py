@@ -24,4 +24,3 @@ def write_images(folder: Path) -> list[str]:
 
 def copy_folder(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True)
-

@@ -57,7 +57,9 @@ def _png_of_size(width: int, height: int, depth: int, color: int) -> bytes:
     """A PNG that says it is so large, and holds hardly any pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     body = chunk(b"IDAT", zlib.compress(b"\0" * 1000))

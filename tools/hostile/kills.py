@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,8 +53,6 @@ class Training(NamedTuple):
             status = 1 if end.code else 0
             print(end.code, file=sys.stderr)
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         finally:
             sys.stdout.flush()
@@ -142,7 +141,7 @@ def require_whole(run: Path) -> None:
                 json.loads(line)
         else:
             json.loads(path.read_text())
-    for path in run.rglob("*.pth"):
+    for path in run.glob("model_*.pth"):
         read_checkpoint_file(str(path))
     last = run / "last_checkpoint"
     if last.exists():
@@ -164,6 +163,8 @@ def _surface(name: str, what: str, tries: int, judge: Callable[[Any], str]) -> S
 
 SURFACES = {
     "kill": _surface("kill", "SIGKILL at a random moment, then `--resume`", 50, judge_kill),
-    "disk_full": _surface("disk_full", "no room for a checkpoint, then `--resume`", 5, judge_disk_full),
+    "disk_full": _surface(
+        "disk_full", "no room for a checkpoint, then `--resume`", 5, judge_disk_full
+    ),
     "two_runs": _surface("two_runs", "a second training in the folder", 3, judge_two_runs),
 }

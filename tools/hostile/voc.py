@@ -10,9 +10,7 @@ from .files import SIDES, copy_folder, write_images
 from .judge import Surface, Try
 from .mutate import edit_bytes, edit_xml, to_xml
 
-_BOMB = "".join(
-    f'<!ENTITY e{i + 1} "{f"&e{i};" * 10}">' for i in range(9)
-)
+_BOMB = "".join(f'<!ENTITY e{i + 1} "{f"&e{i};" * 10}">' for i in range(9))
 HEADS = (
     f'<!DOCTYPE x [<!ENTITY e0 "x">{_BOMB}]><annotation>&e9;</annotation>',
     '<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><annotation>&e;</annotation>',
