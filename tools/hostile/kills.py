@@ -163,8 +163,6 @@ def _surface(name: str, what: str, tries: int, judge: Callable[[Any], str]) -> S
 
 SURFACES = {
     "kill": _surface("kill", "SIGKILL at a random moment, then `--resume`", 50, judge_kill),
-    "disk_full": _surface(
-        "disk_full", "no room for a checkpoint, then `--resume`", 5, judge_disk_full
-    ),
+    "disk_full": _surface("disk_full", "no room for a checkpoint, `--resume`", 5, judge_disk_full),
     "two_runs": _surface("two_runs", "a second training in the folder", 3, judge_two_runs),
 }
