@@ -33,15 +33,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_part(task: tuple) -> object:
-    """In a process of its own: the tries [first, end) of a surface."""
-    name, seed, first, end, failures = task
-    from .runner import run
-    from .surfaces import surface
-
-    return run(surface(name), seed, first, end, failures)
-
-
 def parts(names: list[str], args: argparse.Namespace, failures: Path) -> list[tuple]:
     """The longest surfaces come first, so that no process is left with one at the end."""
     from .surfaces import surface
@@ -92,7 +83,7 @@ def repeat(name: str, seed: int, number: int, output: Path) -> int:
 def main() -> int:
     args = parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    from .surfaces import NAMES
+    from .surfaces import NAMES, run_part
     from .table import write_tables
 
     names = args.only or list(NAMES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from .judge import Surface
+from .runner import Count, run
 
 # Name -> module of this package, which has it as SURFACE or in SURFACES.
 NAMES = {
@@ -32,3 +33,9 @@ NAMES = {
 def surface(name: str) -> Surface:
     module = importlib.import_module(f".{NAMES[name]}", __package__)
     return module.SURFACES[name]
+
+
+def run_part(task: tuple) -> Count:
+    """In a process of its own: (name, seed, first, end, folder of failures)."""
+    name, *others = task
+    return run(surface(name), *others)
