@@ -72,8 +72,8 @@ def _is_valid(case: dict) -> bool:
         return False
     if 0 in case["features"].shape[2:] or not 0 < case["spatial_scale"] < math.inf:
         return False
-    index = rois[:, 0]
-    known = (index >= 0) & (index < case["features"].shape[0]) & (index == index.floor())
+    index = rois[:, 0].trunc()  # as documented: a fraction is cut off
+    known = (index >= 0) & (index < case["features"].shape[0])
     return min(sizes) >= 1 and bool(known.all())
 
 
