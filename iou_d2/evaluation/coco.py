@@ -25,6 +25,7 @@ from tabulate import tabulate
 from iou_d2.analysis.average_precision import coco_precision, summarize_ap
 from iou_d2.analysis.curves import localization_table
 from iou_d2.analysis.records import make_records
+from iou_d2.errors import InputError
 
 # What detectors may say of a detection -> what result files call it.
 OPTIONAL_FIELDS = {
@@ -130,7 +131,7 @@ class COCOLocalizationEvaluator(COCOEvaluator):
         classes = self._metadata.get("thing_classes") or category_of
         for result in results:
             if not 0 <= result["category_id"] < max(len(classes), len(category_of)):
-                raise ValueError(
+                raise InputError(
                     f"A detection has class {result['category_id']}, but the dataset "
                     f"{self._metadata.name!r} has {len(classes)} classes: does the model belong to "
                     "this dataset?"
