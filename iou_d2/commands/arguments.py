@@ -42,7 +42,8 @@ class Names(argparse.Action):
         keys = [index for index, value in enumerate(values) if is_key(value)]
         end = keys[0] if keys else len(values)
         if end == 0:
-            parser.error(f"{option_string} takes at least one {self.metavar}, but {values[0]} is a key.")
+            wanted = f"at least one {self.metavar}"
+            parser.error(f"{option_string} takes {wanted}, but {values[0]} is a key.")
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *values[:end]])
         namespace.more_opts = [*namespace.more_opts, *values[end:]]
 

@@ -30,7 +30,7 @@ from iou_d2.commands.arguments import add_config_arguments, config_of
 from iou_d2.commands.run_data import use_datasets
 from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
 from iou_d2.data.cleaning import write_text
-from iou_d2.engine.checkpoint import remove_unfinished
+from iou_d2.engine.checkpoint import remove_unfinished, split_weights
 from iou_d2.engine.config_checks import check_config, check_datasets, check_training
 from iou_d2.engine.launch import launch
 from iou_d2.engine.lock import locked
@@ -141,11 +141,12 @@ def weights_of(cfg: CfgNode, resume: bool) -> str:
 
 def class_names_in(weights: str, trust: bool) -> list[str]:
     """The names of the classes that a checkpoint knows; none where it does not say them."""
-    if not weights or "?matching_heuristics" in weights:  # of other projects
+    if not weights:
         return []
+    path, _ = split_weights(weights)
     if trust:
-        return names_in(read_checkpoint_file(weights, trust=True), weights)
-    return read_class_names(weights) or []
+        return names_in(read_checkpoint_file(path, trust=True), weights)
+    return read_class_names(path) or []
 
 
 def prepare(cfg: CfgNode, args: argparse.Namespace, known: list[str], weights: str) -> None:
