@@ -21,7 +21,7 @@ from detectron2.evaluation import inference_on_dataset
 from tabulate import tabulate
 
 from iou_d2.analysis import metric_by_iteration, plot_curves, recall_by_false_positives
-from iou_d2.analysis.reading import read_ground_truth, read_results
+from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
 from iou_d2.commands.finished_runs import file_of, read_metrics, read_run_config, trained_config
 from iou_d2.commands.output import make_folder
 from iou_d2.commands.trained import add_trust_argument, load_trained
@@ -50,7 +50,9 @@ def read_truth(cfg: CfgNode) -> dict:
     path = getattr(MetadataCatalog.get(cfg.DATASETS.TEST[0]), "json_file", None)
     if path is None:
         raise InputError(f"The test set {cfg.DATASETS.TEST[0]} has no COCO JSON.")
-    return read_ground_truth(path)
+    truth = read_ground_truth(path)
+    require_annotations(path, truth)
+    return truth
 
 
 def average_precision(truth: dict, results: list[dict]) -> float:
