@@ -5,10 +5,10 @@
         --gt instances.json --images images --results coco_instances_results.json \\
         --output refined.json MODEL.WEIGHTS output/iou_net_standalone_shapes/model_final.pth
 
-Reads and writes COCO results, and prints AP before and after where --gt has annotations. Everything in MODEL.IOU_NET can be
-switched at the end of the command line, such as MODEL.IOU_NET.NMS plain; MODEL.ROI_HEADS has
-SCORE_THRESH_TEST and NMS_THRESH_TEST. IoU-guided NMS can only do its work on results that nothing
-has thinned out: make them with the NMS threshold of the detector, such as
+Reads and writes COCO results, and prints AP before and after where --gt has annotations. Everything
+in MODEL.IOU_NET can be switched at the end of the command line, such as MODEL.IOU_NET.NMS plain;
+MODEL.ROI_HEADS has SCORE_THRESH_TEST and NMS_THRESH_TEST. IoU-guided NMS can only do its work on
+results that nothing has thinned out: make them with the NMS threshold of the detector, such as
 MODEL.ROI_HEADS.NMS_THRESH_TEST, at 1.0 (arXiv 1807.11590, Table 1) and with
 TEST.DETECTIONS_PER_IMAGE -1.
 """

@@ -136,10 +136,16 @@ class COCOLocalizationEvaluator(COCOEvaluator):
                     f"{self._metadata.name!r} has {len(classes)} classes: does the model belong to "
                     "this dataset?"
                 )
-        results = [result for result in results if result["category_id"] in category_of]
-        for result in results:
+        kept = [result for result in results if result["category_id"] in category_of]
+        if len(kept) < len(results):
+            lacking = [c for index, c in enumerate(classes) if index not in category_of]
+            self._logger.warning(
+                f"{len(results) - len(kept)} of {len(results)} detections are left out: they are "
+                f"of the classes {', '.join(map(str, lacking))}, which {self._metadata.name} lacks."
+            )
+        for result in kept:
             result["category_id"] = category_of[result["category_id"]]
-        return results
+        return kept
 
     def _average_precision(
         self, truth: dict, results: list[dict], img_ids: list | None
