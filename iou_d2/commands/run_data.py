@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -28,14 +29,18 @@ from iou_d2.errors import InputError
 from iou_d2.evaluation.coco import file_stem
 
 
-def use_datasets(
-    cfg: CfgNode, known: list[str], weights: str, eval_only: bool, resume: bool
-) -> None:
+class Start(NamedTuple):
+    """What a run begins with."""
+
+    weights: str  # a file or an address; empty for none
+    class_names: list[str]  # of the classes that it knows; empty where it does not say
+
+
+def use_datasets(cfg: CfgNode, start: Start, eval_only: bool, resume: bool) -> None:
     """Register and check the datasets of `cfg`, give them all the same classes in the same order,
     and store these.
 
-    Args:
-        known: names of the classes in `weights`, the file that the run begins with; may be empty.
+    Raises InputError where the data, or they and the classes in `start`, do not go together.
     """
     clean_dir = os.path.join(cfg.OUTPUT_DIR, "datasets")
     trust = Trust(boxes=cfg.DATASETS.TRUST_BOXES, paths=cfg.DATASETS.TRUST_PATHS)
@@ -47,7 +52,7 @@ def use_datasets(
         used = tuple(dict.fromkeys(train + used))
     elif not used:
         raise InputError("DATASETS.TEST is empty: name the data to evaluate on with --test.")
-    classes, known_by = classes_of_run(cfg, known, weights, eval_only, resume)
+    classes, known_by = classes_of_run(cfg, start, eval_only, resume)
     for name in used:
         match_classes(name, classes, known_by, leave_out=cfg.DATASETS.TRUST_CLASSES)
     set_class_names(cfg, classes)
@@ -68,13 +73,14 @@ def require_measurable(cfg: CfgNode) -> None:
 
 
 def classes_of_run(
-    cfg: CfgNode, known: list[str], weights: str, eval_only: bool, resume: bool
+    cfg: CfgNode, start: Start, eval_only: bool, resume: bool
 ) -> tuple[list[str], str]:
     """The classes of the model, in the order of its outputs, and what says so.
 
     A checkpoint decides where it is evaluated or resumed, and the order where training begins with
     one of the same classes. Otherwise the training data do.
     """
+    weights, known = start
     if eval_only:
         if known:
             return known, weights

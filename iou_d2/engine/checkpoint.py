@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from iou_d2.errors import InputError, MissingFileError
 
+from .pretrained import is_pretrained, load_pretrained, require_trained
 from .safe_load import local_file, read_checkpoint_file
 
 
@@ -95,12 +96,15 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.mismatch: Mismatch | None = None
 
     def load(self, path: str, *args, **kwargs) -> dict:
-        """As that of DetectionCheckpointer.
+        """As that of DetectionCheckpointer; `path` may also name a backbone of torchvision.
 
         Raises:
             MissingFileError, InputError: sentences that name the file, and the tensor that is none.
         """
         self.mismatch = None
+        if path and is_pretrained(path):
+            load_pretrained(self.model, path)
+            return {}
         path, self._is_matched = split_weights(path)
         # Of several processes, Detectron2 lets those read nothing that do not see the file.
         is_alone = not isinstance(self.model, DistributedDataParallel)
@@ -183,6 +187,7 @@ def build_predictor(cfg: CfgNode, trust: bool = False) -> DefaultPredictor:
 
     Raises what SafeCheckpointer.load does.
     """
+    require_trained(cfg.MODEL.WEIGHTS)
     untrained = cfg.clone()
     untrained.defrost()
     untrained.MODEL.WEIGHTS = ""
