@@ -13,6 +13,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 
 from iou_d2.detectors.visualize import draw_boxes
+from iou_d2.errors import InputError
 
 COLUMNS, ROWS = 5, 4
 _CELL = 400  # pixels
@@ -23,7 +24,7 @@ def draw_sheet(sets: dict[str, list[dict]], folder: Path, seed: int = 0) -> Path
     """Write pictures.png into `folder`: images drawn at random, those with objects first.
 
     `sets`: name of a registered dataset -> its dicts. An image that cannot be read leaves a cell
-    with its name. Raises OSError where the picture cannot be written.
+    with its name. Raises InputError where the picture cannot be written.
     """
     pairs = [(name, record) for name, dicts in sets.items() for record in dicts]
     random.Random(seed).shuffle(pairs)
@@ -36,7 +37,7 @@ def draw_sheet(sets: dict[str, list[dict]], folder: Path, seed: int = 0) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "pictures.png"
     if not cv2.imwrite(str(file), np.vstack(lines)):
-        raise OSError(f"The picture {file} cannot be written.")
+        raise InputError(f"The picture {file} cannot be written.")
     return file
 
 

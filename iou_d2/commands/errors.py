@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from iou_d2.errors import InputError
 
 # What the machine refuses, not what a program did wrong.
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+_REFUSED = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+}
 
 
 @contextlib.contextmanager

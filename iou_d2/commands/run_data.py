@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
+<<<<<<< HEAD
+=======
+from detectron2.data import DatasetCatalog, MetadataCatalog
+>>>>>>> rest
 from detectron2.utils import comm
 
 from iou_d2.config import set_class_names
@@ -58,7 +62,18 @@ def use_datasets(cfg: CfgNode, start: Start, eval_only: bool, resume: bool) -> N
     set_class_names(cfg, classes)
     for name in used:
         ensure_shapes(name)
+    require_measurable(cfg)
     check_own_data(cfg, used, clean_dir, eval_only)
+
+
+def require_measurable(cfg: CfgNode) -> None:
+    """Raise an InputError where TEST.EXPECTED_RESULTS wait for the AP of a set that gives none."""
+    for name in cfg.DATASETS.TEST:
+        if cfg.TEST.EXPECTED_RESULTS and not MetadataCatalog.get(name).get("has_annotations", True):
+            raise InputError(
+                f"TEST.EXPECTED_RESULTS cannot be held against '{name}', which has no annotations: "
+                "set it to []."
+            )
 
 
 def classes_of_run(
