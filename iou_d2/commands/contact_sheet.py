@@ -136,7 +136,7 @@ def _write_classes(
 def _write_lines(draw: ImageDraw.ImageDraw, text: str) -> None:
     """`text` in red, broken where a line is full, at the top of a cell."""
     line, y = "", _GAP
-    for character in text:
+    for character in _printable(text):
         if line and draw.textlength(line + character, _font()) > _CELL - 4 * _GAP:
             draw.text((_GAP, y), line, _RED, _font())
             line, y = "", y + _FONT + 4
@@ -145,7 +145,8 @@ def _write_lines(draw: ImageDraw.ImageDraw, text: str) -> None:
 
 
 def _shortened(text: str, room: int) -> str:
-    """`text`, without its middle where it is wider than `room` pixels."""
+    """`text` on one line, without its middle where it is wider than `room` pixels."""
+    text = _printable(text)
     if _font().getlength(text) <= room:
         return text
     kept = len(text)
@@ -154,9 +155,15 @@ def _shortened(text: str, room: int) -> str:
     return f"{text[: kept // 2]}...{text[-(kept // 2) :]}"
 
 
+def _printable(text: str) -> str:
+    """Pillow draws no line breaks in labels, and fails at names of files that are no UTF-8."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), _FONT)
+    file = font_manager.findfont("DejaVu Sans")
+    return ImageFont.truetype(file, _FONT, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _color(index: int) -> tuple[int, int, int]:
