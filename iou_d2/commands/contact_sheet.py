@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import textwrap
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from iou_d2.errors import InputError
 COLUMNS, ROWS = 5, 4
 # Pixels. Everything is drawn at the size that it has in the sheet.
 _CELL, _CAPTION, _GAP = 480, 44, 8
-_FONT = 15
+_FONT, _LINE = 15, 50  # height of letters in pixels, letters of a line
 _DRAWN = 300  # objects of an image
 _LABELLED = 12  # with more objects labels would hide them; the caption names the classes anyway
 _RED = (200, 0, 0)
@@ -134,14 +135,9 @@ def _write_classes(
 
 
 def _write_lines(draw: ImageDraw.ImageDraw, text: str) -> None:
-    """`text` in red, broken where a line is full, at the top of a cell."""
-    line, y = "", _GAP
-    for character in _printable(text):
-        if line and draw.textlength(line + character, _font()) > _CELL - 4 * _GAP:
-            draw.text((_GAP, y), line, _RED, _font())
-            line, y = "", y + _FONT + 4
-        line += character
-    draw.text((_GAP, y), line, _RED, _font())
+    """`text` in red at the top of a cell."""
+    for number, line in enumerate(textwrap.wrap(_printable(text), _LINE)):
+        draw.text((_GAP, _GAP + number * (_FONT + 4)), line, _RED, _font())
 
 
 def _shortened(text: str, room: int) -> str:
