@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
-<<<<<<< HEAD
-=======
 from detectron2.data import DatasetCatalog, MetadataCatalog
->>>>>>> rest
 from detectron2.utils import comm
 
 from iou_d2.config import set_class_names
