@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
 from iou_d2.config import set_class_names
