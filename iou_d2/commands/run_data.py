@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
 from iou_d2.config import set_class_names
@@ -21,6 +21,7 @@ from iou_d2.data.classes import (
     training_classes,
 )
 from iou_d2.data.cleaning import Trust
+from iou_d2.data.coco_records import records_of
 from iou_d2.data.images import check_images
 from iou_d2.data.register import register_dataset
 from iou_d2.data.shapes import ensure_shapes
@@ -58,7 +59,18 @@ def use_datasets(cfg: CfgNode, start: Start, eval_only: bool, resume: bool) -> N
     set_class_names(cfg, classes)
     for name in used:
         ensure_shapes(name)
+    require_measurable(cfg)
     check_own_data(cfg, used, clean_dir, eval_only)
+
+
+def require_measurable(cfg: CfgNode) -> None:
+    """Raise an InputError where TEST.EXPECTED_RESULTS wait for the AP of a set that gives none."""
+    for name in cfg.DATASETS.TEST:
+        if cfg.TEST.EXPECTED_RESULTS and not MetadataCatalog.get(name).get("has_annotations", True):
+            raise InputError(
+                f"TEST.EXPECTED_RESULTS cannot be held against '{name}', which has no annotations: "
+                "set it to []."
+            )
 
 
 def classes_of_run(
@@ -98,4 +110,4 @@ def check_own_data(cfg: CfgNode, names: Sequence[str], clean_dir: str, eval_only
         require_no_masks(cfg, has_masks=any(map(has_segmentations, cfg.DATASETS.TRAIN)))
     for name in own:
         cache = Path(clean_dir) / f"{file_stem(name)}.images_checked"
-        check_images(DatasetCatalog.get(name), cache, name)
+        check_images(records_of(name), cache, name)

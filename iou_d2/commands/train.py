@@ -31,7 +31,7 @@ from iou_d2.commands.errors import leaves_no_traceback
 from iou_d2.commands.run_data import Start, use_datasets
 from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
 from iou_d2.data.cleaning import write_text
-from iou_d2.engine.checkpoint import remove_unfinished
+from iou_d2.engine.checkpoint import remove_unfinished, split_weights
 from iou_d2.engine.config_checks import check_config, check_datasets, check_training
 from iou_d2.engine.launch import launch
 from iou_d2.engine.lock import locked
@@ -146,12 +146,12 @@ def start_of(cfg: CfgNode, args: argparse.Namespace) -> Start:
             "Nothing is trained that --eval-only could evaluate: give MODEL.WEIGHTS at the end of "
             "the command line."
         )
-    # Those of other projects and of backbones.
-    if not weights or "?matching_heuristics" in weights or is_pretrained(weights):
+    if not weights or is_pretrained(weights):
         return Start(weights, [])
+    path, _ = split_weights(weights)
     if args.trust_weights:
-        return Start(weights, names_in(read_checkpoint_file(weights, trust=True), weights))
-    return Start(weights, read_class_names(weights) or [])
+        return Start(weights, names_in(read_checkpoint_file(path, trust=True), weights))
+    return Start(weights, read_class_names(path) or [])
 
 
 def prepare(cfg: CfgNode, args: argparse.Namespace, start: Start) -> None:

@@ -53,6 +53,15 @@ class Mismatch:
         return "; ".join(parts) + "."
 
 
+def split_weights(weights: str) -> tuple[str, bool]:
+    """MODEL.WEIGHTS as a path or address, and whether its "?matching_heuristics=True" lets
+    Detectron2 match its tensors with those of the model by the ends of their names."""
+    url = urlparse(weights or "")
+    if url.query != "matching_heuristics=True" or os.path.isfile(weights):
+        return weights, False
+    return url._replace(query="").geturl(), True
+
+
 class SafeCheckpointer(DetectionCheckpointer):
     """A DetectionCheckpointer that runs nothing that is in a file, and of which a crash never
     leaves half a file behind.
@@ -96,10 +105,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if path and is_pretrained(path):
             load_pretrained(self.model, path)
             return {}
-        url = urlparse(path or "")
-        self._is_matched = url.query == "matching_heuristics=True" and not os.path.isfile(path)
-        if self._is_matched:
-            path = url._replace(query="").geturl()
+        path, self._is_matched = split_weights(path)
         # Of several processes, Detectron2 lets those read nothing that do not see the file.
         is_alone = not isinstance(self.model, DistributedDataParallel)
         if path and self.content is None and is_alone:
