@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
 from iou_d2.config import set_class_names
@@ -21,6 +21,7 @@ from iou_d2.data.classes import (
     training_classes,
 )
 from iou_d2.data.cleaning import Trust
+from iou_d2.data.coco_records import records_of
 from iou_d2.data.images import check_images
 from iou_d2.data.register import register_dataset
 from iou_d2.data.shapes import ensure_shapes
@@ -109,4 +110,4 @@ def check_own_data(cfg: CfgNode, names: Sequence[str], clean_dir: str, eval_only
         require_no_masks(cfg, has_masks=any(map(has_segmentations, cfg.DATASETS.TRAIN)))
     for name in own:
         cache = Path(clean_dir) / f"{file_stem(name)}.images_checked"
-        check_images(DatasetCatalog.get(name), cache, name)
+        check_images(records_of(name), cache, name)

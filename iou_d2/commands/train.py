@@ -27,6 +27,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from iou_d2.commands.arguments import add_config_arguments, config_of
+from iou_d2.commands.errors import leaves_no_traceback
 from iou_d2.commands.run_data import Start, use_datasets
 from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
 from iou_d2.data.cleaning import write_text
@@ -158,6 +159,7 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, start: Start) -> None:
     # Before the data are read, so that what is mended in them stands in log.txt.
     for name in ("fvcore", "detectron2", "iou_d2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(leaves_no_traceback)
     use_datasets(cfg, start, args.eval_only, args.resume)
     check_start(cfg, start.weights, args.eval_only)
     if args.eval_only:
