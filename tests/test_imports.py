@@ -20,12 +20,13 @@ FLOORS = {
     "layers": ({"ops", "_C"}, {"torch", "torchvision", "detectron2"}),
     "backbones": ({"ops", "layers"}, DETECTION),
     "detectors": ({"ops", "layers", "backbones"}, DETECTION | {"numpy", "cv2"}),
-    "data": (set(), {"numpy", "cv2", "PIL", "tqdm", "pycocotools", "iopath", "detectron2"}),
+    "data": (set(), {"numpy", "cv2", "PIL", "tqdm", "yaml", "pycocotools", "iopath",
+                     "detectron2"}),
     # Of `data` only what imports no Detectron2: see the test below.
     "analysis": ({"data"}, ARRAYS),
     "evaluation": ({"analysis"}, {"detectron2", "tabulate"}),
     "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation",
-               "config_files", "__version__"}, DETECTION | {"numpy"}),
+               "config_files", "__version__"}, DETECTION | {"numpy", "iopath"}),
 }  # fmt: skip
 # The roof may import from everywhere.
 ROOF = (

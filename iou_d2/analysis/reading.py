@@ -54,6 +54,12 @@ def read_ground_truth(path: str | os.PathLike[str]) -> dict[str, Any]:
     return data
 
 
+def require_annotations(path: str | os.PathLike[str], truth: dict[str, Any]) -> None:
+    """Raise an InputError where the ground truth that was read from `path` has no annotation."""
+    if not truth["annotations"]:
+        raise InputError(f"{path} has no annotations: there is nothing to compare detections with.")
+
+
 def read_results(path: str | os.PathLike[str], truth: dict[str, Any]) -> list[dict[str, Any]]:
     """Detections of a COCO results file, held against the ground truth that they are for.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 
 from iou_d2.config import set_class_names
@@ -20,6 +21,7 @@ from iou_d2.data.classes import (
     training_classes,
 )
 from iou_d2.data.cleaning import Trust
+from iou_d2.data.coco_records import records_of
 from iou_d2.data.images import check_images
 from iou_d2.data.register import register_dataset
 from iou_d2.data.shapes import ensure_shapes
@@ -28,14 +30,18 @@ from iou_d2.errors import InputError
 from iou_d2.evaluation.coco import file_stem
 
 
-def use_datasets(
-    cfg: CfgNode, known: list[str], weights: str, eval_only: bool, resume: bool
-) -> None:
+class Start(NamedTuple):
+    """What a run begins with."""
+
+    weights: str  # a file or an address; empty for none
+    class_names: list[str]  # of the classes that it knows; empty where it does not say
+
+
+def use_datasets(cfg: CfgNode, start: Start, eval_only: bool, resume: bool) -> None:
     """Register and check the datasets of `cfg`, give them all the same classes in the same order,
     and store these.
 
-    Args:
-        known: names of the classes in `weights`, the file that the run begins with; may be empty.
+    Raises InputError where the data, or they and the classes in `start`, do not go together.
     """
     clean_dir = os.path.join(cfg.OUTPUT_DIR, "datasets")
     trust = Trust(boxes=cfg.DATASETS.TRUST_BOXES, paths=cfg.DATASETS.TRUST_PATHS)
@@ -47,23 +53,35 @@ def use_datasets(
         used = tuple(dict.fromkeys(train + used))
     elif not used:
         raise InputError("DATASETS.TEST is empty: name the data to evaluate on with --test.")
-    classes, known_by = classes_of_run(cfg, known, weights, eval_only, resume)
+    classes, known_by = classes_of_run(cfg, start, eval_only, resume)
     for name in used:
         match_classes(name, classes, known_by, leave_out=cfg.DATASETS.TRUST_CLASSES)
     set_class_names(cfg, classes)
     for name in used:
         ensure_shapes(name)
+    require_measurable(cfg)
     check_own_data(cfg, used, clean_dir, eval_only)
 
 
+def require_measurable(cfg: CfgNode) -> None:
+    """Raise an InputError where TEST.EXPECTED_RESULTS wait for the AP of a set that gives none."""
+    for name in cfg.DATASETS.TEST:
+        if cfg.TEST.EXPECTED_RESULTS and not MetadataCatalog.get(name).get("has_annotations", True):
+            raise InputError(
+                f"TEST.EXPECTED_RESULTS cannot be held against '{name}', which has no annotations: "
+                "set it to []."
+            )
+
+
 def classes_of_run(
-    cfg: CfgNode, known: list[str], weights: str, eval_only: bool, resume: bool
+    cfg: CfgNode, start: Start, eval_only: bool, resume: bool
 ) -> tuple[list[str], str]:
     """The classes of the model, in the order of its outputs, and what says so.
 
     A checkpoint decides where it is evaluated or resumed, and the order where training begins with
     one of the same classes. Otherwise the training data do.
     """
+    weights, known = start
     if eval_only:
         if known:
             return known, weights
@@ -92,4 +110,4 @@ def check_own_data(cfg: CfgNode, names: Sequence[str], clean_dir: str, eval_only
         require_no_masks(cfg, has_masks=any(map(has_segmentations, cfg.DATASETS.TRAIN)))
     for name in own:
         cache = Path(clean_dir) / f"{file_stem(name)}.images_checked"
-        check_images(DatasetCatalog.get(name), cache, name)
+        check_images(records_of(name), cache, name)

@@ -27,13 +27,15 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from iou_d2.commands.arguments import add_config_arguments, config_of
-from iou_d2.commands.run_data import use_datasets
+from iou_d2.commands.errors import leaves_no_traceback
+from iou_d2.commands.run_data import Start, use_datasets
 from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
 from iou_d2.data.cleaning import write_text
-from iou_d2.engine.checkpoint import remove_unfinished
+from iou_d2.engine.checkpoint import remove_unfinished, split_weights
 from iou_d2.engine.config_checks import check_config, check_datasets, check_training
 from iou_d2.engine.launch import launch
 from iou_d2.engine.lock import locked
+from iou_d2.engine.pretrained import check_start, is_pretrained
 from iou_d2.engine.run_record import describe_run, recorded
 from iou_d2.engine.safe_load import read_checkpoint_file, read_class_names
 from iou_d2.engine.trainer import Trainer
@@ -80,24 +82,10 @@ def main(argv: list[str] | None = None, epilog: str | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """What each process does."""
-    # Only the main process says that CUDA is not there.
-    if args.num_gpus == 0 or (comm.get_rank() > 0 and not torch.cuda.is_available()):
-        args.opts = [*args.opts, "MODEL.DEVICE", "cpu"]
-    cfg = config_of(args)
-    check = check_config if args.eval_only else check_training
-    check(cfg)
-    check_datasets(cfg, "DATASETS.TEST")
-    if comm.get_world_size() > 1 and args.num_gpus > 0 and torch.cuda.is_available():
-        require_cuda(cfg)
-    weights = weights_of(cfg, args.resume)
-    if args.eval_only and not weights:
-        raise InputError(
-            "Nothing is trained that --eval-only could evaluate: give MODEL.WEIGHTS at the end of "
-            "the command line."
-        )
-    known = class_names_in(weights, args.trust_weights)
+    cfg = read_config(args)
+    start = start_of(cfg, args)
     with locked(cfg.OUTPUT_DIR):
-        prepare(cfg, args, known, weights)
+        prepare(cfg, args, start)
         record = describe_run(cfg, args.config_file, [*args.more_opts, *args.opts])
         folder = Path(cfg.OUTPUT_DIR)
         if args.eval_only:
@@ -130,32 +118,52 @@ def evaluate(cfg: CfgNode, trust_weights: bool, record: dict) -> None:
         verify_results(cfg, results)
 
 
-def weights_of(cfg: CfgNode, resume: bool) -> str:
-    """The file that a run begins with: the last checkpoint in OUTPUT_DIR where it resumes and there
-    is one, or else MODEL.WEIGHTS."""
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The config of a run, checked as far as it can be without its data."""
+    # Only the main process says that CUDA is not there.
+    if args.num_gpus == 0 or (comm.get_rank() > 0 and not torch.cuda.is_available()):
+        args.opts = [*args.opts, "MODEL.DEVICE", "cpu"]
+    cfg = config_of(args)
+    if args.eval_only:
+        check_config(cfg)
+    else:
+        check_training(cfg)
+    check_datasets(cfg, "DATASETS.TEST")
+    if comm.get_world_size() > 1 and args.num_gpus > 0 and torch.cuda.is_available():
+        require_cuda(cfg)
+    return cfg
+
+
+def start_of(cfg: CfgNode, args: argparse.Namespace) -> Start:
+    """What a run begins with: the last checkpoint in OUTPUT_DIR where it resumes and there is one,
+    or else MODEL.WEIGHTS."""
+    weights = cfg.MODEL.WEIGHTS
     last = Path(cfg.OUTPUT_DIR) / "last_checkpoint"
-    if resume and last.is_file():
-        return str(last.with_name(last.read_text(encoding="utf-8").strip()))
-    return cfg.MODEL.WEIGHTS
+    if args.resume and last.is_file():
+        weights = str(last.with_name(last.read_text(encoding="utf-8").strip()))
+    if args.eval_only and not weights:
+        raise InputError(
+            "Nothing is trained that --eval-only could evaluate: give MODEL.WEIGHTS at the end of "
+            "the command line."
+        )
+    if not weights or is_pretrained(weights):
+        return Start(weights, [])
+    path, _ = split_weights(weights)
+    if args.trust_weights:
+        return Start(weights, names_in(read_checkpoint_file(path, trust=True), weights))
+    return Start(weights, read_class_names(path) or [])
 
 
-def class_names_in(weights: str, trust: bool) -> list[str]:
-    """The names of the classes that a checkpoint knows; none where it does not say them."""
-    if not weights or "?matching_heuristics" in weights:  # of other projects
-        return []
-    if trust:
-        return names_in(read_checkpoint_file(weights, trust=True), weights)
-    return read_class_names(weights) or []
-
-
-def prepare(cfg: CfgNode, args: argparse.Namespace, known: list[str], weights: str) -> None:
+def prepare(cfg: CfgNode, args: argparse.Namespace, start: Start) -> None:
     """Complete the config with the data, and make the loggers and the seed of a run."""
     # Before the data are read, so that what is mended in them stands in log.txt.
     for name in ("fvcore", "detectron2", "iou_d2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
-    use_datasets(cfg, known, weights, args.eval_only, args.resume)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(leaves_no_traceback)
+    use_datasets(cfg, start, args.eval_only, args.resume)
+    check_start(cfg, start.weights, args.eval_only)
     if args.eval_only:
-        cfg.MODEL.WEIGHTS = weights
+        cfg.MODEL.WEIGHTS = start.weights
     cfg.freeze()
     log_setup(cfg, args)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())

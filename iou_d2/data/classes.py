@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 
 from iou_d2.errors import InputError
+
+from .coco_records import LazyRecords, records_of
 
 # The readers of iou_d2, which follow the metadata. Detectron2's own have their order in code.
 OWN = ("coco:", "voc:", "yolo:")
@@ -95,7 +97,7 @@ def require_objects(names: Sequence[str]) -> None:
     """
     images = 0
     for name in names:
-        for record in DatasetCatalog.get(name):
+        for record in records_of(name):
             images += 1
             if any(not a.get("iscrowd", 0) for a in record.get("annotations", ())):
                 return
@@ -107,7 +109,9 @@ def require_objects(names: Sequence[str]) -> None:
 
 def has_segmentations(name: str) -> bool:
     """Whether an object of a registered dataset has a mask."""
-    records = DatasetCatalog.get(name)
+    records = records_of(name)
+    if isinstance(records, LazyRecords):
+        return records.has_segmentations
     return any(a.get("segmentation") for record in records for a in record.get("annotations", ()))
 
 

@@ -1,7 +1,7 @@
 """A user's COCO JSON as a dataset of Detectron2.
 
 COCO writes a box as [x, y, width, height] in absolute pixels. What is mended, and what is refused,
-stands in coco_mending.py, coco_images.py and coco_boxes.py.
+stands in coco_mending.py, coco_annotations.py, coco_images.py and coco_boxes.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from .cleaning import NO_TRUST, Trust, copy_name, write_parts
 from .coco_images import image_folders
 from .coco_reading import CocoFile, read_coco
-from .coco_records import PackedRecords
+from .coco_records import PackedRecords, records_of
+from .json_file import no_garbage_collection
+from .packed_list import PackedList
 
 
 def register_coco(
@@ -54,12 +58,18 @@ def register_coco(
             f"{json_file}: of {len(coco.data['images'])} images, {coco.findings}. "
             f"Training and evaluation read the mended copy {source}."
         )
-    _register(name, coco, source, trust)
+    if not coco.has_annotations:
+        logging.getLogger(__name__).warning(
+            f"{json_file} has no 'annotations': detections are written, but no AP is measured."
+        )
+    _register(name, coco, source)
     return name
 
 
-def _register(name: str, coco: CocoFile, source: Path, trust: Trust) -> None:
+def _register(name: str, coco: CocoFile, source: Path) -> None:
     categories = sorted(coco.data["categories"], key=lambda category: category["id"])
+    # What was read for the checks is kept, so that no load reads the file again.
+    packed = PackedRecords(coco.data, coco.image_folder)
     MetadataCatalog.get(name).set(
         json_file=str(source),
         image_root=str(coco.image_folder),
@@ -68,36 +78,30 @@ def _register(name: str, coco: CocoFile, source: Path, trust: Trust) -> None:
         has_annotations=coco.has_annotations,
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories)},
+        packed_records=packed,
     )
-    # The first load takes what was read for the checks; a training run needs no second one.
-    packed = [PackedRecords(coco.data, coco.image_folder)]
-    folder = coco.image_folder
-    # The mended copy holds paths that were trusted, and boxes that were mended, already.
-    again = Trust(boxes=True, paths=trust.paths)
 
     def load() -> list[dict[str, Any]]:
-        records = packed.pop() if packed else _pack(source, folder, again)
-        return records.unpack(MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id)
+        with no_garbage_collection():
+            return list(records_of(name))
 
     DatasetCatalog.register(name, load)
 
 
-def _pack(source: Path, folder: Path, trust: Trust) -> PackedRecords:
-    return PackedRecords(read_coco(source, folder, trust).data, folder)
-
-
-def _json_parts(data: dict[str, Any], step: int = 10000):
+def _json_parts(data: dict[str, Any], step: int = 10000) -> Iterator[str]:
     """The text of a COCO dict in parts, so that it never stands in memory as a whole."""
     opening = "{"
     for key, value in data.items():
         yield f"{opening}{json.dumps(key)}: "
         opening = ", "
-        if not isinstance(value, list):
+        if not isinstance(value, (list, PackedList)):
             yield json.dumps(value)
             continue
         yield "["
-        for start in range(0, len(value), step):
-            yield (", " if start else "") + json.dumps(value[start : start + step])[1:-1]
+        values, comma = iter(value), ""
+        while part := list(islice(values, step)):
+            yield comma + json.dumps(part)[1:-1]
+            comma = ", "
         yield "]"
     yield "}"
 

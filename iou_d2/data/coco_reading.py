@@ -5,35 +5,35 @@ Imports no Detectron2: the analysis of result files reads its ground truth here 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from iou_d2.errors import InputError
 
 from .cleaning import NO_TRUST, Findings, Trust
+from .coco_annotations import box_arrays, clip_boxes, first_free_id, mend_annotations
 from .coco_boxes import doubt_about_boxes
-from .coco_images import (
-    fill_in_sizes,
-    find_image_folder,
-    locate_images,
-    no_image_folder,
-)
-from .coco_mending import (
-    box_arrays,
-    clip_boxes,
-    mend_annotations,
-    mend_categories,
-    mend_images,
-)
+from .coco_images import fill_in_sizes, find_image_folder, locate_images, no_image_folder
+from .coco_mending import mend_categories, mend_images
 from .json_file import no_garbage_collection, parse_json
+from .packed_list import PackedList
 
 MARK = "byte-order marks were left out"
+
+_STEP = 10000  # annotations whose boxes are looked at together
 
 
 @dataclass(frozen=True)
 class CocoFile:
-    """A mended COCO dict. Without "annotations" it is a test set on which nothing is measured."""
+    """A mended COCO dict, whose "annotations" are a `PackedList`.
+
+    Without "annotations" it is a test set on which nothing is measured.
+    """
 
     data: dict[str, Any]
     image_folder: Path
@@ -44,8 +44,10 @@ class CocoFile:
         return "annotations" in self.data
 
 
-def read_coco(json_file: Path, image_folder: Path | None = None, trust: Trust = NO_TRUST):
-    """Read, check and mend a COCO JSON and find its images: a `CocoFile`.
+def read_coco(
+    json_file: Path, image_folder: Path | None = None, trust: Trust = NO_TRUST
+) -> CocoFile:
+    """Read, check and mend a COCO JSON and find its images.
 
     Args:
         json_file: the annotations.
@@ -56,7 +58,7 @@ def read_coco(json_file: Path, image_folder: Path | None = None, trust: Trust = 
         MissingFileError: the JSON or images that it lists are not there.
         InputError: the JSON is broken, contradicts itself, or its boxes are no XYWH in pixels.
     """
-    data, findings = read_records(json_file)
+    data, findings = read_records(json_file, packed=True)
     images = data["images"]
     if image_folder is None:
         image_folder = find_image_folder(json_file, images)
@@ -70,12 +72,12 @@ def read_coco(json_file: Path, image_folder: Path | None = None, trust: Trust = 
     return CocoFile(data, image_folder, findings)
 
 
-def read_records(json_file: Path) -> tuple[dict[str, Any], Findings]:
+def read_records(json_file: Path, packed: bool = False) -> tuple[dict[str, Any], Findings]:
     """A COCO dict with mended images and categories, and raw annotations; no image is looked for.
 
-    Raises as `read_coco` does.
+    Its annotations are a list or, `packed`, a `PackedList`. Raises as `read_coco` does.
     """
-    data, has_mark = parse_json(json_file, "annotation file")
+    data, has_mark = parse_json(json_file, "annotation file", "annotations" if packed else None)
     if not isinstance(data, dict):
         raise InputError(
             f"{json_file} holds a {type(data).__name__}, not a COCO dict with the keys "
@@ -84,7 +86,7 @@ def read_records(json_file: Path) -> tuple[dict[str, Any], Findings]:
     for key in ("images", "annotations", "categories"):
         if key == "annotations" and key not in data:
             continue
-        if not isinstance(data.get(key), list):
+        if not isinstance(data.get(key), (list, PackedList)):
             raise InputError(f"{json_file} is not a COCO annotation file: it has no list '{key}'.")
     for key in ("images", "categories"):
         if not data[key]:
@@ -112,11 +114,25 @@ def mend_boxes(json_file: Path, data: dict[str, Any], findings: Findings) -> str
         for image in data["images"]
     }
     category_ids = {category["id"] for category in data["categories"]}
+    annotations = data["annotations"]
+    is_packed = isinstance(annotations, PackedList)
+    kept: PackedList | list[dict] = PackedList() if is_packed else []
+    all_boxes, all_sizes, start = [np.zeros((0, 4))], [np.zeros((0, 2))], 0
     with no_garbage_collection():
-        annotations = mend_annotations(
-            json_file, data["annotations"], sizes, category_ids, findings
-        )
-        boxes, image_sizes = box_arrays(annotations, sizes)
-        doubt = doubt_about_boxes(boxes, image_sizes)
-        data["annotations"] = clip_boxes(annotations, boxes, image_sizes, findings)
-    return doubt
+        next_id = first_free_id(annotations)
+        raw = annotations.drain() if is_packed else annotations
+        mended = mend_annotations(json_file, raw, next_id, sizes, category_ids, findings)
+        for part in _parts(mended):
+            boxes, image_sizes = box_arrays(part, sizes)
+            kept.extend(clip_boxes(part, boxes, image_sizes, findings, start))
+            all_boxes.append(boxes)
+            all_sizes.append(image_sizes)
+            start += len(part)
+        data["annotations"] = kept
+        return doubt_about_boxes(np.concatenate(all_boxes), np.concatenate(all_sizes))
+
+
+def _parts(annotations: Iterable[dict]) -> Iterator[list[dict]]:
+    annotations = iter(annotations)
+    while part := list(islice(annotations, _STEP)):
+        yield part

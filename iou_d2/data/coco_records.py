@@ -2,54 +2,120 @@
 
 from __future__ import annotations
 
-import marshal
 import os
-from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pycocotools.mask as mask_util
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-# As in `load_coco_json`, in its order.
+from .json_file import no_garbage_collection
+from .packed_list import PackedArray, PackedList
+
+# As in `load_coco_json`.
 _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")
 
 
 class PackedRecords:
-    """The records of a mended COCO dict, about a fifth as large as the dicts that they become."""
+    """The images of a mended COCO dict and their objects, about a fifth as large as Python's dicts.
+
+    Attributes:
+        has_segmentations: whether an object has a mask.
+    """
 
     def __init__(self, data: dict[str, Any], image_folder: Path) -> None:
-        by_image = defaultdict(list)
-        for annotation in data.get("annotations", ()):
-            by_image[annotation["image_id"]].append(annotation)
-        self._images = []
-        for image in sorted(data["images"], key=lambda image: image["id"]):
-            objects = [_object(annotation) for annotation in by_image.pop(image["id"], ())]
-            path = os.path.join(image_folder, image["file_name"])
-            header = (path, image["height"], image["width"], image["id"])
-            self._images.append((*header, marshal.dumps(objects)))
+        """`data` are those of a `CocoFile`; if its annotations are packed, none are left there."""
+        images = sorted(data["images"], key=lambda image: image["id"])
+        index = {image["id"]: i for i, image in enumerate(images)}
+        annotations = data.get("annotations", [])
+        image_of: list[int] = []
+        self.has_segmentations = False
 
-    def unpack(self, class_index: dict[int, int]) -> list[dict[str, Any]]:
-        """What Detectron2's `load_coco_json` gives for the same data.
+        def objects() -> Iterator[dict[str, Any]]:
+            is_packed = isinstance(annotations, PackedList)
+            for annotation in annotations.drain() if is_packed else annotations:
+                image_of.append(index[annotation["image_id"]])
+                packed = _object(annotation)
+                self.has_segmentations |= bool(packed.get("segmentation"))
+                yield packed
+
+        with no_garbage_collection():
+            self._objects = PackedArray(objects())
+            keys = ("file_name", "height", "width", "id")
+            self._images = PackedArray(tuple(image[key] for key in keys) for image in images)
+        # The objects of image i are `order[starts[i] : starts[i + 1]]`, in the order of the file.
+        where = np.array(image_of, dtype=np.int64)
+        self._order = np.argsort(where, kind="stable")
+        self._starts = np.searchsorted(where[self._order], np.arange(len(images) + 1))
+        self._folder = str(image_folder)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def record(self, index: int, class_index: dict[int, int]) -> dict[str, Any]:
+        """One of what Detectron2's `load_coco_json` gives for the same data.
 
         Args:
             class_index: the class of each category id; objects of others are left out.
         """
-        records = []
-        for file_name, height, width, image_id, packed in self._images:
-            objects = marshal.loads(packed)
-            record = {
-                "file_name": file_name,
-                "height": height,
-                "width": width,
-                "image_id": image_id,
-                "annotations": [o for o in objects if o["category_id"] in class_index],
-            }
-            for item in record["annotations"]:
-                item["category_id"] = class_index[item["category_id"]]
-                item["bbox_mode"] = BoxMode.XYWH_ABS
-            records.append(record)
-        return records
+        file_name, height, width, image_id = self._images[index]
+        start, end = self._starts[index : index + 2].tolist()
+        objects = map(self._objects.__getitem__, self._order[start:end].tolist())
+        record = {
+            "file_name": os.path.join(self._folder, file_name),
+            "height": height,
+            "width": width,
+            "image_id": image_id,
+            "annotations": [o for o in objects if o["category_id"] in class_index],
+        }
+        for item in record["annotations"]:
+            item["category_id"] = class_index[item["category_id"]]
+            item["bbox_mode"] = BoxMode.XYWH_ABS
+        return record
+
+
+class LazyRecords(Sequence):
+    """The records of a COCO dataset, or some of them, each made when it is looked at."""
+
+    def __init__(
+        self,
+        packed: PackedRecords,
+        class_index: dict[int, int],
+        chosen: Sequence[int] | None = None,
+    ) -> None:
+        """`chosen` are the indices of the records; None takes all."""
+        self._packed, self._class_index = packed, class_index
+        self._chosen = range(len(packed)) if chosen is None else np.array(chosen, dtype=np.int64)
+        self.has_segmentations = packed.has_segmentations
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._packed.record(int(self._chosen[index]), self._class_index)
+
+    def with_objects(self) -> LazyRecords:
+        """The records that have an object that is no crowd."""
+        chosen = [
+            index
+            for index, record in zip(self._chosen, self)
+            if any(not item.get("iscrowd", 0) for item in record["annotations"])
+        ]
+        return LazyRecords(self._packed, self._class_index, chosen)
+
+
+def records_of(name: str) -> Sequence[dict[str, Any]]:
+    """The records of a registered dataset. Those of a COCO file of a user are `LazyRecords`."""
+    metadata = MetadataCatalog.get(name)
+    packed = metadata.get("packed_records")
+    if packed is None:
+        return DatasetCatalog.get(name)
+    return LazyRecords(packed, metadata.thing_dataset_id_to_contiguous_id)
 
 
 def _object(annotation: dict) -> dict[str, Any]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import print_instances_class_histogram
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
+from iou_d2.data.coco_records import LazyRecords, records_of
 from iou_d2.data.mapper import CheckedDatasetMapper
 
 
@@ -64,15 +70,23 @@ class TrainData:
         self.sampler = ResumableSampler(len(self._dataset)) if is_default else None
 
     def __iter__(self) -> Iterator[list[dict]]:
+        yield from self._loader()
+
+    def _loader(self) -> Iterable[list[dict]]:
         # The loader keeps a packed copy, so that this one would fill memory for nothing.
         dataset, self._dataset = self._dataset or self._read(), None
         mapper = CheckedDatasetMapper(self.cfg, is_train=True)
-        yield from build_detection_train_loader(
+        return build_detection_train_loader(
             self.cfg, mapper=mapper, dataset=dataset, sampler=self.sampler
         )
 
-    def _read(self) -> list[dict]:
+    def _read(self) -> Sequence[dict]:
         cfg = self.cfg
+        needs_all = cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS
+        if len(cfg.DATASETS.TRAIN) == 1 and not needs_all:
+            records = records_of(cfg.DATASETS.TRAIN[0])
+            if isinstance(records, LazyRecords):
+                return self._choose(records)
         return get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -81,6 +95,19 @@ class TrainData:
             else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
+
+    def _choose(self, records: LazyRecords) -> LazyRecords:
+        """What Detectron2's get_detection_dataset_dicts does, without all records in memory."""
+        if self.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            chosen = records.with_objects()
+            logging.getLogger(__name__).info(
+                f"Removed {len(records) - len(chosen)} images with no usable annotations. "
+                f"{len(chosen)} images left."
+            )
+            records = chosen
+        names = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0]).thing_classes
+        print_instances_class_histogram(records, names)
+        return records
 
     def state_dict(self, iterations: int) -> dict | None:
         """What it takes to go on after so many batches of this run."""

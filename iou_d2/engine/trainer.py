@@ -25,6 +25,7 @@ from iou_d2.evaluation.build import build_evaluator
 
 from .amp import trainer_class
 from .checkpoint import SafeCheckpointer
+from .pretrained import check_pretrained
 from .solver import build_solver
 from .train_data import TrainData
 
@@ -45,6 +46,7 @@ class Trainer(DefaultTrainer):
         """
         # Not that of DefaultTrainer, which wraps each model as one on a GPU, and so fails on CPUs.
         TrainerBase.__init__(self)
+        check_pretrained(cfg)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())

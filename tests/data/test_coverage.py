@@ -38,8 +38,8 @@ def image_sizes(boxes: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize(
     ("config", "strides", "offset", "threshold"),
     [
-        ("quick/retinanet_own_data", [8, 16, 32, 64], "0.0", 0.5),
-        ("quick/retinanet_own_data", [8, 16, 32, 64], "0.5", 0.5),
+        ("quick/retinanet_own_data", [8, 16, 32, 64, 128], "0.0", 0.5),
+        ("quick/retinanet_own_data", [8, 16, 32, 64, 128], "0.5", 0.5),
         ("retinanet_R_50_FPN_1x", [8, 16, 32, 64, 128], "0.0", 0.5),
         ("faster_rcnn_R_50_FPN_1x", [4, 8, 16, 32, 64], "0.0", 0.7),
     ],

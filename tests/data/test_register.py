@@ -1,4 +1,4 @@
-"""Datasets named in a config: forms, absolute names, nearest names, and agreement of classes."""
+"""Datasets named in a config: forms, absolute names, nearest names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from iou_d2.data.register import class_names, register_dataset
+from iou_d2.data.classes import classes_of
+from iou_d2.data.register import register_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def test_voc_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = register_dataset("voc:pets", "clean")
     assert name == f"voc:{tmp_path / 'pets'}"
-    assert class_names([name]) == ["cat"]
+    assert classes_of(name) == ["cat"]
     assert Path(MetadataCatalog.get(name).dirname).parent == tmp_path / "clean"
 
 
@@ -80,14 +81,14 @@ def test_malformed_names(tmp_path, name):
 )
 def test_built_in_names_stay(tmp_path, name):
     assert register_dataset(name, tmp_path) == name
-    assert len(class_names([name])) == (80 if "coco" in name else 20)
+    assert len(classes_of(name)) == (80 if "coco" in name else 20)
 
 
 @pytest.mark.parametrize("name", ["shapes_train", "shapes_val", "shapes_train_12x64"])
 def test_shapes_names_are_registered_without_making_them(tmp_path, monkeypatch, name):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     assert register_dataset(name, tmp_path / "clean") == name
-    assert len(class_names([name])) > 1
+    assert len(classes_of(name)) > 1
     assert not list(tmp_path.iterdir())
 
 
@@ -104,36 +105,3 @@ def test_errors_of_the_files_come_through(tmp_path):
         register_dataset(f"coco:{tmp_path}/absent.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="not a Pascal VOC folder"):
         register_dataset(f"voc:{tmp_path}:train", tmp_path)
-
-
-def test_equal_classes_agree_whatever_their_ids(tmp_path):
-    files = [
-        write_coco(tmp_path / "a", {1: "cat", 2: "dog"}),
-        write_coco(tmp_path / "b", {8: "dog", 3: "cat"}),
-    ]
-    names = [register_dataset(f"coco:{file}", tmp_path) for file in files]
-    assert class_names(names) == ["cat", "dog"]
-
-
-@pytest.mark.parametrize(
-    ("other", "sentence"),
-    [
-        ({1: "cat"}, "differ: only in the first: dog"),
-        ({1: "cat", 2: "dog", 3: "cow"}, "differ: only in the second: cow"),
-        ({1: "cat", 2: "Dog"}, "only in the first: dog; only in the second: Dog"),
-        ({1: "dog", 2: "cat"}, "the order is cat, dog and dog, cat"),
-    ],
-)
-def test_different_classes_name_both_sets_and_the_difference(tmp_path, other, sentence):
-    files = [write_coco(tmp_path / "a", {1: "cat", 2: "dog"}), write_coco(tmp_path / "b", other)]
-    names = [register_dataset(f"coco:{file}", tmp_path) for file in files]
-    with pytest.raises(ValueError, match=sentence) as error:
-        class_names(names)
-    assert all(name in str(error.value) for name in names)
-
-
-def test_no_classes_and_no_names(tmp_path):
-    with pytest.raises(ValueError, match="'ade20k_sem_seg_val' has no object classes"):
-        class_names(["ade20k_sem_seg_val"])
-    with pytest.raises(ValueError, match="No dataset is given"):
-        class_names([])

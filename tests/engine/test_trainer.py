@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iou_d2.engine.trainer import Trainer, stop_at_non_finite_loss
+from iou_d2.errors import InputError
 
 
 def test_an_optimizer_of_other_parameters_is_refused_with_a_way_out():
@@ -27,7 +28,7 @@ def test_an_optimizer_of_other_parameters_is_refused_with_a_way_out():
 def test_a_checkpoint_without_optimizer_is_refused_with_a_way_out():
     trainer = Trainer.__new__(Trainer)
     trainer._hooks = []
-    with pytest.raises(KeyError, match="holds no optimizer state.*MODEL.WEIGHTS"):
+    with pytest.raises(InputError, match="holds no optimizer state.*MODEL.WEIGHTS"):
         trainer.load_state_dict({"iteration": 3})
 
 
