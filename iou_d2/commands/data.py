@@ -21,7 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from iou_d2.commands import data_report
 from iou_d2.commands.contact_sheet import draw_sheet
 from iou_d2.commands.output import make_folder
-from iou_d2.data.classes import classes_of, require_objects
+from iou_d2.data.classes import OWN, classes_of, require_objects
 from iou_d2.data.cleaning import Findings, Trust
 from iou_d2.data.images import check_images, read_header
 from iou_d2.data.register import register_dataset
@@ -102,10 +102,7 @@ def load(name: str, clean_dir: Path, trust: Trust) -> DataSet:
     logging.getLogger("iou_d2.data").setLevel(logging.ERROR)  # the report tells what was mended
     registered = register_dataset(name, clean_dir, trust)
     ensure_shapes(registered)
-    try:
-        dicts = DatasetCatalog.get(registered)
-    except FileNotFoundError as error:  # of Detectron2's own datasets
-        raise MissingFileError(f"The dataset {name} is not there: {error}") from error
+    dicts = _read(registered)
     for record in dicts:  # readers of other projects may leave the size out
         if "width" not in record or "height" not in record:
             header = read_header(record["file_name"])
@@ -119,6 +116,19 @@ def load(name: str, clean_dir: Path, trust: Trust) -> DataSet:
         findings=metadata.get("findings") or Findings(),
         has_annotations=metadata.get("has_annotations", True),
     )
+
+
+def _read(name: str) -> list[dict]:
+    try:
+        return DatasetCatalog.get(name)
+    except InputError:
+        raise
+    except FileNotFoundError as error:  # from here on by Detectron2's readers of its own datasets
+        raise MissingFileError(f"The dataset {name} is not there: {error}.") from error
+    except (AssertionError, ImportError) as error:
+        if name.startswith(OWN):
+            raise
+        raise InputError(f"The dataset {name} cannot be read: {error}.") from error
 
 
 def faults_of(found: DataSet, clean_dir: Path) -> list[InputError]:
