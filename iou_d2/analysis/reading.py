@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from iou_d2.data.coco_annotations import box_arrays
 from iou_d2.data.coco_boxes import doubt_about_boxes
 from iou_d2.data.coco_images import fill_in_sizes, find_image_folder, locate_images
-from iou_d2.data.coco_mending import box_arrays
 from iou_d2.data.coco_reading import mend_boxes, read_records
 from iou_d2.data.coco_values import as_id, as_number, short
 from iou_d2.data.json_file import parse_json
