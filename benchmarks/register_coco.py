@@ -154,10 +154,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.temporary) as folder:
         file = write_data(Path(folder), arguments.images, arguments.boxes, arguments.masks)
-        print(
-            f"{arguments.images} images, {arguments.boxes} boxes, "
-            f"{file.stat().st_size / 1e6:.0f} MB"
-        )
+        size = file.stat().st_size / 1e6
+        print(f"{arguments.images} images, {arguments.boxes} boxes, {size:.0f} MB")
         for name, way in (("Detectron2", detectron2_way), ("iou-d2 train", our_way)):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 laps, peak, imported = pool.apply(measure, (way, file))

@@ -7,7 +7,8 @@ raises an InputError that names the file and the record, as `annotations[7] (id 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from iou_d2.errors import InputError
 
 from .cleaning import CLIPPED, NO_AREA, OVERSHOOT, Findings, clean_box
+from .coco_boxes import doubt_about_boxes
 from .coco_masks import good_keypoints, is_good_mask, mend_mask, turn
 from .coco_mending import IDS, NUMBERS
 from .coco_values import as_flag, as_id, as_number, short, where
@@ -37,47 +39,70 @@ _SELDOM = ("ignore", "attributes", "keypoints")
 Size = tuple[int, int] | None  # width, height; None where nobody knows
 
 
-def first_free_id(annotations: Iterable[Any]) -> int:
-    """A positive id above all that are given."""
-    ids = (as_id(a.get("id")) for a in annotations if isinstance(a, dict))
-    return max(max((i for i in ids if i is not None), default=0) + 1, 1)
+class AnnotationMender:
+    """Gives annotations all that COCOeval needs, and holds them against their images.
 
-
-def mend_annotations(
-    file: Path,
-    annotations: Iterable[Any],
-    next_id: int,
-    sizes: dict[int, Size],
-    categories: Container[int],
-    findings: Findings,
-) -> Iterator[dict]:
-    """Annotations with all that COCOeval needs, not yet held against their images.
-
-    COCOeval needs `area`, `iscrowd` and `id`, and takes id 0 for "no match". Those without an id
-    get `next_id` and those that follow it.
+    COCOeval needs `area`, `iscrowd` and `id`, and takes id 0 for "no match".
     """
-    seen: set[int] = set()
-    for index, annotation in enumerate(annotations):
-        if not _is_right(annotation, sizes, categories):
-            annotation = _mend_annotation(file, index, annotation, sizes, categories, findings)
-        if annotation["id"] in seen:
-            findings.add(SAME_ID, where("annotations", index, annotation))
+
+    def __init__(
+        self,
+        file: Path,
+        annotations: Iterable[Any],
+        sizes: dict[int, Size],
+        categories: Container[int],
+        findings: Findings,
+    ) -> None:
+        """`annotations` are all that will be mended, to be looked at for an id that is free."""
+        self._file, self._annotations, self._findings = file, annotations, findings
+        self._sizes, self._categories = sizes, categories
+        self._seen: set[int] = set()
+        self._next_id: int | None = None
+        self._index = 0
+        self._boxes, self._image_sizes = [np.zeros((0, 4))], [np.zeros((0, 2))]
+
+    def mend(self, piece: Sequence[Any]) -> list[dict]:
+        """The annotations that follow the last piece, without those that were dropped."""
+        start = self._index
+        mended = [self._mend_one(annotation) for annotation in piece]
+        boxes, sizes = box_arrays(mended, self._sizes)
+        self._boxes.append(boxes)
+        self._image_sizes.append(sizes)
+        return clip_boxes(mended, boxes, sizes, self._findings, start)
+
+    def doubt(self) -> str | None:
+        """What makes one doubt the boxes as they were before they were clipped."""
+        return doubt_about_boxes(np.concatenate(self._boxes), np.concatenate(self._image_sizes))
+
+    def _mend_one(self, annotation: Any) -> dict:
+        index, self._index = self._index, self._index + 1
+        if not _is_right(annotation, self._sizes, self._categories):
+            annotation = _mend_annotation(
+                self._file, index, annotation, self._sizes, self._categories, self._findings
+            )
+        if annotation["id"] in self._seen:
+            self._findings.add(SAME_ID, where("annotations", index, annotation))
             annotation = {**annotation, "id": None}
         if annotation["id"] is None:
-            annotation = {**annotation, "id": next_id}
-            next_id += 1
-        seen.add(annotation["id"])
-        yield annotation
+            if self._next_id is None:
+                self._next_id = _first_free_id(self._annotations)
+            annotation = {**annotation, "id": self._next_id}
+            self._next_id += 1
+        self._seen.add(annotation["id"])
+        return annotation
 
 
 def box_arrays(
     annotations: Sequence[dict], sizes: dict[int, Size]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N, 4) boxes XYWH, and (N, 2) sizes of their images, infinite where nobody knows them."""
-    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
     unknown = (float("inf"), float("inf"))
-    image_sizes = [sizes[a["image_id"]] or unknown for a in annotations]
-    return boxes, np.array(image_sizes, dtype=np.float64).reshape(-1, 2)
+    sides = chain.from_iterable(a["bbox"] for a in annotations)
+    image_sizes = chain.from_iterable(sizes[a["image_id"]] or unknown for a in annotations)
+    return (
+        np.fromiter(sides, dtype=np.float64).reshape(-1, 4),
+        np.fromiter(image_sizes, dtype=np.float64).reshape(-1, 2),
+    )
 
 
 def clip_boxes(
@@ -95,6 +120,8 @@ def clip_boxes(
     end = boxes[:, :2] + boxes[:, 2:]
     good = (boxes[:, :2] >= -OVERSHOOT) & (end <= sizes + OVERSHOOT) & (end > boxes[:, :2])
     good &= (boxes[:, :2] < sizes) & (end > 0)
+    if good.all():
+        return list(annotations)
     kept = []
     for index, is_good in enumerate(good.all(axis=1).tolist()):
         annotation = annotations[index]
@@ -111,6 +138,12 @@ def clip_boxes(
         if box is not None:
             kept.append(_with_box(annotation, box) if finding == CLIPPED else annotation)
     return kept
+
+
+def _first_free_id(annotations: Iterable[Any]) -> int:
+    """A positive id above all that are given."""
+    ids = (as_id(a.get("id")) for a in annotations if isinstance(a, dict))
+    return max(max((i for i in ids if i is not None), default=0) + 1, 1)
 
 
 def _is_right(a: Any, sizes: dict[int, Size], categories: Container[int]) -> bool:

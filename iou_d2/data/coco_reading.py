@@ -5,27 +5,20 @@ Imports no Detectron2: the analysis of result files reads its ground truth here 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from iou_d2.errors import InputError
 
 from .cleaning import NO_TRUST, Findings, Trust
-from .coco_annotations import box_arrays, clip_boxes, first_free_id, mend_annotations
-from .coco_boxes import doubt_about_boxes
+from .coco_annotations import AnnotationMender
 from .coco_images import fill_in_sizes, find_image_folder, locate_images, no_image_folder
 from .coco_mending import mend_categories, mend_images
 from .json_file import no_garbage_collection, parse_json
 from .packed_list import PackedList
 
 MARK = "byte-order marks were left out"
-
-_STEP = 10000  # annotations whose boxes are looked at together
 
 
 @dataclass(frozen=True)
@@ -115,24 +108,10 @@ def mend_boxes(json_file: Path, data: dict[str, Any], findings: Findings) -> str
     }
     category_ids = {category["id"] for category in data["categories"]}
     annotations = data["annotations"]
-    is_packed = isinstance(annotations, PackedList)
-    kept: PackedList | list[dict] = PackedList() if is_packed else []
-    all_boxes, all_sizes, start = [np.zeros((0, 4))], [np.zeros((0, 2))], 0
     with no_garbage_collection():
-        next_id = first_free_id(annotations)
-        raw = annotations.drain() if is_packed else annotations
-        mended = mend_annotations(json_file, raw, next_id, sizes, category_ids, findings)
-        for part in _parts(mended):
-            boxes, image_sizes = box_arrays(part, sizes)
-            kept.extend(clip_boxes(part, boxes, image_sizes, findings, start))
-            all_boxes.append(boxes)
-            all_sizes.append(image_sizes)
-            start += len(part)
-        data["annotations"] = kept
-        return doubt_about_boxes(np.concatenate(all_boxes), np.concatenate(all_sizes))
-
-
-def _parts(annotations: Iterable[dict]) -> Iterator[list[dict]]:
-    annotations = iter(annotations)
-    while part := list(islice(annotations, _STEP)):
-        yield part
+        mender = AnnotationMender(json_file, annotations, sizes, category_ids, findings)
+        if isinstance(annotations, PackedList):
+            data["annotations"] = annotations.change(mender.mend)
+        else:
+            data["annotations"] = mender.mend(annotations)
+        return mender.doubt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,15 @@ class PackedRecords:
         images = sorted(data["images"], key=lambda image: image["id"])
         index = {image["id"]: i for i, image in enumerate(images)}
         annotations = data.get("annotations", [])
-        image_of: list[int] = []
+        image_of, category_of, crowds = array("q"), array("q"), array("b")
         self.has_segmentations = False
 
         def objects() -> Iterator[dict[str, Any]]:
             is_packed = isinstance(annotations, PackedList)
             for annotation in annotations.drain() if is_packed else annotations:
                 image_of.append(index[annotation["image_id"]])
+                category_of.append(annotation["category_id"])
+                crowds.append(annotation["iscrowd"])
                 packed = _object(annotation)
                 self.has_segmentations |= bool(packed.get("segmentation"))
                 yield packed
@@ -47,9 +50,12 @@ class PackedRecords:
             keys = ("file_name", "height", "width", "id")
             self._images = PackedArray(tuple(image[key] for key in keys) for image in images)
         # The objects of image i are `order[starts[i] : starts[i + 1]]`, in the order of the file.
-        where = np.array(image_of, dtype=np.int64)
-        self._order = np.argsort(where, kind="stable")
-        self._starts = np.searchsorted(where[self._order], np.arange(len(images) + 1))
+        self._image_of = np.array(image_of)
+        self._category_of = np.array(category_of)
+        self._is_crowd = np.array(crowds, dtype=bool)
+        self._order = np.argsort(self._image_of, kind="stable")
+        ordered = self._image_of[self._order]
+        self._starts = np.searchsorted(ordered, np.arange(len(images) + 1))
         self._folder = str(image_folder)
 
     def __len__(self) -> int:
@@ -76,6 +82,14 @@ class PackedRecords:
             item["bbox_mode"] = BoxMode.XYWH_ABS
         return record
 
+    def count_objects(self, class_index: dict[int, int]) -> tuple[np.ndarray, dict[int, int]]:
+        """Objects that are no crowds: (N,) those of each image, and those of each class."""
+        counted = ~self._is_crowd & np.isin(self._category_of, list(class_index))
+        of_image = np.bincount(self._image_of[counted], minlength=len(self))
+        ids, counts = np.unique(self._category_of[counted], return_counts=True)
+        by_class = {class_index[i]: n for i, n in zip(ids.tolist(), counts.tolist())}
+        return of_image, by_class
+
 
 class LazyRecords(Sequence):
     """The records of a COCO dataset, or some of them, each made when it is looked at."""
@@ -101,12 +115,13 @@ class LazyRecords(Sequence):
 
     def with_objects(self) -> LazyRecords:
         """The records that have an object that is no crowd."""
-        chosen = [
-            index
-            for index, record in zip(self._chosen, self)
-            if any(not item.get("iscrowd", 0) for item in record["annotations"])
-        ]
-        return LazyRecords(self._packed, self._class_index, chosen)
+        of_image, _ = self._packed.count_objects(self._class_index)
+        chosen = np.array(self._chosen, dtype=np.int64)
+        return LazyRecords(self._packed, self._class_index, chosen[of_image[chosen] > 0])
+
+    def objects_by_class(self) -> dict[int, int]:
+        """How many objects of the whole dataset, crowds left out, each class has, if any."""
+        return self._packed.count_objects(self._class_index)[1]
 
 
 def records_of(name: str) -> Sequence[dict[str, Any]]:

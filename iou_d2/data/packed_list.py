@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import marshal
-from collections.abc import Iterable, Iterator
+import operator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-
-import numpy as np
 
 _CHUNK = 4096
 
@@ -43,6 +43,22 @@ class PackedList:
         for chunk in self._chunks:
             yield from marshal.loads(chunk)
 
+    def change(self, function: Callable[[list[Any]], list[Any]]) -> PackedList:
+        """Another list, of what `function` makes of piece after piece of this one.
+
+        Pieces that it gives back as they are stand in memory once for both lists.
+        """
+        changed = PackedList()
+        for chunk in self._chunks:
+            before = marshal.loads(chunk)
+            after = function(before)
+            if len(after) == len(before) and all(map(operator.is_, after, before)):
+                changed._chunks.append(chunk)
+                changed._size += len(after)
+            else:
+                changed.extend(after)
+        return changed
+
     def drain(self) -> Iterator[Any]:
         """Iterate for the last time: the list is empty afterwards, and smaller all the while."""
         chunks, self._chunks, self._size = self._chunks[::-1], [], 0
@@ -57,16 +73,13 @@ class PackedArray:
     """
 
     def __init__(self, values: Iterable[Any]) -> None:
-        content, ends = bytearray(), [0]
+        self._content, self._ends = bytearray(), array("q", [0])
         for value in values:
-            content += marshal.dumps(value)
-            ends.append(len(content))
-        self._content = content
-        self._ends = np.array(ends, dtype=np.int64)
+            self._content += marshal.dumps(value)
+            self._ends.append(len(self._content))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Any:
-        start, end = self._ends[index : index + 2].tolist()
-        return marshal.loads(memoryview(self._content)[start:end])
+        return marshal.loads(self._content[self._ends[index] : self._ends[index + 1]])

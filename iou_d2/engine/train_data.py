@@ -106,7 +106,11 @@ class TrainData:
             )
             records = chosen
         names = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0]).thing_classes
-        print_instances_class_histogram(records, names)
+        # Detectron2 counts image by image. One that holds all objects is counted a hundred times
+        # faster; its list holds the same few dicts again and again.
+        counts = records.objects_by_class()
+        objects = [o for c, n in counts.items() for o in [{"category_id": c}] * n]
+        print_instances_class_histogram([{"annotations": objects}], names)
         return records
 
     def state_dict(self, iterations: int) -> dict | None:
