@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from iou_d2.data.coco_annotations import box_arrays
+from iou_d2.data.coco_boxes import doubt_about_boxes
 from iou_d2.data.coco_images import fill_in_sizes, find_image_folder, locate_images
 from iou_d2.data.coco_reading import mend_boxes, read_records
 from iou_d2.data.coco_values import as_id, as_number, short
@@ -63,7 +65,8 @@ def require_annotations(path: str | os.PathLike[str], truth: dict[str, Any]) -> 
 def read_results(path: str | os.PathLike[str], truth: dict[str, Any]) -> list[dict[str, Any]]:
     """Detections of a COCO results file, held against the ground truth that they are for.
 
-    Numbers that are strings are read, and ids as `read_ground_truth` reads them.
+    Numbers that are strings are read, and ids as `read_ground_truth` reads them. Boxes that are
+    hardly XYWH in pixels are kept, with a warning.
 
     Args:
         path: a JSON list of dicts with "image_id", "category_id", "bbox" (XYWH) and "score",
@@ -99,7 +102,20 @@ def read_results(path: str | os.PathLike[str], truth: dict[str, Any]) -> list[di
             raise InputError(
                 f'{path}: only {count} of {len(detections)} detections have the key "{key}".'
             )
+    _warn_of_odd_boxes(path, detections, truth)
     return detections
+
+
+def _warn_of_odd_boxes(path: Path, detections: list[dict], truth: dict[str, Any]) -> None:
+    sizes = {}
+    for image in truth["images"]:
+        width, height = image.get("width"), image.get("height")
+        sizes[image["id"]] = (width, height) if width and height else None
+    doubt = doubt_about_boxes(*box_arrays(detections, sizes))
+    if doubt is not None:
+        logging.getLogger(__name__).warning(
+            f"{path}: {doubt}. Results hold [x, y, w, h] in pixels, and are read so."
+        )
 
 
 def _detection(place: str, result: dict, known: dict[str, set]) -> dict[str, Any]:

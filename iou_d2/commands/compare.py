@@ -24,9 +24,9 @@ from iou_d2.analysis import metric_by_iteration, plot_curves, recall_by_false_po
 from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
 from iou_d2.commands.finished_runs import file_of, read_metrics, read_run_config, trained_config
 from iou_d2.commands.output import make_folder
+from iou_d2.commands.run_data import use_test_set
 from iou_d2.commands.trained import add_trust_argument, load_trained
 from iou_d2.data.mapper import CheckedDatasetMapper
-from iou_d2.data.register import register_dataset
 from iou_d2.errors import InputError
 from iou_d2.evaluation import build_evaluator, coco_precision, summarize_ap
 
@@ -42,7 +42,7 @@ def setup(run: Path) -> CfgNode:
 def with_test_set(cfg: CfgNode, run: Path) -> CfgNode:
     if not cfg.DATASETS.TEST:
         raise InputError(f"The config of {run} has no DATASETS.TEST.")
-    cfg.DATASETS.TEST = (register_dataset(cfg.DATASETS.TEST[0], run / "datasets"),)
+    cfg.DATASETS.TEST = (use_test_set(cfg, run / "datasets"),)
     return cfg
 
 

@@ -172,8 +172,8 @@ def name_images_of_errors(model: nn.Module) -> None:
                 raise
             sizes = [tuple(image["image"].shape[-2:]) for image in batched_inputs]
             raise InputError(
-                f"Batch norm cannot train on the images of height and width {sizes}, which leave "
-                "one value a channel: raise INPUT.MIN_SIZE_TRAIN or SOLVER.IMS_PER_BATCH."
+                f"The images of height and width {sizes} leave one value a channel, of which no "
+                "layer can norm: raise INPUT.MIN_SIZE_TRAIN or MIN_SIZE_TEST."
             ) from error
 
     model.forward = named

@@ -16,7 +16,7 @@ from .tensors import DTYPES, boxes, laid_out
 
 def make(prepared: Any, one: Try) -> dict:
     rng = one.rng
-    n, channels, rois = rng.randint(0, 2), rng.randint(0, 3), rng.randint(0, 4)
+    n, channels, rois = rng.randint(0, 2), rng.randint(1, 3), rng.randint(0, 4)
     height, width = rng.choice((0, 1, 2, 5, 7)), rng.randint(1, 7)
     features = torch.from_numpy(
         np.random.default_rng(rng.getrandbits(32)).normal(size=(n, channels, height, width))
