@@ -73,9 +73,8 @@ def together(sets: Sequence[DataSet], configs: dict[str, CfgNode]) -> Iterator[s
             if not any(set(names) <= set(found.classes) for found in sets):  # told already
                 yield _alike(names)
     # Training uses all sets together; a config fits all of them or not.
-    objects = statistics.collect(list(itertools.chain(*(found.dicts for found in sets))))
-    if len(objects.boxes):
-        yield _coverage(objects, configs)
+    if any(len(found.objects.boxes) for found in sets):
+        yield _coverage(statistics.joined([found.objects for found in sets]), configs)
 
 
 def read_configs(names: Sequence[str] | None) -> dict[str, CfgNode]:

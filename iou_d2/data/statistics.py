@@ -66,6 +66,18 @@ def collect(dicts: Sequence[dict[str, Any]]) -> Objects:
     )
 
 
+def joined(parts: Sequence[Objects]) -> Objects:
+    """The objects of several datasets, each with the class indices of its own. At least one."""
+    starts = np.cumsum([0, *(len(part.sizes) for part in parts)])
+    return Objects(
+        np.concatenate([part.boxes for part in parts]),
+        np.concatenate([part.classes for part in parts]),
+        np.concatenate([part.images + start for part, start in zip(parts, starts)]),
+        np.concatenate([part.sizes for part in parts]),
+        sum(part.crowds for part in parts),
+    )
+
+
 def _xyxy(annotation: dict[str, Any]) -> Sequence[float]:
     box, mode = annotation["bbox"], annotation["bbox_mode"]
     if mode == BoxMode.XYWH_ABS:  # BoxMode.convert takes ten times as long

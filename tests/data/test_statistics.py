@@ -10,6 +10,7 @@ from iou_d2.data.statistics import (
     count_classes,
     count_sizes,
     hints,
+    joined,
     percentiles,
     shared_images,
 )
@@ -89,3 +90,11 @@ def test_names_that_differ_by_case_and_blanks_are_alike():
     names = ["cat", "Cat ", "dog", "traffic light", "traffic_light", "cat", "cats"]
     assert alike(names) == [["cat", "Cat "], ["traffic light", "traffic_light"]]
     assert alike([]) == []
+
+
+def test_joined_objects_are_those_of_the_joined_dicts():
+    parts = [DICTS[:2], [], DICTS[2:]]
+    together, expected = joined([collect(part) for part in parts]), collect(DICTS)
+    for field in ("boxes", "classes", "images", "sizes"):
+        assert getattr(together, field).tolist() == getattr(expected, field).tolist()
+    assert together.crowds == expected.crowds
