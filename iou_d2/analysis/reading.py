@@ -23,7 +23,8 @@ OPTIONAL = ("cls_score", "pred_iou", "centerness")
 
 
 def read_ground_truth(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mended COCO dict that training on the same file sees. What was mended is logged once.
+    """The mended COCO dict that training on the same file sees. What was mended is logged once, and
+    that it has no "annotations", as that of an unlabelled test set.
 
     Sizes that the file does not give are read from images beside it. Where those are not there,
     boxes are left unclipped, and boxes that are hardly XYWH in pixels are kept: both are logged.
@@ -36,7 +37,6 @@ def read_ground_truth(path: str | os.PathLike[str]) -> dict[str, Any]:
     data, findings = read_records(path)
     notes = []
     if "annotations" not in data:
-        data["annotations"] = []
         notes.append("it has no 'annotations', so that nothing can be measured against it")
     unknown = sum(not (image["width"] and image["height"]) for image in data["images"])
     if unknown:
@@ -57,8 +57,9 @@ def read_ground_truth(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def require_annotations(path: str | os.PathLike[str], truth: dict[str, Any]) -> None:
-    """Raise an InputError where the ground truth that was read from `path` has no annotation."""
-    if not truth["annotations"]:
+    """Raise an InputError where the ground truth that was read from `path` has no "annotations"; an
+    empty list of them is one."""
+    if "annotations" not in truth:
         raise InputError(f"{path} has no annotations: there is nothing to compare detections with.")
 
 

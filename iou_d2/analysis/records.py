@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .reading import read_ground_truth, read_results
+from .reading import read_ground_truth, read_results, require_annotations
 
 
 @dataclass(frozen=True)
@@ -164,4 +164,5 @@ def read_records(gt_path: str | os.PathLike, results_path: str | os.PathLike) ->
     together. The message names the file.
     """
     ground_truth = read_ground_truth(gt_path)
+    require_annotations(gt_path, ground_truth)
     return make_records(ground_truth, read_results(results_path, ground_truth))

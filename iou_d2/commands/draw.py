@@ -54,7 +54,7 @@ def draw_all(arguments: argparse.Namespace, truth: dict, results: list[dict], ou
     ordered = sorted(truth["categories"], key=lambda category: category["id"])
     categories = {x["id"]: (index, x["name"]) for index, x in enumerate(ordered)}
     objects, found = defaultdict(list), defaultdict(list)
-    for annotation in truth["annotations"]:
+    for annotation in truth.get("annotations", ()):
         objects[annotation["image_id"]].append(annotation)
     for record in sorted(results, key=lambda record: record["score"]):  # the best on top
         if record["score"] >= arguments.threshold:

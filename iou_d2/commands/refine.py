@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     class_of = classes_of(truth, cfg.MODEL.CLASS_NAMES)
     refined = refine_results(model, cfg, records, class_of, results)
     write_whole(args.output, json.dumps(refined))
-    if truth["annotations"]:
+    if "annotations" in truth:
         print(ap_table(truth, results, refined))
     else:
         print(f"{args.gt} has no annotations: AP is left out.")
