@@ -10,6 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from iou_d2.data.coco_boxes import doubt_about_boxes
 from iou_d2.data.coco_images import fill_in_sizes, find_image_folder, locate_images
 from iou_d2.data.coco_reading import mend_boxes, read_records
 from iou_d2.data.coco_values import as_id, as_number, short
@@ -57,7 +60,8 @@ def read_ground_truth(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_results(path: str | os.PathLike[str], truth: dict[str, Any]) -> list[dict[str, Any]]:
     """Detections of a COCO results file, held against the ground truth that they are for.
 
-    Numbers that are strings are read, and ids as `read_ground_truth` reads them.
+    Numbers that are strings are read, and ids as `read_ground_truth` reads them. Boxes that are
+    hardly XYWH in pixels are kept, for a bad detector may give such; that is logged.
 
     Args:
         path: a JSON list of dicts with "image_id", "category_id", "bbox" (XYWH) and "score",
@@ -93,7 +97,23 @@ def read_results(path: str | os.PathLike[str], truth: dict[str, Any]) -> list[di
             raise InputError(
                 f'{path}: only {count} of {len(detections)} detections have the key "{key}".'
             )
+    doubt = _doubt(detections, truth)
+    if doubt is not None:
+        logging.getLogger(__name__).warning(f"{path}: {doubt}. They are taken as they are.")
     return detections
+
+
+def _doubt(detections: list[dict[str, Any]], truth: dict[str, Any]) -> str | None:
+    """What makes one doubt the boxes of detections in images whose sizes are known."""
+    sizes = {
+        image["id"]: (image["width"], image["height"])
+        for image in truth["images"]
+        if image.get("width") and image.get("height")
+    }
+    known = [detection for detection in detections if detection["image_id"] in sizes]
+    boxes = np.array([detection["bbox"] for detection in known], dtype=np.float64)
+    image_sizes = np.array([sizes[d["image_id"]] for d in known], dtype=np.float64)
+    return doubt_about_boxes(boxes.reshape(-1, 4), image_sizes.reshape(-1, 2))
 
 
 def _detection(place: str, result: dict, known: dict[str, set]) -> dict[str, Any]:

@@ -163,3 +163,14 @@ def test_missing_file_is_named(tmp_path):
     results = write(tmp_path / "results.json", GOOD_RESULTS)
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
         read_records(tmp_path / "nowhere.json", results)
+
+
+@pytest.mark.parametrize(("box", "told"), [([4, 3, 8, 8], "corners"), ([4, 3, 4, 5], None)])
+def test_detections_with_corners_are_told(tmp_path, caplog, box, told):
+    gt_path = write(tmp_path / "gt.json", GOOD_GT)
+    results = [annotation(1, 1, box, score=0.1 * number) for number in range(5)]
+    read_records(gt_path, write(tmp_path / "results.json", results))
+    messages = [record.getMessage() for record in caplog.records]
+    messages = [message for message in messages if "results.json: " in message]
+    assert len(messages) == (told is not None)
+    assert all(f"look like {told}" in message for message in messages)
