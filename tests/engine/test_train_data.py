@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from collections import Counter
 
 import pytest
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import logger
 from PIL import Image
 
 from iou_d2 import get_config
@@ -59,7 +61,7 @@ def test_where_it_cannot_it_says_so(state, sentence, caplog):
 
 
 @pytest.mark.parametrize("keep_empty", [False, True])
-def test_a_coco_file_gives_what_detectron2_gives(tmp_path, caplog, keep_empty):
+def test_a_coco_file_gives_what_detectron2_gives(tmp_path, caplog, monkeypatch, keep_empty):
     flags = [[0, 0, 1], [], [1], [0]]  # iscrowd of the objects of each image
     numbered = enumerate((i, crowd) for i, crowds in enumerate(flags) for crowd in crowds)
     data = {
@@ -80,10 +82,12 @@ def test_a_coco_file_gives_what_detectron2_gives(tmp_path, caplog, keep_empty):
     cfg = get_config("retinanet_R_50_FPN_1x.yaml")
     cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = (name,), not keep_empty
     cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH = 0, 1
+    monkeypatch.setattr(logger, "_LOG_COUNTER", Counter())  # of what is told once in a process
     with caplog.at_level(logging.INFO):
         expected = get_detection_dataset_dicts([name], filter_empty=not keep_empty)
         told = [record.getMessage() for record in caplog.records]
         caplog.clear()
+        monkeypatch.setattr(logger, "_LOG_COUNTER", Counter())
         found = TrainData(cfg)
     assert isinstance(found._dataset, LazyRecords)
     assert list(found._dataset) == expected and len(expected) == (4 if keep_empty else 2)
