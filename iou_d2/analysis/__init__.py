@@ -7,14 +7,13 @@ from .comparison import metric_by_iteration, recall_by_false_positives
 from .curves import binned_mean, correlation, localization_table, select_localized
 from .plots import plot_ap_by_iou, plot_curves, plot_score_vs_iou
 from .reading import read_ground_truth, read_results
-from .records import Records, best_iou, load_json, make_records, read_records
+from .records import Records, best_iou, make_records, read_records
 
 __all__ = [
     "Records",
     "best_iou",
     "binned_mean",
     "correlation",
-    "load_json",
     "localization_table",
     "make_records",
     "metric_by_iteration",

@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from iou_d2.data.coco_annotations import box_arrays
 from iou_d2.data.coco_boxes import doubt_about_boxes
 from iou_d2.data.coco_images import fill_in_sizes, find_image_folder, locate_images
 from iou_d2.data.coco_reading import mend_boxes, read_records
@@ -57,11 +56,17 @@ def read_ground_truth(path: str | os.PathLike[str]) -> dict[str, Any]:
     return data
 
 
+def require_annotations(path: str | os.PathLike[str], truth: dict[str, Any]) -> None:
+    """Raise an InputError where the ground truth that was read from `path` has no annotation."""
+    if not truth["annotations"]:
+        raise InputError(f"{path} has no annotations: there is nothing to compare detections with.")
+
+
 def read_results(path: str | os.PathLike[str], truth: dict[str, Any]) -> list[dict[str, Any]]:
     """Detections of a COCO results file, held against the ground truth that they are for.
 
     Numbers that are strings are read, and ids as `read_ground_truth` reads them. Boxes that are
-    hardly XYWH in pixels are kept, for a bad detector may give such; that is logged.
+    hardly XYWH in pixels are kept, with a warning.
 
     Args:
         path: a JSON list of dicts with "image_id", "category_id", "bbox" (XYWH) and "score",
@@ -97,23 +102,20 @@ def read_results(path: str | os.PathLike[str], truth: dict[str, Any]) -> list[di
             raise InputError(
                 f'{path}: only {count} of {len(detections)} detections have the key "{key}".'
             )
-    doubt = _doubt(detections, truth)
-    if doubt is not None:
-        logging.getLogger(__name__).warning(f"{path}: {doubt}. They are taken as they are.")
+    _warn_of_odd_boxes(path, detections, truth)
     return detections
 
 
-def _doubt(detections: list[dict[str, Any]], truth: dict[str, Any]) -> str | None:
-    """What makes one doubt the boxes of detections in images whose sizes are known."""
-    sizes = {
-        image["id"]: (image["width"], image["height"])
-        for image in truth["images"]
-        if image.get("width") and image.get("height")
-    }
-    known = [detection for detection in detections if detection["image_id"] in sizes]
-    boxes = np.array([detection["bbox"] for detection in known], dtype=np.float64)
-    image_sizes = np.array([sizes[d["image_id"]] for d in known], dtype=np.float64)
-    return doubt_about_boxes(boxes.reshape(-1, 4), image_sizes.reshape(-1, 2))
+def _warn_of_odd_boxes(path: Path, detections: list[dict], truth: dict[str, Any]) -> None:
+    sizes = {}
+    for image in truth["images"]:
+        width, height = image.get("width"), image.get("height")
+        sizes[image["id"]] = (width, height) if width and height else None
+    doubt = doubt_about_boxes(*box_arrays(detections, sizes))
+    if doubt is not None:
+        logging.getLogger(__name__).warning(
+            f"{path}: {doubt}. Results hold [x, y, w, h] in pixels, and are read so."
+        )
 
 
 def _detection(place: str, result: dict, known: dict[str, set]) -> dict[str, Any]:

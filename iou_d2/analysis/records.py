@@ -5,7 +5,6 @@ Shapes: D detections, G ground-truth boxes. Boxes are XYXY in pixels of the orig
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -156,26 +155,6 @@ def _optional(results: list[dict], key: str) -> np.ndarray | None:
     if count < len(results):
         raise ValueError(f'Only {count} of {len(results)} detections have the key "{key}".')
     return np.array([float(result[key]) for result in results])
-
-
-def load_json(path: str | os.PathLike, kind: type):
-    """Read a JSON file whose top level must be of type `kind` (dict or list).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON, or its top level is of another type.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a valid JSON file: {error}") from error
-    if not isinstance(content, kind):
-        found = type(content).__name__
-        raise ValueError(f"{path} should hold a JSON {kind.__name__}, but holds a {found}.")
-    return content
 
 
 def read_records(gt_path: str | os.PathLike, results_path: str | os.PathLike) -> Records:

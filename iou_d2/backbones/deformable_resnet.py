@@ -11,6 +11,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
 from torch import Tensor
 
+from iou_d2.errors import InputError
 from iou_d2.layers.deform_conv import deform_conv, geometry, offset_conv, split_offsets
 
 BLOCKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -50,13 +51,13 @@ def build_deformable_resnet_backbone(cfg, input_shape) -> ResNet:
     """Detectron2's `build_resnet_backbone` with DeformBottleneck for its deformable block.
 
     Reads the same keys of MODEL.RESNETS, DEFORM_ON_PER_STAGE, DEFORM_MODULATED and
-    DEFORM_NUM_GROUPS among them. Raises ValueError for a depth without bottlenecks.
+    DEFORM_NUM_GROUPS among them. Raises InputError for a depth without bottlenecks.
     """
     node = cfg.MODEL.RESNETS
     if not any(node.DEFORM_ON_PER_STAGE):
         return build_resnet_backbone(cfg, input_shape)
     if node.DEPTH not in BLOCKS_PER_STAGE:
-        raise ValueError(
+        raise InputError(
             f"MODEL.RESNETS.DEFORM_ON_PER_STAGE needs MODEL.RESNETS.DEPTH 50, 101 or 152, whose "
             f"blocks are bottlenecks, but DEPTH is {node.DEPTH}."
         )

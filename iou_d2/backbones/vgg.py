@@ -7,6 +7,8 @@ from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from iou_d2.errors import InputError
+
 _CHANNELS = (64, 128, 256, 512, 512)
 # Name of a feature -> what it is: all that the backbone can put out.
 _SHAPES = {
@@ -31,11 +33,11 @@ class VGG16(Backbone):
             freeze_at: so many of the first stages keep their weights.
 
         Raises:
-            ValueError: a feature that VGG-16 does not have, or none at all.
+            InputError: a feature that VGG-16 does not have, or none at all.
         """
         super().__init__()
         if not out_features or not set(out_features) <= set(_SHAPES):
-            raise ValueError(
+            raise InputError(
                 f"MODEL.VGG.OUT_FEATURES takes names from {', '.join(_SHAPES)}, "
                 f"but it is {list(out_features)}."
             )
@@ -80,5 +82,5 @@ class VGG16(Backbone):
 def build_vgg16_backbone(cfg, input_shape: ShapeSpec) -> VGG16:
     """VGG-16 for images of three channels; reads MODEL.VGG and MODEL.BACKBONE.FREEZE_AT."""
     if input_shape.channels != 3:
-        raise ValueError(f"VGG-16 takes images of 3 channels, not of {input_shape.channels}.")
+        raise InputError(f"VGG-16 takes images of 3 channels, not of {input_shape.channels}.")
     return VGG16(cfg.MODEL.VGG.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)

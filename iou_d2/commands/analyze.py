@@ -21,7 +21,7 @@ from iou_d2.analysis import (
     plot_ap_by_iou,
     plot_score_vs_iou,
 )
-from iou_d2.analysis.reading import read_ground_truth, read_results
+from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
 from iou_d2.commands.output import make_folder
 from iou_d2.errors import InputError
 from iou_d2.evaluation import IOU_THRESHOLDS, ap_by_iou, coco_precision, summarize_ap
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--min-iou is in [0, 1), but it is {args.min_iou}.")
     output = make_folder(args.output)
     ground_truth = read_ground_truth(args.gt)
+    require_annotations(args.gt, ground_truth)
     results = read_results(args.results, ground_truth)
     if args.class_agnostic:
         ground_truth, results = merge_classes(ground_truth, results)

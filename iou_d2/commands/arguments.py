@@ -6,6 +6,7 @@ Needs no torch until `config_of` reads the config.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -14,22 +15,35 @@ from iou_d2.config_files import find_config
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
-# A config key where a name of a dataset could stand: words in capitals joined by dots, or one of
-# the keys that lie in no node.
+# A config key where a name could stand: words in capitals joined by dots, or one of the keys that
+# lie in no node.
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD|CUDNN_BENCHMARK")
+# What folders of pictures are searched for.
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 
 
-class _DatasetNames(argparse.Action):
-    """Collects the names of datasets; what begins with a config key goes to `more_opts`.
+def is_key(text: str) -> bool:
+    """Whether `text`, where a name could stand, is a config key: no file such as IMG_1.JPG."""
+    return (
+        _KEY.fullmatch(text) is not None
+        and os.path.splitext(text)[1].lower() not in IMAGE_ENDINGS
+        and not os.path.exists(text)
+    )
+
+
+class Names(argparse.Action):
+    """Collects names of datasets or files; what begins with a config key goes to `more_opts`.
 
     argparse gives an option with several values all that follows, and so the KEY VALUE pairs too.
+    The parser needs `more_opts` among its defaults.
     """
 
     def __call__(self, parser, namespace, values, option_string=None):
-        keys = [index for index, value in enumerate(values) if _KEY.fullmatch(value)]
+        keys = [index for index, value in enumerate(values) if is_key(value)]
         end = keys[0] if keys else len(values)
         if end == 0:
-            parser.error(f"{option_string} takes names of datasets, but {values[0]} is a key.")
+            wanted = f"at least one {self.metavar}"
+            parser.error(f"{option_string} takes {wanted}, but {values[0]} is a key.")
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *values[:end]])
         namespace.more_opts = [*namespace.more_opts, *values[end:]]
 
@@ -61,7 +75,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             option,
             nargs="+",
-            action=_DatasetNames,
+            action=Names,
             metavar="DATASET",
             help=f"one or more names in place of {key}, such as coco:instances.json",
         )

@@ -21,12 +21,12 @@ from detectron2.evaluation import inference_on_dataset
 from tabulate import tabulate
 
 from iou_d2.analysis import metric_by_iteration, plot_curves, recall_by_false_positives
-from iou_d2.analysis.reading import read_ground_truth, read_results
+from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
 from iou_d2.commands.finished_runs import file_of, read_metrics, read_run_config, trained_config
 from iou_d2.commands.output import make_folder
-from iou_d2.commands.trained import load_trained
+from iou_d2.commands.run_data import use_test_set
+from iou_d2.commands.trained import add_trust_argument, load_trained
 from iou_d2.data.mapper import CheckedDatasetMapper
-from iou_d2.data.register import register_dataset
 from iou_d2.errors import InputError
 from iou_d2.evaluation import build_evaluator, coco_precision, summarize_ap
 
@@ -42,7 +42,7 @@ def setup(run: Path) -> CfgNode:
 def with_test_set(cfg: CfgNode, run: Path) -> CfgNode:
     if not cfg.DATASETS.TEST:
         raise InputError(f"The config of {run} has no DATASETS.TEST.")
-    cfg.DATASETS.TEST = (register_dataset(cfg.DATASETS.TEST[0], run / "datasets"),)
+    cfg.DATASETS.TEST = (use_test_set(cfg, run / "datasets"),)
     return cfg
 
 
@@ -50,14 +50,18 @@ def read_truth(cfg: CfgNode) -> dict:
     path = getattr(MetadataCatalog.get(cfg.DATASETS.TEST[0]), "json_file", None)
     if path is None:
         raise InputError(f"The test set {cfg.DATASETS.TEST[0]} has no COCO JSON.")
-    return read_ground_truth(path)
+    truth = read_ground_truth(path)
+    require_annotations(path, truth)
+    return truth
 
 
 def average_precision(truth: dict, results: list[dict]) -> float:
     return summarize_ap(coco_precision(truth, results), [])["AP"]
 
 
-def detect_at_side(cfg: CfgNode, truth: dict, side: int, folder: Path) -> list[dict]:
+def detect_at_side(
+    cfg: CfgNode, truth: dict, side: int, folder: Path, trust: bool = False
+) -> list[dict]:
     """The detections with the shorter side of the images resized to `side`, kept in `folder`."""
     cfg = cfg.clone()
     cfg.INPUT.MIN_SIZE_TEST = side
@@ -65,7 +69,7 @@ def detect_at_side(cfg: CfgNode, truth: dict, side: int, folder: Path) -> list[d
     path, settings = folder / RESULTS, folder / "config.yaml"
     if not _is_up_to_date(path, settings, cfg):
         name = cfg.DATASETS.TEST[0]
-        model = load_trained(cfg)
+        model = load_trained(cfg, trust)
         mapper = CheckedDatasetMapper(cfg, is_train=False)
         loader = build_detection_test_loader(cfg, name, mapper=mapper)
         inference_on_dataset(model, loader, build_evaluator(cfg, name, str(folder)))
@@ -95,11 +99,11 @@ def iteration_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
     return metric_by_iteration(lines, "bbox/AP", max_iter)
 
 
-def side_curve(run: Path, sides: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def side_curve(run: Path, sides: list[int], trust: bool = False) -> tuple[np.ndarray, np.ndarray]:
     cfg = setup(run)
     truth = read_truth(cfg)
     values = [
-        average_precision(truth, detect_at_side(cfg, truth, side, run / "sides" / str(side)))
+        average_precision(truth, detect_at_side(cfg, truth, side, run / "sides" / str(side), trust))
         for side in sides
     ]
     return np.array(sides), np.array(values)
@@ -121,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
     parser.add_argument("--output", required=True, type=Path, help="folder for the pictures")
     parser.add_argument("--sides", nargs="*", type=int, default=[], metavar="PIXELS")
+    add_trust_argument(parser)
     args = parser.parse_args(argv)
     if any(side < 1 for side in args.sides):
         raise InputError(f"--sides are at least 1 pixel, but they are {args.sides}.")
@@ -151,7 +156,9 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.sides:
         sides = sorted(args.sides)
-        curves = {name: side_curve(run, sides) for name, run in zip(names, args.runs)}
+        curves = {
+            name: side_curve(run, sides, args.trust_weights) for name, run in zip(names, args.runs)
+        }
         plot_curves(
             curves,
             args.output / "ap_by_side.png",

@@ -6,7 +6,8 @@
         --from torchvision --to detectron2
 
 VFNet is converted whole; of any other model the ResNet or ResNeXt and the FPN. Prints which tensors
-are left over and what the config has to say of pixels. Nothing that is in a file is run.
+are left over and what the config has to say of pixels. Nothing that is in a file is run without
+--trust-weights.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from iou_d2 import get_config
 from iou_d2.commands.errors import ending_in_a_sentence
+from iou_d2.commands.trained import add_trust_argument
 from iou_d2.engine.config_checks import check_config
 from iou_d2.engine.convert import (
     LAYOUTS,
@@ -56,10 +58,10 @@ def entry(node: dict, *keys: str) -> dict:
     return next((node[key] for key in keys if isinstance(node.get(key), dict)), {})
 
 
-def read_checkpoint(path: str) -> Checkpoint:
+def read_checkpoint(path: str, trust: bool = False) -> Checkpoint:
     """The state dict in `path`, which may lie in the "state_dict" of mmdetection or the "model" of
     Detectron2."""
-    content = read_checkpoint_file(path)
+    content = read_checkpoint_file(path, trust)
     state = entry(content, "state_dict", "model")
     state = {**state, **entry(content, COUNTER)} if state else content
     tensors, other = {}, []
@@ -103,7 +105,7 @@ def pixel_format_of_config(cfg: CfgNode) -> PixelFormat:
 def compare_with_model(tensors: dict[str, Tensor], cfg: CfgNode) -> tuple[list[str], list[str]]:
     """Names in the model of `cfg` that are not in `tensors`, and the other way round.
 
-    Raises ValueError where a tensor has another shape than the model's.
+    Raises InputError where a tensor has another shape than the model's.
     """
     state = build_model(cfg).state_dict()
     if not backbone_prefix(tensors):  # a ResNet alone, which Detectron2 finds without the prefix
@@ -225,7 +227,7 @@ def convert(args: argparse.Namespace) -> None:
     """Read IN, convert, compare with the config, write OUT, and print what is left over."""
     check_paths(args)
     cfg = read_config(args.config_file, args.opts) if args.config_file else None
-    checkpoint = read_checkpoint(args.input)
+    checkpoint = read_checkpoint(args.input, args.trust_weights)
     names = convert_names(args.input, checkpoint.tensors, args.source, args.target)
     tensors = {new: checkpoint.tensors[old] for old, new in names.items()}
     swap, pixels = change_of_pixels(args, cfg, checkpoint.config_text)
@@ -270,6 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
         "else as IN); the other layouts are written for RGB",
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    add_trust_argument(parser)
     parser.add_argument(
         "--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --config-file"
     )

@@ -26,6 +26,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
 from iou_d2 import get_config
+from iou_d2.commands.arguments import IMAGE_ENDINGS, Names
 from iou_d2.commands.output import make_folder, write_whole
 from iou_d2.commands.pictures import picture_names, read_picture, write_picture
 from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
@@ -34,8 +35,6 @@ from iou_d2.detectors.visualize import detection_label, draw_boxes
 from iou_d2.engine.config_checks import check_config
 from iou_d2.errors import InputError, MissingFileError
 from iou_d2.evaluation.coco import OPTIONAL_FIELDS
-
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 
 
 def find_images(inputs: list[str]) -> list[str]:
@@ -173,11 +172,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--config", "--config-file", required=True, dest="config_file")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", help="pictures, folders or globs")
+    source.add_argument(
+        "--input",
+        nargs="+",
+        action=Names,
+        metavar="PICTURE",
+        help="pictures, folders or globs",
+    )
     source.add_argument("--video-input", metavar="FILE")
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument("--confidence-threshold", type=float, default=0.5)
     add_trust_argument(parser)
+    parser.set_defaults(more_opts=[])
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     arguments = parser.parse_args(argv)
 
@@ -188,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     files = find_images(arguments.input) if arguments.input else []
     output = make_folder(arguments.output)
     require_other_folder(files, output)
-    cfg, checkpoint = setup(arguments.config_file, arguments.opts, arguments.trust_weights)
+    overrides = [*arguments.more_opts, *arguments.opts]
+    cfg, checkpoint = setup(arguments.config_file, overrides, arguments.trust_weights)
     demo = Demo(cfg, checkpoint, arguments.confidence_threshold)
     records: list[dict] = []
     faults: list[str] = []

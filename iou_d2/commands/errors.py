@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import sys
 from collections.abc import Iterator
 
 from iou_d2.errors import InputError
 
 # What the machine refuses, not what a program did wrong.
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+_REFUSED = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.EFBIG,
+}
 
 
 @contextlib.contextmanager
@@ -28,6 +37,14 @@ def ending_in_a_sentence() -> Iterator[None]:
             raise
         where = f": {error.filename}" if error.filename else ""
         sys.exit(f"{error.strerror}{where}.")
+
+
+def leaves_no_traceback(record: logging.LogRecord) -> bool:
+    """A log filter: Detectron2 logs each error of a training with its traceback, which the sentence
+    of one that a user can mend makes needless."""
+    error = record.exc_info[1] if record.exc_info else None
+    is_refused = isinstance(error, OSError) and error.errno in _REFUSED
+    return not (isinstance(error, InputError) or is_refused)
 
 
 def sentence_of(error: InputError) -> str:

@@ -20,9 +20,9 @@ from tabulate import tabulate
 from torch import Tensor
 
 from iou_d2.commands.finished_runs import trained_config
+from iou_d2.commands.run_data import use_test_set
 from iou_d2.commands.trained import add_trust_argument, load_trained
 from iou_d2.data.mapper import CheckedDatasetMapper
-from iou_d2.data.register import register_dataset
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
 from iou_d2.detectors.iou_net_nms import PlainNMS
 from iou_d2.errors import InputError
@@ -34,9 +34,7 @@ MIN_SCORE, MIN_IOU = 0.3, 0.5
 
 def read_images(cfg: CfgNode, count: int, clean_dir: Path):
     """The first images of DATASETS.TEST at their test size, with their ground truth."""
-    if not cfg.DATASETS.TEST:
-        raise InputError("DATASETS.TEST is empty, so there are no images to measure on.")
-    name = register_dataset(cfg.DATASETS.TEST[0], str(clean_dir))
+    name = use_test_set(cfg, clean_dir)
     mapper = CheckedDatasetMapper(cfg, is_train=True)
     mapper.augmentations = CheckedDatasetMapper(cfg, is_train=False).augmentations
     for record in DatasetCatalog.get(name)[:count]:

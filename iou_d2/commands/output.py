@@ -18,6 +18,8 @@ def make_folder(path: str | os.PathLike) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"--output {path} is no folder: {error.filename} is a file.") from error
+    except FileNotFoundError as error:  # of a file system that makes none, such as /proc
+        raise InputError(f"--output {path} cannot be made.") from error
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output {path} cannot be written to.")
     return folder

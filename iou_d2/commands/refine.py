@@ -5,10 +5,10 @@
         --gt instances.json --images images --results coco_instances_results.json \\
         --output refined.json MODEL.WEIGHTS output/iou_net_standalone_shapes/model_final.pth
 
-Reads and writes COCO results, and prints AP before and after. Everything in MODEL.IOU_NET can be
-switched at the end of the command line, such as MODEL.IOU_NET.NMS plain; MODEL.ROI_HEADS has
-SCORE_THRESH_TEST and NMS_THRESH_TEST. IoU-guided NMS can only do its work on results that nothing
-has thinned out: make them with the NMS threshold of the detector, such as
+Reads and writes COCO results, and prints AP before and after where --gt has annotations. Everything
+in MODEL.IOU_NET can be switched at the end of the command line, such as MODEL.IOU_NET.NMS plain;
+MODEL.ROI_HEADS has SCORE_THRESH_TEST and NMS_THRESH_TEST. IoU-guided NMS can only do its work on
+results that nothing has thinned out: make them with the NMS threshold of the detector, such as
 MODEL.ROI_HEADS.NMS_THRESH_TEST, at 1.0 (arXiv 1807.11590, Table 1) and with
 TEST.DETECTIONS_PER_IMAGE -1.
 """
@@ -189,6 +189,15 @@ def refine_results(
     return refined
 
 
+def ap_table(truth: dict, results: list[dict], refined: list[dict]) -> str:
+    """AP before and after refinement, in percent over the classes that have objects."""
+    rows = []
+    for name, detections in (("before", results), ("after", refined)):
+        table = summarize_ap(coco_precision(truth, detections), [])
+        rows.append([name, *(table[metric] for metric in METRICS)])
+    return tabulate(rows, ["", *METRICS], "pipe", floatfmt=".1f")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -213,17 +222,13 @@ def main(arguments: list[str] | None = None) -> None:
     records = image_records(truth, args.images, results)
     cfg, content = setup(args.config_file, args.opts, names, args.trust_weights)
     model = load_model(cfg, content)
-    before = summarize_ap(coco_precision(truth, results), names)
     class_of = classes_of(truth, cfg.MODEL.CLASS_NAMES)
     refined = refine_results(model, cfg, records, class_of, results)
-    after = summarize_ap(coco_precision(truth, refined), names)
-
     write_whole(args.output, json.dumps(refined))
-    rows = [
-        [name, *(table[m] for m in METRICS)]
-        for name, table in (("before", before), ("after", after))
-    ]
-    print(tabulate(rows, ["", *METRICS], "pipe", floatfmt=".1f"))
+    if truth["annotations"]:
+        print(ap_table(truth, results, refined))
+    else:
+        print(f"{args.gt} has no annotations: AP is left out.")
     print(f"{len(refined)} of {len(results)} detections are left, in {args.output}.")
 
 

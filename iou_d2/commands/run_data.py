@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from iou_d2.config import set_class_names
@@ -43,7 +44,7 @@ def use_datasets(cfg: CfgNode, start: Start, eval_only: bool, resume: bool) -> N
     Raises InputError where the data, or they and the classes in `start`, do not go together.
     """
     clean_dir = os.path.join(cfg.OUTPUT_DIR, "datasets")
-    trust = Trust(boxes=cfg.DATASETS.TRUST_BOXES, paths=cfg.DATASETS.TRUST_PATHS)
+    trust = trust_of(cfg)
     cfg.DATASETS.TEST = tuple(register_dataset(n, clean_dir, trust) for n in cfg.DATASETS.TEST)
     used = cfg.DATASETS.TEST
     if not eval_only:
@@ -58,7 +59,42 @@ def use_datasets(cfg: CfgNode, start: Start, eval_only: bool, resume: bool) -> N
     set_class_names(cfg, classes)
     for name in used:
         ensure_shapes(name)
+    require_measurable(cfg)
     check_own_data(cfg, used, clean_dir, eval_only)
+
+
+def trust_of(cfg: CfgNode) -> Trust:
+    return Trust(boxes=cfg.DATASETS.TRUST_BOXES, paths=cfg.DATASETS.TRUST_PATHS)
+
+
+def use_test_set(cfg: CfgNode, clean_dir: str | os.PathLike) -> str:
+    """Register the first of DATASETS.TEST for a trained model, and return its name.
+
+    Its classes are matched with MODEL.CLASS_NAMES, where `cfg` has them, whatever an earlier call
+    matched them with. Raises InputError where there is no test set, or one of other classes.
+    """
+    if not cfg.DATASETS.TEST:
+        raise InputError("DATASETS.TEST is empty: there are no images to measure on.")
+    name = cfg.DATASETS.TEST[0]
+    if name.startswith(OWN) and name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    name = register_dataset(name, clean_dir, trust_of(cfg))
+    classes = list(cfg.MODEL.CLASS_NAMES)
+    if classes:
+        leave_out = cfg.DATASETS.TRUST_CLASSES
+        match_classes(name, classes, "MODEL.CLASS_NAMES", leave_out=leave_out)
+    return name
+
+
+def require_measurable(cfg: CfgNode) -> None:
+    """Raise an InputError where TEST.EXPECTED_RESULTS wait for the AP of a set that gives none."""
+    for name in cfg.DATASETS.TEST:
+        if cfg.TEST.EXPECTED_RESULTS and not MetadataCatalog.get(name).get("has_annotations", True):
+            raise InputError(
+                f"TEST.EXPECTED_RESULTS cannot be held against '{name}', which has no annotations: "
+                "set it to []."
+            )
 
 
 def classes_of_run(

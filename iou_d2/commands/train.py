@@ -27,13 +27,15 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from iou_d2.commands.arguments import add_config_arguments, config_of
+from iou_d2.commands.errors import leaves_no_traceback
 from iou_d2.commands.run_data import Start, use_datasets
 from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
 from iou_d2.data.cleaning import write_text
-from iou_d2.engine.checkpoint import remove_unfinished
+from iou_d2.engine.checkpoint import remove_unfinished, split_weights
 from iou_d2.engine.config_checks import check_config, check_datasets, check_training
 from iou_d2.engine.launch import launch
 from iou_d2.engine.lock import locked
+from iou_d2.engine.pretrained import check_start, is_pretrained
 from iou_d2.engine.run_record import describe_run, recorded
 from iou_d2.engine.safe_load import read_checkpoint_file, read_class_names
 from iou_d2.engine.trainer import Trainer
@@ -144,11 +146,12 @@ def start_of(cfg: CfgNode, args: argparse.Namespace) -> Start:
             "Nothing is trained that --eval-only could evaluate: give MODEL.WEIGHTS at the end of "
             "the command line."
         )
-    if not weights or "?matching_heuristics" in weights:  # of other projects
+    if not weights or is_pretrained(weights):
         return Start(weights, [])
+    path, _ = split_weights(weights)
     if args.trust_weights:
-        return Start(weights, names_in(read_checkpoint_file(weights, trust=True), weights))
-    return Start(weights, read_class_names(weights) or [])
+        return Start(weights, names_in(read_checkpoint_file(path, trust=True), weights))
+    return Start(weights, read_class_names(path) or [])
 
 
 def prepare(cfg: CfgNode, args: argparse.Namespace, start: Start) -> None:
@@ -156,7 +159,9 @@ def prepare(cfg: CfgNode, args: argparse.Namespace, start: Start) -> None:
     # Before the data are read, so that what is mended in them stands in log.txt.
     for name in ("fvcore", "detectron2", "iou_d2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(leaves_no_traceback)
     use_datasets(cfg, start, args.eval_only, args.resume)
+    check_start(cfg, start.weights, args.eval_only)
     if args.eval_only:
         cfg.MODEL.WEIGHTS = start.weights
     cfg.freeze()

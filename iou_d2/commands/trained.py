@@ -9,8 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from iou_d2.engine.checkpoint import SafeCheckpointer
+from iou_d2.engine.checkpoint import SafeCheckpointer, split_weights
 from iou_d2.engine.config_checks import check_config
+from iou_d2.engine.pretrained import require_trained
 from iou_d2.engine.safe_load import local_file, read_checkpoint_file
 from iou_d2.errors import InputError
 
@@ -28,7 +29,9 @@ def read_weights(cfg: CfgNode, trust: bool = False) -> dict:
     there or no checkpoint."""
     if not cfg.MODEL.WEIGHTS:
         raise InputError("Nothing is trained: give MODEL.WEIGHTS at the end of the command line.")
-    return read_checkpoint_file(local_file(cfg.MODEL.WEIGHTS), trust)
+    require_trained(cfg.MODEL.WEIGHTS)
+    path, _ = split_weights(cfg.MODEL.WEIGHTS)
+    return read_checkpoint_file(local_file(path), trust)
 
 
 def fill(model: nn.Module, cfg: CfgNode, content: dict) -> nn.Module:

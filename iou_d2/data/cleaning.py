@@ -98,8 +98,13 @@ def require_files(source: Path, what: str, paths: Sequence[str]) -> None:
     if missing:
         raise MissingFileError(
             f"{len(missing)} of the {len(paths)} {what} that {source} lists are not there, "
-            f"the first: {', '.join(missing[:3])}."
+            f"the first: {', '.join(map(shortened, missing[:3]))}."
         )
+
+
+def shortened(path: str) -> str:
+    """`path` as a sentence can hold it."""
+    return path if len(path) <= 500 else f"{path[:200]}... ({len(path)} characters)"
 
 
 def copy_name(stem: str, dataset: str) -> str:

@@ -61,6 +61,10 @@ def register_coco(
             f"{json_file}: of {len(coco.data['images'])} images, {coco.findings}. "
             f"Training and evaluation read the mended copy {source}."
         )
+    if not coco.has_annotations:
+        logging.getLogger(__name__).warning(
+            f"{json_file} has no 'annotations': detections are written, but no AP is measured."
+        )
     _register(name, coco, source)
     return name
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from iou_d2.errors import InputError, MissingFileError
 
-from .cleaning import Findings, require_files
-from .coco_values import where
+from .cleaning import Findings, require_files, shortened
+from .coco_values import short, where
 from .images import read_header
 
 WINDOWS = "file names with backslashes were read as paths"
@@ -55,8 +55,8 @@ def find_image_folder(json_file: Path, images: Sequence[dict]) -> Path | None:
 def no_image_folder(json_file: Path, images: Sequence[dict]) -> MissingFileError:
     first, second, *_ = image_folders(json_file)
     return MissingFileError(
-        f"The first image of {json_file}, {images[0]['file_name']}, is neither in {first} nor in "
-        f"{second}, nor where COCO and CVAT put it: name the image folder, as in "
+        f"The first image of {json_file}, {shortened(images[0]['file_name'])}, is neither in "
+        f"{first} nor in {second}, nor where COCO and CVAT put it: name the image folder, as in "
         f"coco:{json_file}:IMAGE_FOLDER."
     )
 
@@ -96,8 +96,8 @@ def _locate(
         if not trust_paths and not _is_inside(folder / name, folder):
             raise InputError(
                 f"{json_file}: {where('images', index, image)} has the file_name "
-                f"{image['file_name']!r}, which lies outside of the image folder {folder}. If that "
-                "is meant, name a folder above it, as in coco:JSON:IMAGE_FOLDER, or set "
+                f"{short(image['file_name'])}, which lies outside of the image folder {folder}. If "
+                "that is meant, name a folder above it, as in coco:JSON:IMAGE_FOLDER, or set "
                 "DATASETS.TRUST_PATHS True."
             )
         if finding is not None:

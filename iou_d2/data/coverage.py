@@ -42,7 +42,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class Anchors:
-    """Whether the best anchor of an object has at least `threshold` IoU with it.
+    """The IoU of an object with its best anchor; from `threshold` on an anchor learns it.
 
     levels: stride, sizes and ratios (height / width) of each. offset: of a centre in its cell.
     """
@@ -52,105 +52,139 @@ class Anchors:
     threshold: float
 
     @property
-    def meaning(self) -> str:
-        return f"an anchor with IoU >= {self.threshold:g}"
+    def title(self) -> str:
+        return (
+            f"IoU of an object with its best anchor. All anchors from {self.threshold:g} on learn "
+            "it; where there is none,\nits best one alone does"
+        )
 
-    def __call__(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        return self.best_iou(boxes, sizes) >= self.threshold
+    @property
+    def reached(self) -> str:
+        return f"IoU >= {self.threshold:g}"
 
-    def best_iou(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    def measure(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Of boxes (G, 4) in images of (width, height) `sizes` (G, 2) the highest IoU: (G,).
 
         Of anchors of one shape the one whose centre is nearest, along both axes, is the best.
         """
         sides, centers = boxes[:, 2:] - boxes[:, :2], (boxes[:, :2] + boxes[:, 2:]) / 2
-        best = np.zeros(len(boxes))
+        areas, best = sides.prod(axis=1), np.zeros(len(boxes))
         for stride, anchor_sizes, ratios in self.levels:
             index = np.round(centers / stride - self.offset)
             index = np.clip(index, 0, cells(sizes, stride) - 1)
-            distance = np.abs((index + self.offset) * stride - centers)
+            reach = sides / 2 - np.abs((index + self.offset) * stride - centers)
             for size in anchor_sizes:
                 for ratio in ratios:
                     anchor = np.array([size / ratio**0.5, size * ratio**0.5])
-                    overlap = np.minimum((sides + anchor) / 2 - distance, np.minimum(sides, anchor))
+                    overlap = np.minimum(reach + anchor / 2, np.minimum(sides, anchor))
                     common = np.maximum(overlap, 0).prod(axis=1)
-                    union = sides.prod(axis=1) + anchor.prod() - common
-                    np.maximum(best, common / union, out=best)
+                    np.maximum(best, common / (areas + anchor.prod() - common), out=best)
         return best
 
 
 @dataclass(frozen=True)
-class Points:
-    """Whether a point of some level lies in an object and, for FCOS, in the level's range.
+class RangePoints:
+    """FCOS: the number of points inside an object at whose level its size is learnt.
 
     levels: stride, shortest and longest distance from a point to the farthest side of its object.
-    offset: of a point in its cell. radius: FCOS's, in strides, or 0. margin: by which the point
-    lies inside. Exact where a range is wider than its stride, as in all papers.
+    offset: of a point in its cell. radius: of the centre region, in strides, or 0.
     """
 
     levels: tuple[tuple[int, float, float], ...]
     offset: float
     radius: float = 0.0
-    margin: float = 0.0
+    threshold: float = 1.0
 
-    @property
-    def meaning(self) -> str:
-        return "a point inside"
+    title = "FCOS: points that can learn an object, inside of it and on the level of its size"
+    reached = ">= 1 point"
 
-    def __call__(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Boxes (G, 4) in images of (width, height) `sizes` (G, 2) -> (G,) bool."""
-        found = np.zeros(len(boxes), dtype=bool)
+    def measure(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Boxes (G, 4) in images of (width, height) `sizes` (G, 2) -> (G,) float64."""
+        middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+        total = np.zeros(len(boxes))
         for stride, low, high in self.levels:
-            first, last = self._points_inside(boxes, sizes, stride)  # (G, 2) each
-            exists = (first <= last).all(axis=1)
-            middle = (boxes[:, :2] + boxes[:, 2:]) / 2
-            index = np.clip(np.round(middle / stride - self.offset), first, last)
-            nearest = np.abs((index + self.offset) * stride - middle)
-            ends = np.stack([first, last])
-            farthest = np.abs((ends + self.offset) * stride - middle).max(axis=0)
-            half = (boxes[:, 2:] - boxes[:, :2]) / 2
-            in_range = ((half + nearest).max(axis=1) <= high) & (
-                (half + farthest).max(axis=1) >= low
-            )
-            found |= exists & in_range
-        return found
+            reach = np.minimum(half, self.radius * stride) if self.radius else half
+            inside = points_inside(middle - reach, middle + reach, sizes, stride, self.offset)
+            # The farthest side is at |distance to the middle| + half, of the larger axis.
+            near = np.ceil((middle - (high - half)) / stride - self.offset)
+            far = np.floor((middle + (high - half)) / stride - self.offset)
+            first, last = np.maximum(inside[0], near), np.minimum(inside[1], far)
+            too_near = np.floor((middle - (low - half)) / stride - self.offset) + 1
+            too_far = np.ceil((middle + (low - half)) / stride - self.offset) - 1
+            total += _number(first, last)
+            total -= _number(np.maximum(first, too_near), np.minimum(last, too_far))
+        return total
 
-    def _points_inside(
-        self, boxes: np.ndarray, sizes: np.ndarray, stride: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """First and last column and row of points in each box; the last is lower where none is."""
-        low, high = boxes[:, :2], boxes[:, 2:]
-        if self.radius:
-            middle, reach = (low + high) / 2, self.radius * stride
-            low, high = np.maximum(low, middle - reach), np.minimum(high, middle + reach)
-        first = np.floor((low + self.margin) / stride - self.offset) + 1
-        last = np.ceil((high - self.margin) / stride - self.offset) - 1
-        return np.maximum(first, 0), np.minimum(last, cells(sizes, stride) - 1)
+
+@dataclass(frozen=True)
+class NearestPoints:
+    """ATSS: the number of points inside an object, of the 3 x 3 around its centre on each level.
+
+    ATSS takes the 9 nearest, which are these but for ties and grids of one or two rows. Those of
+    them whose anchors fit better than the others then learn the object.
+    """
+
+    strides: tuple[int, ...]
+    offset: float
+    threshold: float = 1.0
+
+    title = "ATSS: candidate points inside of an object; the better ones of them learn it"
+    reached = ">= 1 point"
+
+    def measure(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Boxes (G, 4) in images of (width, height) `sizes` (G, 2) -> (G,) float64."""
+        low, high = boxes[:, :2] + _ATSS_INSIDE, boxes[:, 2:] - _ATSS_INSIDE
+        total = np.zeros(len(boxes))
+        for stride in self.strides:
+            first, last = points_inside(low, high, sizes, stride, self.offset)
+            nearest = np.round((low + high) / 2 / stride - self.offset)
+            nearest = np.clip(nearest, 1, np.maximum(cells(sizes, stride) - 2, 1))
+            total += _number(np.maximum(first, nearest - 1), np.minimum(last, nearest + 1))
+        return total
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Whether no side of an object is shorter than a cell of UnitBox's confidence feature.
+    """The shorter side of an object in cells of UnitBox's confidence feature.
 
     Every object of a pixel has positive pixels; but those of one cell can hardly differ.
     """
 
     stride: int
+    threshold: float = 1.0
 
     @property
-    def meaning(self) -> str:
-        return f"no side under the stride of {self.stride}"
+    def title(self) -> str:
+        return f"UnitBox: the shorter side of an object, in cells of {self.stride} pixels"
 
-    def __call__(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        return (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= self.stride
+    reached = ">= 1 cell"
+
+    def measure(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Boxes (G, 4) in images of (width, height) `sizes` (G, 2) -> (G,)."""
+        return (boxes[:, 2:] - boxes[:, :2]).min(axis=1) / self.stride
 
 
-Matching = Anchors | Points | Pixels
+Matching = Anchors | RangePoints | NearestPoints | Pixels
 
 
 def cells(sizes: np.ndarray, stride: int) -> np.ndarray:
     """Columns and rows (G, 2) of a level for images of (width, height) `sizes` (G, 2), padded."""
     return np.ceil(np.ceil(sizes / PADDING) * PADDING / stride)
+
+
+def points_inside(
+    low: np.ndarray, high: np.ndarray, sizes: np.ndarray, stride: int, offset: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and last column and row (G, 2) of points between the corners `low` and `high` (G, 2),
+    which are not inside themselves. The last is lower than the first where there is none."""
+    first = np.floor(low / stride - offset) + 1
+    last = np.ceil(high / stride - offset) - 1
+    return np.maximum(first, 0), np.minimum(last, cells(sizes, stride) - 1)
+
+
+def _number(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Points of each block from column and row `first` to `last` (G, 2): (G,)."""
+    return np.maximum(last - first + 1, 0).prod(axis=1)
 
 
 def resized(objects: Objects, resize: Resize) -> tuple[np.ndarray, np.ndarray]:
@@ -167,6 +201,8 @@ def resize_of(cfg) -> Resize:
     """The resize of training that `cfg` asks for. Raises InputError for an unknown crop."""
     node = cfg.INPUT
     sizes = sorted(np.atleast_1d(node.MIN_SIZE_TRAIN).tolist())
+    if not sizes:
+        raise InputError("INPUT.MIN_SIZE_TRAIN is empty.")
     middle = sizes[len(sizes) // 2]
     if node.MIN_SIZE_TRAIN_SAMPLING == "range":
         middle = (sizes[0] + sizes[-1]) // 2
@@ -191,8 +227,10 @@ def matching_of(cfg) -> Matching:
         return _points(cfg)
     if name == "UnitBox":
         return Pixels(stride_of(cfg.MODEL.UNITBOX.CONFIDENCE_FEATURE))
-    if name in ("GeneralizedRCNN", "ProposalNetwork", "StandaloneIoUNet"):
-        node = cfg.MODEL.RPN
+    if name in ("GeneralizedRCNN", "ProposalNetwork"):
+        proposals, node = cfg.MODEL.PROPOSAL_GENERATOR.NAME, cfg.MODEL.RPN
+        if proposals not in ("RPN", "BoxLossRPN"):
+            raise InputError(f"Anchors of MODEL.PROPOSAL_GENERATOR.NAME {proposals} are not known.")
         return _anchors(cfg, node.IN_FEATURES, node.IOU_THRESHOLDS, node.IOU_LABELS)
     raise InputError(f"What MODEL.META_ARCHITECTURE {name} can match is not known.")
 
@@ -213,6 +251,8 @@ def _anchors(cfg, features, thresholds, labels) -> Anchors:
     strides = [stride_of(feature) for feature in features]
     sizes = _of_levels(node.SIZES, len(strides), "SIZES")
     ratios = _of_levels(node.ASPECT_RATIOS, len(strides), "ASPECT_RATIOS")
+    if 1 not in labels or not all(sizes) or not all(ratios):
+        raise InputError("No anchor of this config can learn an object.")
     # Labels are those between the thresholds: the first positive one begins at the one before it.
     threshold = thresholds[list(labels).index(1) - 1]
     return Anchors(tuple(zip(strides, sizes, ratios)), node.OFFSET, threshold)
@@ -220,7 +260,7 @@ def _anchors(cfg, features, thresholds, labels) -> Anchors:
 
 def _of_levels(values, levels: int, key: str) -> tuple[tuple[float, ...], ...]:
     """One list for each level, as Detectron2 broadcasts them."""
-    lists = values if isinstance(values[0], (list, tuple)) else [values]
+    lists = values if values and isinstance(values[0], (list, tuple)) else [values]
     if len(lists) not in (1, levels):
         raise InputError(
             f"MODEL.ANCHOR_GENERATOR.{key} is for {len(lists)} levels, but there are {levels}."
@@ -228,14 +268,18 @@ def _of_levels(values, levels: int, key: str) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, lists * levels if len(lists) == 1 else lists))
 
 
-def _points(cfg) -> Points:
+def _points(cfg) -> RangePoints | NearestPoints:
     node = cfg.MODEL.POINT_DETECTOR
     strides = [stride_of(feature) for feature in cfg.MODEL.RETINANET.IN_FEATURES]
     offset = node.POINT_OFFSET
     if node.ASSIGNER == "atss":
-        levels = tuple((stride, 0.0, np.inf) for stride in strides)
-        return Points(levels, 0.0 if offset is None else offset, margin=_ATSS_INSIDE)
+        return NearestPoints(tuple(strides), 0.0 if offset is None else offset)
     lowest = [0.0, *node.MAX_DISTANCES[:-1]]
     highest = [*node.MAX_DISTANCES[:-1], np.inf]
+    if len(highest) != len(strides):
+        raise InputError(
+            f"MODEL.POINT_DETECTOR.MAX_DISTANCES is for {len(highest)} levels, but there are "
+            f"{len(strides)}."
+        )
     levels = tuple(zip(strides, lowest, highest))
-    return Points(levels, 0.5 if offset is None else offset, node.CENTER_SAMPLING_RADIUS)
+    return RangePoints(levels, 0.5 if offset is None else offset, node.CENTER_SAMPLING_RADIUS)

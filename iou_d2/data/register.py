@@ -70,10 +70,15 @@ def _register_own(name: str, clean_dir: Path, trust: Trust) -> str:
 
 
 def _paths(name: str, rest: str) -> list[str]:
-    """The parts between colons; that of a Windows drive (C:\\data) divides nothing."""
-    drives = re.findall(r"(?:^|:)[A-Za-z]:\\", rest)
-    if os.name != "nt":
-        if drives:
+    """The parts of `rest`, the name without its kind, between colons."""
+    if os.name == "nt":
+        return split_with_drives(rest)
+    for letter, slash in re.findall(r"(?:^|:)([A-Za-z]):([\\/])", rest):
+        if slash == "\\" or not os.path.exists(letter):
             raise InputError(f"'{name}' holds a Windows path, which this machine does not have.")
-        return rest.split(":")
-    return re.split(r"(?<!^[A-Za-z]):(?<!:[A-Za-z]:)", rest)
+    return rest.split(":")
+
+
+def split_with_drives(text: str) -> list[str]:
+    """The parts between colons; that of a Windows drive (C:\\data, C:/data) divides nothing."""
+    return re.split(r"(?<!^[A-Za-z])(?<!:[A-Za-z]):|:(?![\\/])", text)

@@ -36,6 +36,8 @@ from iopath.common.file_io import file_lock
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
+from iou_d2.errors import InputError
+
 from .shapes_image import CLASSES, Annotation, make_image
 
 VERSION = 1  # raise it when the same seed gives other bytes, so that folders on disk are made anew
@@ -49,7 +51,7 @@ _CHUNK = 64  # images in flight; bounds the memory
 
 @dataclass(frozen=True)
 class ShapesSpec:
-    """What determines every byte of a set. Raises ValueError when a value is out of its range."""
+    """What determines every byte of a set. Raises InputError when a value is out of its range."""
 
     split: str
     images: int
@@ -58,20 +60,20 @@ class ShapesSpec:
 
     def __post_init__(self):
         if self.split not in _SPLITS:
-            raise ValueError(f"The split of a shapes dataset is train or val, not {self.split!r}.")
+            raise InputError(f"The split of a shapes dataset is train or val, not {self.split!r}.")
         if self.images < 1:
-            raise ValueError(f"A shapes dataset has at least 1 image, not {self.images}.")
+            raise InputError(f"A shapes dataset has at least 1 image, not {self.images}.")
         if not 64 <= self.pixels <= 4096:
-            raise ValueError(f"Images of shapes have 64 to 4096 pixels a side, not {self.pixels}.")
+            raise InputError(f"Images of shapes have 64 to 4096 pixels a side, not {self.pixels}.")
         if self.seed < 0:
-            raise ValueError(f"The seed of a shapes dataset is at least 0, not {self.seed}.")
+            raise InputError(f"The seed of a shapes dataset is at least 0, not {self.seed}.")
 
 
 def parse_shapes_name(name: str) -> ShapesSpec:
-    """The set that a name stands for; raises ValueError when it does not follow the grammar."""
+    """The set that a name stands for; raises InputError when it does not follow the grammar."""
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ValueError(
+        raise InputError(
             f"{name!r} is not a name of a shapes dataset: write shapes_train, shapes_val or, for "
             "example, shapes_train_5000x128 for 5000 images of 128 x 128 pixels."
         )
@@ -93,7 +95,7 @@ def register_shapes() -> None:
 def register_shapes_by_name(name: str) -> bool:
     """Register a set of any size, not made yet; False when `name` does not begin with `shapes_`.
 
-    Raises ValueError for a name that begins so and does not follow the grammar.
+    Raises InputError for a name that begins so and does not follow the grammar.
     """
     if not name.startswith("shapes_"):
         return False

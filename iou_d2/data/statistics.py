@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,18 @@ def collect(dicts: Sequence[dict[str, Any]]) -> Objects:
     )
 
 
+def joined(parts: Sequence[Objects]) -> Objects:
+    """The objects of several datasets, each with the class indices of its own. At least one."""
+    starts = np.cumsum([0, *(len(part.sizes) for part in parts)])
+    return Objects(
+        np.concatenate([part.boxes for part in parts]),
+        np.concatenate([part.classes for part in parts]),
+        np.concatenate([part.images + start for part, start in zip(parts, starts)]),
+        np.concatenate([part.sizes for part in parts]),
+        sum(part.crowds for part in parts),
+    )
+
+
 def _xyxy(annotation: dict[str, Any]) -> Sequence[float]:
     box, mode = annotation["bbox"], annotation["bbox_mode"]
     if mode == BoxMode.XYWH_ABS:  # BoxMode.convert takes ten times as long
@@ -74,10 +87,10 @@ def _xyxy(annotation: dict[str, Any]) -> Sequence[float]:
 
 def count_classes(objects: Objects, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Objects of each of `number` classes, and images that hold one: (K,) and (K,)."""
-    pairs = np.unique(np.stack([objects.images, objects.classes], axis=1), axis=0)
+    pairs = np.unique(objects.images * number + objects.classes)
     return (
         np.bincount(objects.classes, minlength=number),
-        np.bincount(pairs[:, 1], minlength=number),
+        np.bincount(pairs % max(number, 1), minlength=number),
     )
 
 
@@ -97,18 +110,15 @@ def hints(objects: Objects, class_names: Sequence[str]) -> list[str]:
     """Sentences about what may be a mistake in the annotations."""
     sides = objects.sides
     shorter, longer = sides.min(axis=1), sides.max(axis=1)
-    rows = np.concatenate(
-        [objects.images[:, None], objects.classes[:, None], objects.boxes], axis=1
-    )
-    twice = len(rows) - len(np.unique(rows, axis=0))
-    anywhere = len(rows) - len(np.unique(np.delete(rows, 1, axis=1), axis=0)) - twice
+    places = [objects.images, *objects.boxes.T]
+    twice = _repeats([*places, objects.classes])
     counted = [
         (int((shorter < 1).sum()), "have a side under one pixel"),
         (int((longer > LONG * shorter).sum()), f"are over {LONG:g} times as long as wide"),
         (twice, "repeat the box and the class of another in their image"),
-        (anywhere, "repeat the box of another of their image with another class"),
+        (_repeats(places) - twice, "repeat the box of another of their image with another class"),
     ]
-    found = [f"{number} of {len(rows)} objects {what}." for number, what in counted if number]
+    found = [f"{number} of {len(sides)} objects {what}." for number, what in counted if number]
     counts, _ = count_classes(objects, len(class_names))
     rare = [f"{name} ({n})" for name, n in zip(class_names, counts) if n < FEW]
     if rare:
@@ -117,20 +127,35 @@ def hints(objects: Objects, class_names: Sequence[str]) -> list[str]:
     return found
 
 
+def alike(class_names: Iterable[str]) -> list[list[str]]:
+    """Names that are one but for upper case, blanks, "-" and "_", which may be one class."""
+    groups = defaultdict(list)
+    for name in dict.fromkeys(class_names):
+        groups[re.sub(r"[\s_-]", "", name).casefold()].append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _repeats(columns: Sequence[np.ndarray]) -> int:
+    """How many rows of `columns` (G,) each are equal to an earlier one."""
+    rows = list(zip(*(column.tolist() for column in columns)))
+    return len(rows) - len(set(rows))  # numpy's sorting takes several times as long
+
+
 def shared_images(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs of files, one of each list, that are the same file or have the same bytes.
 
-    Only files of equal length are read. Files that are not there are in no pair.
+    Only files of equal length are read. Files that are not there or cannot be read are in no pair.
     """
     groups = [_by_length(first), _by_length(second)]
     pairs = []
     for length in groups[0].keys() & groups[1].keys():
-        contents: dict[bytes, str] = {_digest(path): path for path in groups[0][length]}
-        pairs += [
-            (contents[digest], path)
-            for path in groups[1][length]
-            if (digest := _digest(path)) in contents
-        ]
+        ours = set(groups[0][length])
+        theirs = [path for path in groups[1][length] if path not in ours]
+        pairs += [(path, path) for path in groups[1][length] if path in ours]
+        contents = {_digest(path): path for path in groups[0][length]} if theirs else {}
+        contents.pop(None, None)
+        digests = [(path, _digest(path)) for path in theirs]
+        pairs += [(contents[digest], path) for path, digest in digests if digest in contents]
     return sorted(pairs)
 
 
@@ -139,11 +164,14 @@ def _by_length(paths: Sequence[str]) -> dict[int, list[str]]:
     for path in paths:
         try:
             groups[os.stat(path).st_size].append(path)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a zero byte in the name
             continue
     return groups
 
 
-def _digest(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).digest()
+def _digest(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).digest()
+    except OSError:
+        return None

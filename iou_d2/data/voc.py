@@ -191,7 +191,8 @@ def _clean(
 
 
 def _load(name: str, images: Sequence[VocImage], files: Sequence[str]) -> list[dict]:
-    """Dicts for Detectron2, with the indices that the classes have now."""
+    """Dicts for Detectron2, with the indices that the classes have now; objects of classes that the
+    metadata do not name are left out."""
     classes = {c: index for index, c in enumerate(MetadataCatalog.get(name).thing_classes)}
     return [_to_detectron2(image, file, classes) for image, file in zip(images, files)]
 
@@ -204,6 +205,7 @@ def _to_detectron2(image: VocImage, file_name: str, classes: dict[str, int]) -> 
             "bbox_mode": BoxMode.XYXY_ABS,
         }
         for obj in image.objects
+        if obj.name in classes
     ]
     return {
         "file_name": file_name,

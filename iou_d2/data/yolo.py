@@ -172,7 +172,8 @@ def _clean(
 
 
 def _load(name: str, records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict]:
-    """Dicts for Detectron2, with the indices that the classes have now."""
+    """Dicts for Detectron2, with the indices that the classes have now; objects of classes that the
+    metadata do not name are left out."""
     now = {c: index for index, c in enumerate(MetadataCatalog.get(name).thing_classes)}
     return [
         {
@@ -185,6 +186,7 @@ def _load(name: str, records: Sequence[dict[str, Any]], names: Sequence[str]) ->
                     "iscrowd": 0,
                 }
                 for index, box in record["objects"]
+                if names[index] in now
             ],
         }
         for record in records

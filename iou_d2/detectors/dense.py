@@ -24,6 +24,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from iou_d2.errors import InputError
 from iou_d2.ops.nms import batched_nms
 
 from .visualize import is_time_to_draw, visualize_training
@@ -255,8 +256,8 @@ def reduce_mean(value: Tensor) -> Tensor:
 
 
 def part_named(parts: dict[str, Any], name: str, key: str) -> Any:
-    """The part that the config `key` names; a ValueError that lists all names for another one."""
+    """The part that the config `key` names; an InputError that lists all names for another one."""
     if name not in parts:
         names = " or ".join(map(repr, parts)) if len(parts) == 2 else f"one of {', '.join(parts)}"
-        raise ValueError(f"{key} is {names}, but it is {name!r}.")
+        raise InputError(f"{key} is {names}, but it is {name!r}.")
     return parts[name]

@@ -20,6 +20,8 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from iou_d2.errors import InputError
+
 from .faster_rcnn import BoxLossCascadeROIHeads, BoxLossROIHeads
 from .iou_branch import IoUBranch
 from .iou_net_inference import (
@@ -60,7 +62,7 @@ class _IoUNetHeads(ABC):
         pooler, postprocessor = arguments["box_pooler"], build_postprocessor(cfg)
         ascends = isinstance(postprocessor.refiner, GradientAscent)
         if ascends and not isinstance(pooler, PrRoIPooler):
-            raise ValueError(
+            raise InputError(
                 f"MODEL.ROI_BOX_HEAD.POOLER_TYPE is {cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE!r}, which "
                 "has no gradient for boxes: IoU-Net refines them through 'PrRoIPool'. Set that, or "
                 "MODEL.IOU_NET.REFINE_STEPS 0."

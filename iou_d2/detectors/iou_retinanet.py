@@ -18,6 +18,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
+from iou_d2.errors import InputError
 from iou_d2.ops.boxes import aligned_iou
 
 from .dense import part_named, reduce_mean
@@ -110,7 +111,7 @@ class IoUAwareRetinaNet(BoxLossRetinaNet):
     def from_config(cls, cfg):
         node, key = cfg.MODEL.IOU_RETINANET, "MODEL.IOU_RETINANET"
         if not 0 <= node.ALPHA <= 1:
-            raise ValueError(f"{key}.ALPHA lies in [0, 1], but it is {node.ALPHA}.")
+            raise InputError(f"{key}.ALPHA lies in [0, 1], but it is {node.ALPHA}.")
         # The plain head is built too: its random numbers are part of what a seed has always given.
         arguments = super().from_config(cfg)
         shapes = arguments["backbone"].output_shape()

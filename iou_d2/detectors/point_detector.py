@@ -24,6 +24,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
+from iou_d2.errors import InputError
 from iou_d2.ops.assign import ATSSAssigner, FCOSAssigner
 from iou_d2.ops.box_losses import BoxLoss, build_box_loss
 from iou_d2.ops.boxes import aligned_iou, boxes_around, centerness
@@ -273,7 +274,7 @@ def _build_fcos(node) -> FCOSAssigner:
 def _weights_of_stages(weights: Sequence[float], stages: int) -> Sequence[float]:
     """The weights of the last `stages` stages."""
     if len(weights) < stages:
-        raise ValueError(
+        raise InputError(
             f"MODEL.POINT_DETECTOR.BOX_LOSS_WEIGHTS is {list(weights)}, but the head has boxes of "
             f"{stages} stages."
         )

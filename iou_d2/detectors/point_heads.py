@@ -18,6 +18,7 @@ from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from iou_d2.errors import InputError
 from iou_d2.layers.deform_conv import ModulatedDeformConv
 
 POINT_HEAD_REGISTRY = Registry("POINT_HEAD")
@@ -127,7 +128,7 @@ class TwoTowerHead(nn.Module, ABC):
     def from_config(cls, cfg, input_shapes: list[ShapeSpec]):
         units = cfg.MODEL.POINT_DETECTOR.DISTANCE_UNITS
         if len(units) != len(input_shapes):
-            raise ValueError(
+            raise InputError(
                 f"MODEL.POINT_DETECTOR.DISTANCE_UNITS has {len(units)} entries for "
                 f"{len(input_shapes)} levels."
             )

@@ -23,6 +23,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from iou_d2.errors import InputError
 from iou_d2.ops.box_losses import BoxLoss, build_box_loss
 
 from .dense import DenseDetector, build_dense_nms, part_named, reduce_mean
@@ -172,7 +173,7 @@ class UnitBox(DenseDetector):
         shapes = arguments["backbone"].output_shape()
         missing = set(names) - set(shapes)
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"MODEL.UNITBOX reads the features {names}, but the backbone "
                 f"{cfg.MODEL.BACKBONE.NAME} puts out {', '.join(shapes)}."
             )

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from iou_d2.errors import InputError, MissingFileError
 
+from .pretrained import is_pretrained, load_pretrained, require_trained
 from .safe_load import local_file, read_checkpoint_file
 
 
@@ -50,6 +51,15 @@ class Mismatch:
         if self.unexpected:
             parts.append(f"{len(self.unexpected)} are unknown, such as {self.unexpected[0]}")
         return "; ".join(parts) + "."
+
+
+def split_weights(weights: str) -> tuple[str, bool]:
+    """MODEL.WEIGHTS as a path or address, and whether its "?matching_heuristics=True" lets
+    Detectron2 match its tensors with those of the model by the ends of their names."""
+    url = urlparse(weights or "")
+    if url.query != "matching_heuristics=True" or os.path.isfile(weights):
+        return weights, False
+    return url._replace(query="").geturl(), True
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -86,16 +96,16 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.mismatch: Mismatch | None = None
 
     def load(self, path: str, *args, **kwargs) -> dict:
-        """As that of DetectionCheckpointer.
+        """As that of DetectionCheckpointer; `path` may also name a backbone of torchvision.
 
         Raises:
             MissingFileError, InputError: sentences that name the file, and the tensor that is none.
         """
         self.mismatch = None
-        url = urlparse(path or "")
-        self._is_matched = url.query == "matching_heuristics=True" and not os.path.isfile(path)
-        if self._is_matched:
-            path = url._replace(query="").geturl()
+        if path and is_pretrained(path):
+            load_pretrained(self.model, path)
+            return {}
+        path, self._is_matched = split_weights(path)
         # Of several processes, Detectron2 lets those read nothing that do not see the file.
         is_alone = not isinstance(self.model, DistributedDataParallel)
         if path and self.content is None and is_alone:
@@ -177,6 +187,7 @@ def build_predictor(cfg: CfgNode, trust: bool = False) -> DefaultPredictor:
 
     Raises what SafeCheckpointer.load does.
     """
+    require_trained(cfg.MODEL.WEIGHTS)
     untrained = cfg.clone()
     untrained.defrost()
     untrained.MODEL.WEIGHTS = ""

@@ -115,9 +115,11 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def fill_arrays(content: object) -> object:
-    """`content` with arrays of NumPy for each Array in its dicts."""
+    """`content` with arrays of NumPy for each Array in its dicts and lists."""
     if isinstance(content, dict):
         return {name: fill_arrays(value) for name, value in content.items()}
+    if type(content) in (list, tuple):
+        return type(content)(fill_arrays(value) for value in content)
     return content.values if isinstance(content, Array) else content
 
 

@@ -11,16 +11,18 @@ from detectron2.solver.build import (
 )
 from torch import nn
 
+from iou_d2.errors import InputError
+
 
 def build_solver(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of `model` that SOLVER.OPTIMIZER names; all other SOLVER keys as in Detectron2.
 
-    Raises ValueError for another name than "SGD" or "AdamW".
+    Raises InputError for another name than "SGD" or "AdamW".
     """
     if cfg.SOLVER.OPTIMIZER == "SGD":
         return build_optimizer(cfg, model)
     if cfg.SOLVER.OPTIMIZER != "AdamW":
-        raise ValueError(
+        raise InputError(
             f"SOLVER.OPTIMIZER is 'SGD' or 'AdamW', but it is {cfg.SOLVER.OPTIMIZER!r}."
         )
     parameters = get_default_optimizer_params(

@@ -25,6 +25,7 @@ from iou_d2.evaluation.build import build_evaluator
 
 from .amp import trainer_class
 from .checkpoint import SafeCheckpointer
+from .pretrained import check_pretrained
 from .solver import build_solver
 from .train_data import TrainData
 
@@ -45,6 +46,7 @@ class Trainer(DefaultTrainer):
         """
         # Not that of DefaultTrainer, which wraps each model as one on a GPU, and so fails on CPUs.
         TrainerBase.__init__(self)
+        check_pretrained(cfg)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
@@ -170,8 +172,8 @@ def name_images_of_errors(model: nn.Module) -> None:
                 raise
             sizes = [tuple(image["image"].shape[-2:]) for image in batched_inputs]
             raise InputError(
-                f"Batch norm cannot train on the images of height and width {sizes}, which leave "
-                "one value a channel: raise INPUT.MIN_SIZE_TRAIN or SOLVER.IMS_PER_BATCH."
+                f"The images of height and width {sizes} leave one value a channel, of which no "
+                "layer can norm: raise INPUT.MIN_SIZE_TRAIN or MIN_SIZE_TEST."
             ) from error
 
     model.forward = named

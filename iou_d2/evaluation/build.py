@@ -13,6 +13,8 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 
+from iou_d2.errors import InputError
+
 from .coco import COCOLocalizationEvaluator, file_stem
 
 
@@ -63,11 +65,11 @@ def build_evaluator(
         "coco": tasks "bbox" and "localization". "pascal_voc": these, and "voc".
 
     Raises:
-        ValueError: the dataset is evaluated in another way.
+        InputError: the dataset is evaluated in another way.
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type not in ("coco", "pascal_voc"):
-        raise ValueError(
+        raise InputError(
             f"The dataset {dataset_name!r} has the evaluator_type {evaluator_type!r}, but only "
             f'"coco" and "pascal_voc" are supported.'
         )

@@ -25,6 +25,7 @@ from tabulate import tabulate
 from iou_d2.analysis.average_precision import coco_precision, summarize_ap
 from iou_d2.analysis.curves import localization_table
 from iou_d2.analysis.records import make_records
+from iou_d2.errors import InputError
 
 # What detectors may say of a detection -> what result files call it.
 OPTIONAL_FIELDS = {
@@ -130,15 +131,21 @@ class COCOLocalizationEvaluator(COCOEvaluator):
         classes = self._metadata.get("thing_classes") or category_of
         for result in results:
             if not 0 <= result["category_id"] < max(len(classes), len(category_of)):
-                raise ValueError(
+                raise InputError(
                     f"A detection has class {result['category_id']}, but the dataset "
                     f"{self._metadata.name!r} has {len(classes)} classes: does the model belong to "
                     "this dataset?"
                 )
-        results = [result for result in results if result["category_id"] in category_of]
-        for result in results:
+        kept = [result for result in results if result["category_id"] in category_of]
+        if len(kept) < len(results):
+            lacking = [c for index, c in enumerate(classes) if index not in category_of]
+            self._logger.warning(
+                f"{len(results) - len(kept)} of {len(results)} detections are left out: they are "
+                f"of the classes {', '.join(map(str, lacking))}, which {self._metadata.name} lacks."
+            )
+        for result in kept:
             result["category_id"] = category_of[result["category_id"]]
-        return results
+        return kept
 
     def _average_precision(
         self, truth: dict, results: list[dict], img_ids: list | None

@@ -8,6 +8,7 @@ import pytest
 
 from iou_d2.analysis import make_records, plot_ap_by_iou, plot_score_vs_iou
 from iou_d2.commands import analyze as analyze
+from iou_d2.errors import InputError, MissingFileError
 
 
 def planted(shift_of_score=lambda iou: iou, count=30):
@@ -79,10 +80,10 @@ def test_analyze_command(tmp_path, capsys):
     }
 
     results_path.write_text("[{")
-    with pytest.raises(SystemExit, match=r"results\.json is not a valid JSON file"):
+    with pytest.raises(InputError, match=r"results\.json is not valid JSON"):
         analyze.main([*arguments, str(tmp_path)])
     results_path.unlink()
-    with pytest.raises(SystemExit, match=r"There is no file .*results\.json"):
+    with pytest.raises(MissingFileError, match=r"There is no .*results\.json"):
         analyze.main([*arguments, str(tmp_path)])
 
 

@@ -1,12 +1,13 @@
 """records.py against loops, planted cases and broken files."""
 
 import json
+import logging
 import math
 
 import numpy as np
 import pytest
 
-from iou_d2.analysis import best_iou, make_records, read_records
+from iou_d2.analysis import best_iou, make_records, read_records, read_results
 from iou_d2.errors import InputError
 
 
@@ -165,12 +166,20 @@ def test_missing_file_is_named(tmp_path):
         read_records(tmp_path / "nowhere.json", results)
 
 
-@pytest.mark.parametrize(("box", "told"), [([4, 3, 8, 8], "corners"), ([4, 3, 4, 5], None)])
-def test_detections_with_corners_are_told(tmp_path, caplog, box, told):
-    gt_path = write(tmp_path / "gt.json", GOOD_GT)
-    results = [annotation(1, 1, box, score=0.1 * number) for number in range(5)]
-    read_records(gt_path, write(tmp_path / "results.json", results))
-    messages = [record.getMessage() for record in caplog.records]
-    messages = [message for message in messages if "results.json: " in message]
-    assert len(messages) == (told is not None)
-    assert all(f"look like {told}" in message for message in messages)
+@pytest.mark.parametrize(
+    ("boxes", "doubt"),
+    [
+        ([[20, 20, 50, 50], [30, 30, 60, 60], [5, 40, 60, 60]], "look like corners"),
+        ([[0.1, 0.1, 0.5, 0.5]] * 3, "look like fractions"),
+        ([[20, 20, 30, 30], [5, 5, 60, 60], [0, 0, 1, 1]], None),
+    ],
+)
+def test_results_that_are_hardly_xywh_in_pixels_are_read_with_a_warning(
+    tmp_path, monkeypatch, boxes, doubt
+):
+    said = []
+    monkeypatch.setattr(logging.getLogger("iou_d2.analysis.reading"), "warning", said.append)
+    truth = {**GOOD_GT, "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 64}]}
+    results = write(tmp_path / "results.json", [annotation(1, 1, box, score=0.5) for box in boxes])
+    assert [r["bbox"] for r in read_results(results, truth)] == boxes
+    assert len(said) == (doubt is not None) and all(doubt in line for line in said)

@@ -6,7 +6,7 @@ import os
 import pytest
 from detectron2.config import get_cfg
 
-from iou_d2.commands.arguments import add_config_arguments, config_of
+from iou_d2.commands.arguments import add_config_arguments, config_of, is_key
 
 CONFIG = "configs/quick/retinanet_own_data.yaml"
 
@@ -62,9 +62,17 @@ def test_options_win_over_pairs_and_pairs_take_any_value():
 def test_a_key_where_a_name_should_stand_is_said(capsys):
     with pytest.raises(SystemExit):
         parse("--train", "SOLVER.MAX_ITER", "2")
-    assert "--train takes names of datasets, but SOLVER.MAX_ITER is a key." in (
+    assert "--train takes at least one DATASET, but SOLVER.MAX_ITER is a key." in (
         capsys.readouterr().err
     )
+
+
+def test_names_of_camera_files_and_of_files_that_are_there_are_no_keys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_key("TEST.AUG.ENABLED") and is_key("SEED") and is_key("MODEL.WEIGHTS")
+    assert not any(map(is_key, ["DSC_0001.JPG", "A.B.TIFF", "a.jpg", "coco:A.JSON", "*.JPG"]))
+    (tmp_path / "SEED").touch()
+    assert not is_key("SEED")
 
 
 def test_one_parse_leaves_nothing_to_the_next():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from iou_d2 import get_config
 from iou_d2.commands import compare as compare_runs
 from iou_d2.config import set_class_names
 from iou_d2.data.shapes import ShapesSpec, write_shapes
+from iou_d2.errors import InputError
 
 CONFIG = "configs/quick/unitbox_shapes.yaml"
 
@@ -105,3 +107,15 @@ def test_runs_of_one_name_are_told_apart(runs, tmp_path, capsys):
     compare_runs.main([*places, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert [row[0] for row in table(printed, "recall at false positives")[1:]] == places
+
+
+def test_weights_that_would_run_code_are_read_where_one_trusts_them(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    content = torch.load(run / "model_final.pth")
+    torch.save({**content, "made_by": argparse.Namespace()}, run / "model_final.pth")
+    arguments = [str(run), "--output", str(tmp_path), "--sides", "32"]
+    with pytest.raises(InputError, match="it asks for argparse.Namespace"):
+        compare_runs.main(arguments)
+    compare_runs.main([*arguments, "--trust-weights"])
+    assert (tmp_path / "ap_by_side.png").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 
 import numpy as np
@@ -74,6 +75,18 @@ def test_shapes_in_conflict_with_the_config_write_nothing(tmp_path):
             + ["--config-file", CONFIG, "--opts", *SMALL, "MODEL.RETINANET.NUM_CLASSES", "4"]
         )
     assert not ours.exists()
+
+
+def test_a_file_that_would_run_code_is_read_where_one_trusts_it(tmp_path):
+    source, ours = str(tmp_path / "a.pth"), str(tmp_path / "b.pth")
+    weight = torch.rand(8, 3, 7, 7)
+    meta = {"arguments": argparse.Namespace()}
+    torch.save({"state_dict": {"backbone.conv1.weight": weight}, "meta": meta}, source)
+    arguments = [source, ours, "--from", "mmdet", "--to", "detectron2", "--format", "RGB"]
+    with pytest.raises(SystemExit, match="it asks for argparse.Namespace"):
+        convert(arguments)
+    convert([*arguments, "--trust-weights"])
+    assert read(ours)["model"]["backbone.bottom_up.stem.conv1.weight"].equal(weight)
 
 
 CAFFE = """model = dict(backbone=dict(style='caffe'))

@@ -137,6 +137,27 @@ def test_equal_names_are_told_apart():
     assert pictures.unlike_names(names) == ["x.png", "x_2.png", "x_2_2.png", "y.png", "x.jpg"]
 
 
+def test_pairs_may_follow_the_pictures(tmp_path, state):
+    cv2.imwrite(str(tmp_path / "A.B.PNG"), np.full((48, 64, 3), 90, dtype=np.uint8))
+    weights = write(tmp_path / "model.pth", {"model": state, "class_names": CLASSES})
+    arguments = ["--config", CONFIG, "--input", str(tmp_path / "A.B.PNG"), *SMALL]
+    arguments += ["MODEL.WEIGHTS", weights, "--output", str(tmp_path / "out")]
+    detect.main([*arguments, "--confidence-threshold", "0"])
+    (record,) = json.loads((tmp_path / "out/detections.json").read_text())
+    assert record["file"].endswith("A.B.PNG") and record["detections"]
+
+
+def test_tensors_with_other_beginnings_of_names_are_matched_where_one_says_so(tmp_path, state):
+    short = {name.removeprefix("backbone."): value for name, value in state.items()}
+    weights = write(tmp_path / "model.pth", {"model": short})
+    with pytest.raises(InputError, match="are not, such as backbone"):
+        detect.Demo(*detect.setup(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights]), 0.0)
+    weights += "?matching_heuristics=True"
+    demo = detect.Demo(*detect.setup(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights]), 0.0)
+    loaded = demo.predictor.model.state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
 def detect_in(folder, state, *sources: str) -> None:
     weights = write(folder / "model.pth", {"model": state, "class_names": CLASSES})
     where = ["--input", *(str(folder / x) for x in sources), "--output", str(folder / "out")]

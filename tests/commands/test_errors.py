@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 import torch
@@ -29,9 +30,10 @@ def test_they_are_the_built_in_errors_that_callers_expect():
     assert issubclass(UnknownKeyError, KeyError)
 
 
-def test_what_the_machine_refuses_names_the_file():
-    full = OSError(errno.ENOSPC, "No space left on device", "out/model.pth")
-    assert end_with(full).code == "No space left on device: out/model.pth."
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EROFS])
+def test_what_the_machine_refuses_names_the_file(number):
+    refused = OSError(number, os.strerror(number), "out/model.pth")
+    assert end_with(refused).code == f"{os.strerror(number)}: out/model.pth."
 
 
 @pytest.mark.parametrize("bug", [ValueError("bug"), KeyError("bug"), FileNotFoundError(2, "x")])

@@ -78,6 +78,15 @@ def test_all_off_gives_the_detections_back_with_their_predicted_iou(data, capsys
     assert before == after and float(before[0]) > 5
 
 
+def test_without_annotations_ap_is_left_out(data, capsys):
+    truth = json.loads((data / "shapes/instances.json").read_text())
+    del truth["annotations"]
+    (data / "unlabelled.json").write_text(json.dumps(truth))
+    assert run(data, *OFF, gt="unlabelled.json") == run(data, *OFF)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.endswith("unlabelled.json has no annotations: AP is left out.")
+
+
 def test_refinement_moves_boxes_uphill(data, capsys):
     still = by_place(run(data, *OFF))
     moved = by_place(run(data, *OFF, *("MODEL.IOU_NET.REFINE_STEPS", "5")))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from iou_d2.commands import analyze, draw
+from iou_d2.errors import InputError
 
 
 def box(image_id: int, x: float) -> dict:
@@ -58,3 +59,16 @@ def test_a_count_is_printed_as_an_integer(folder, capsys):
         line.replace(" ", "").strip("|").split("|") for line in capsys.readouterr().out.split("\n")
     ]
     assert ["detections", str(count)] in rows
+
+
+def test_ground_truth_without_annotations(folder):
+    files = write_results(folder, [{**box(i, 12), "score": 0.9} for i in range(3)])
+    truth = json.loads((folder / "gt.json").read_text())
+    del truth["annotations"]
+    (folder / "gt.json").write_text(json.dumps(truth))
+    draw.main([*files, "--images", str(folder), "--output", str(folder / "out")])
+    drawn = cv2.imread(str(folder / "out/x.png"))
+    middle = drawn.shape[1] // 2
+    assert (drawn[:, : middle - 8] == 60).all() and (drawn[:, middle + 8 :] != 60).any()
+    with pytest.raises(InputError, match="gt.json has no annotations: there is nothing to compare"):
+        analyze.main([*files, "--output", str(folder / "out")])

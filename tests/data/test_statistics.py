@@ -5,10 +5,12 @@ from __future__ import annotations
 from detectron2.structures import BoxMode
 
 from iou_d2.data.statistics import (
+    alike,
     collect,
     count_classes,
     count_sizes,
     hints,
+    joined,
     percentiles,
     shared_images,
 )
@@ -75,3 +77,24 @@ def test_images_are_shared_by_path_or_by_content(tmp_path):
         (paths["a"], paths["copy"]),
         (paths["b"], paths["b"]),
     ]
+
+
+def test_unreadable_files_are_in_no_pair(tmp_path):
+    (tmp_path / "folder").mkdir()
+    paths = [str(tmp_path / "folder"), str(tmp_path / "other")]
+    (tmp_path / "other").mkdir()
+    assert shared_images(paths[:1], [paths[1], "with\0zero"]) == []
+
+
+def test_names_that_differ_by_case_and_blanks_are_alike():
+    names = ["cat", "Cat ", "dog", "traffic light", "traffic_light", "cat", "cats"]
+    assert alike(names) == [["cat", "Cat "], ["traffic light", "traffic_light"]]
+    assert alike([]) == []
+
+
+def test_joined_objects_are_those_of_the_joined_dicts():
+    parts = [DICTS[:2], [], DICTS[2:]]
+    together, expected = joined([collect(part) for part in parts]), collect(DICTS)
+    for field in ("boxes", "classes", "images", "sizes"):
+        assert getattr(together, field).tolist() == getattr(expected, field).tolist()
+    assert together.crowds == expected.crowds

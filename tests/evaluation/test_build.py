@@ -1,6 +1,7 @@
 """Which evaluator a dataset gets, and the one of Pascal VOC."""
 
 import json
+import math
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -144,3 +145,37 @@ def test_voc_on_another_process_reports_nothing(cfg, voc, monkeypatch):
     parent = type(evaluator).__mro__[1]
     monkeypatch.setattr(parent, "evaluate", lambda self: None)
     assert evaluator.evaluate() is None
+
+
+def test_voc_counts_the_classes_that_have_objects(cfg, voc):
+    """A model that knows a cow, and sees one, on a set without cows."""
+    metadata = MetadataCatalog.get(voc)
+    del metadata.thing_classes
+    metadata.thing_classes = ["cow", "cat", "dog"]
+    records = DatasetCatalog.get(voc)
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["category_id"] += 1
+    DatasetCatalog.remove(voc)
+    DatasetCatalog.register(voc, lambda: records)
+    evaluator = build_evaluator(cfg, voc)
+    evaluator.reset()
+    evaluator.process(*find("000001", [(1, 0.9, (11, 11, 50, 50)), (2, 0.8, (1, 61, 40, 100))]))
+    evaluator.process(*find("000002", [(0, 0.9, (1, 1, 90, 90))]))
+    evaluator.process(*find("000003", [(2, 0.7, (21, 21, 80, 60))]))
+    results = evaluator.evaluate()
+    assert results["voc"]["AP50"] == pytest.approx((100 + 25) / 2)
+    assert results["bbox"]["AP-dog"] == pytest.approx(100 * 51 / 101 / 2)
+    mean = (results["bbox"]["AP-cat"] + results["bbox"]["AP-dog"]) / 2
+    assert results["bbox"]["AP"] == pytest.approx(mean)
+
+
+def test_voc_without_objects_has_no_ap(cfg, voc):
+    records = [{**record, "annotations": []} for record in DatasetCatalog.get(voc)]
+    DatasetCatalog.remove(voc)
+    DatasetCatalog.register(voc, lambda: records)
+    evaluator = build_evaluator(cfg, voc)
+    evaluator.reset()
+    evaluator.process(*find("000001", [(1, 0.9, (11, 11, 50, 50))]))
+    results = evaluator.evaluate()
+    assert all(math.isnan(results["voc"][metric]) for metric in ("AP", "AP50", "AP75"))

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.evaluation import COCOEvaluator, print_csv_format
+from detectron2.evaluation import COCOEvaluator, print_csv_format, verify_results
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from iou_d2.analysis import localization_table, read_records
@@ -212,6 +213,36 @@ def test_a_class_the_dataset_lacks(register, tmp_path):
         evaluator.process(inputs, outputs)
     with pytest.raises(ValueError, match="'toy' has 2 classes"):
         evaluator.evaluate()
+
+
+def test_detections_of_a_class_that_the_dataset_lacks_are_counted(register, tmp_path, monkeypatch):
+    truth, results = make_random_coco(seed=8, images=5, classes=2)
+    register("toy", truth)
+    metadata, counts = MetadataCatalog.get("toy"), [r["category_id"] for r in results]
+    kept, gone = (c["id"] for c in truth["categories"])
+    del metadata.thing_dataset_id_to_contiguous_id
+    metadata.thing_dataset_id_to_contiguous_id = {kept: 0}
+    evaluator, said = COCOLocalizationEvaluator("toy", str(tmp_path)), []
+    monkeypatch.setattr(evaluator._logger, "warning", said.append)
+    run(evaluator, truth, results)
+    saved = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert len(saved) == counts.count(kept) < len(results)
+    name = metadata.thing_classes[1]
+    assert said == [
+        f"{counts.count(gone)} of {len(results)} detections are left out: they are of the classes "
+        f"{name}, which toy lacks."
+    ]
+
+
+def test_without_annotations_detections_are_written_and_nothing_is_measured(register, tmp_path):
+    truth, results = make_random_coco(seed=8, images=5, classes=2)
+    register("toy", truth)
+    register("toy", {key: value for key, value in truth.items() if key != "annotations"})
+    measured = run(COCOLocalizationEvaluator("toy", str(tmp_path)), truth, results)
+    print_csv_format(measured)
+    assert measured == {} and verify_results(get_cfg(), measured)
+    saved = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert len(saved) == len(results) > 0
 
 
 def as_dicts(ground_truth):
