@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,11 +16,14 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .cleaning import NO_TRUST, Trust, copy_name, write_parts
-from .coco_images import image_folders
+from .coco_images import find_image_folder
 from .coco_reading import CocoFile, read_coco
 from .coco_records import PackedRecords, records_of
 from .json_file import no_garbage_collection
 from .packed_list import PackedList
+
+# Of each registered file; the folder that has it tells the name without reading the file again.
+_first_images: dict[Path, str] = {}
 
 
 def register_coco(
@@ -48,6 +50,7 @@ def register_coco(
         return registered
     coco = read_coco(json_file, image_folder, trust)
     name = _name(json_file, coco.image_folder)
+    _first_images[json_file] = coco.data["images"][0]["file_name"]
     if name in DatasetCatalog:
         return name
     source = json_file
@@ -111,14 +114,10 @@ def _name(json_file: Path, image_folder: Path) -> str:
 
 
 def _registered_name(json_file: Path, image_folder: Path | None) -> str | None:
-    """The name under which the file is registered with these images, found without reading it.
-
-    None if it is not registered, or where only its content tells which images it is about.
-    """
-    folders = image_folders(json_file) if image_folder is None else [image_folder]
-    for folder in folders:
-        if _name(json_file, folder) in DatasetCatalog:
-            return _name(json_file, folder)
-        if os.path.isdir(folder):  # the images may lie here
-            return None
-    return None
+    """The name under which the file is registered with these images, found without reading it."""
+    if image_folder is None and json_file in _first_images:
+        image_folder = find_image_folder(json_file, [{"file_name": _first_images[json_file]}])
+    if image_folder is None:
+        return None
+    name = _name(json_file, image_folder)
+    return name if name in DatasetCatalog else None

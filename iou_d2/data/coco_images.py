@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ntpath
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -41,12 +42,13 @@ def find_image_folder(json_file: Path, images: Sequence[dict]) -> Path | None:
     """The first of `image_folders` that has the first image; None if it is nowhere."""
     first = images[0]["file_name"]
     folders = image_folders(json_file)
-    for names in (_names(first), [_bare(first)]):
-        for folder in folders:
-            for name in names:
-                path = folder / name
-                if os.path.isfile(path) and _is_inside(path, folder):
-                    return folder
+    with _listings():
+        for names in (_names(first), [_bare(first)]):
+            for folder in folders:
+                for name in names:
+                    path = folder / name
+                    if os.path.isfile(path) and _is_inside(path, folder):
+                        return folder
     return None
 
 
@@ -75,6 +77,16 @@ def locate_images(
         MissingFileError: files that are not there, counted.
         InputError: a file outside `folder`, by its name or by a link, without `trust_paths`.
     """
+    with _listings():
+        located = _locate(json_file, folder, images, findings, trust_paths)
+    paths = [os.path.join(folder, image["file_name"]) for image in located]
+    require_files(json_file, "images", paths)
+    return located
+
+
+def _locate(
+    json_file: Path, folder: Path, images: Sequence[dict], findings: Findings, trust_paths: bool
+) -> list[dict]:
     bare = Counter(_bare(image["file_name"]) for image in images)
     located = []
     for index, image in enumerate(images):
@@ -92,17 +104,6 @@ def locate_images(
             findings.add(finding, where("images", index, image))
             image = {**image, "file_name": name}
         located.append(image)
-    require_files(
-        json_file,
-        "images",
-        [
-            f"{folder}/{image['file_name']}"
-            if not os.path.isabs(image["file_name"])
-            else image["file_name"]
-            for image in located
-        ],
-    )
-    _forget()
     return located
 
 
@@ -170,7 +171,11 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return real == root or real.startswith(root.rstrip("/") + "/")
 
 
-def _forget() -> None:
-    """Folders may change between two data sets."""
-    _entries.cache_clear()
-    _real.cache_clear()
+@contextlib.contextmanager
+def _listings() -> Iterator[None]:
+    """Folders are listed once meanwhile. They may change between two data sets."""
+    try:
+        yield
+    finally:
+        _entries.cache_clear()
+        _real.cache_clear()

@@ -101,13 +101,16 @@ def check_images(
     state = None if cache_file is None else _state(dicts)
     if state is not None and _read_cache(Path(cache_file)) == state:
         return
-    chunks = [dicts[i : i + _CHUNK] for i in range(0, len(dicts), _CHUNK)]
     faults: list[str] = []
+
+    def chunk_faults(start: int) -> tuple[int, list[str]]:
+        return _faults(dicts[start : start + _CHUNK])
+
     with (
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(dicts), desc="Checking images", unit="image", delay=2) as progress,
     ):
-        for size, found in pool.map(_faults, chunks):
+        for size, found in pool.map(chunk_faults, range(0, len(dicts), _CHUNK)):
             faults += found
             progress.update(size)
     if faults:

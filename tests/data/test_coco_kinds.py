@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -18,6 +19,8 @@ from iou_d2.data.cleaning import Trust
 from iou_d2.data.coco import register_coco
 from iou_d2.data.coco_boxes import doubt_about_boxes
 from iou_d2.data.coco_masks import is_good_mask
+from iou_d2.data.coco_reading import read_coco
+from iou_d2.data.coco_records import LazyRecords, PackedRecords
 from iou_d2.errors import InputError
 
 
@@ -29,7 +32,13 @@ def data() -> dict:
 def load(tmp_path, data, trust=Trust()):  # noqa: B008
     name = register_coco(write(tmp_path, data), None, tmp_path / "clean", trust)
     first = DatasetCatalog.get(name)
-    assert DatasetCatalog.get(name) == first  # the second one is read from the mended copy
+    assert DatasetCatalog.get(name) == first
+    # What is read from the mended copy, by whoever does, is the same.
+    metadata = MetadataCatalog.get(name)
+    again = read_coco(Path(metadata.json_file), tmp_path / "images", Trust(True, trust.paths))
+    assert not again.findings
+    packed = PackedRecords(again.data, tmp_path / "images")
+    assert list(LazyRecords(packed, metadata.thing_dataset_id_to_contiguous_id)) == first
     return first, MetadataCatalog.get(name)
 
 
@@ -210,3 +219,31 @@ def test_analysis_sees_what_training_sees(tmp_path, data):
     boxes = [a["bbox"] for r in records for a in r["annotations"]]
     for path in (tmp_path / "train.json", metadata.json_file):
         assert sorted(a["bbox"] for a in read_ground_truth(path)["annotations"]) == sorted(boxes)
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "NaN", "1e13"])
+@pytest.mark.parametrize("key", ["bbox", "area", "segmentation"])
+def test_numbers_beyond_every_image(tmp_path, data, number, key):
+    good = data["annotations"][0]
+    good[key] = {"bbox": [4, 4, 20, "N"], "area": "N", "segmentation": [[4, 4, 24, 4, 24, "N"]]}[
+        key
+    ]
+    file = write(tmp_path, data)
+    file.write_text(file.read_text().replace('"N"', number))
+    if key == "bbox":
+        with pytest.raises(InputError, match=r"train\.json: annotations\[0\] .* finite numbers"):
+            register_coco(file, None, tmp_path / "clean")
+        return
+    name = register_coco(file, None, tmp_path / "clean")
+    assert MetadataCatalog.get(name).findings
+    text = Path(MetadataCatalog.get(name).json_file).read_text()
+    json.loads(text, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("name", ["\ud800.png", "a\udcff.png", "a\0.png"])
+def test_file_names_that_are_no_text(tmp_path, data, name):
+    file = write(tmp_path, data)
+    data["images"][0]["file_name"] = name
+    file.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"train\.json: images\[0\] \(id .*\) has no file_name"):
+        register_coco(file, None, tmp_path / "clean")

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+from collections import Counter
 
 import pytest
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import logger
+from PIL import Image
 
-from iou_d2.engine.train_data import ResumableSampler
+from iou_d2 import get_config
+from iou_d2.data.coco import register_coco
+from iou_d2.data.coco_records import LazyRecords
+from iou_d2.engine.train_data import ResumableSampler, TrainData
 
 
 def first(sampler: TrainingSampler, count: int) -> list[int]:
@@ -50,3 +58,39 @@ def test_where_it_cannot_it_says_so(state, sentence, caplog):
         sampler.load_state_dict(state)
     assert sentence in caplog.text
     assert first(sampler, 10) == expected
+
+
+@pytest.mark.parametrize("keep_empty", [False, True])
+def test_a_coco_file_gives_what_detectron2_gives(tmp_path, caplog, monkeypatch, keep_empty):
+    flags = [[0, 0, 1], [], [1], [0]]  # iscrowd of the objects of each image
+    numbered = enumerate((i, crowd) for i, crowds in enumerate(flags) for crowd in crowds)
+    data = {
+        "images": [
+            {"id": 9 - i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in range(4)
+        ],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}],
+        "annotations": [
+            {"id": n + 1, "image_id": 9 - i, "category_id": (3, 8)[n % 2], "iscrowd": crowd}
+            | {"bbox": [4, 4, 20 + n, 20], "area": 400}
+            for n, (i, crowd) in numbered
+        ],
+    }
+    for i in range(4):
+        Image.new("RGB", (64, 48)).save(tmp_path / f"{i}.png")
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    name = register_coco(tmp_path / "train.json", None, tmp_path / "clean")
+    cfg = get_config("retinanet_R_50_FPN_1x.yaml")
+    cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = (name,), not keep_empty
+    cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH = 0, 1
+    monkeypatch.setattr(logger, "_LOG_COUNTER", Counter())  # of what is told once in a process
+    with caplog.at_level(logging.INFO):
+        expected = get_detection_dataset_dicts([name], filter_empty=not keep_empty)
+        told = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        monkeypatch.setattr(logger, "_LOG_COUNTER", Counter())
+        found = TrainData(cfg)
+    assert isinstance(found._dataset, LazyRecords)
+    assert list(found._dataset) == expected and len(expected) == (4 if keep_empty else 2)
+    assert [record.getMessage() for record in caplog.records] == told
+    batches = list(itertools.islice(iter(found), 4 * len(expected)))
+    assert {b["image_id"] for (b,) in batches} == {record["image_id"] for record in expected}
