@@ -1,24 +1,17 @@
-"""Every config key that iou_d2 adds to Detectron2, and how config files and overrides are read."""
+"""Every config key that iou_d2 adds to Detectron2, and the config of a run."""
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
-from detectron2.config.compat import guess_version
+from detectron2.config import CfgNode, get_cfg
 
 from . import backbones, detectors  # noqa: F401  (for what they register)
 from .config_files import find_config
-from .config_reading import read_config_file
-from .errors import InputError, UnknownKeyError
-from .old_keys import register_old_keys, rename_old_keys
-
-# What Detectron2 raises where a value has another type, is no value or is nested too deeply.
-_UNMERGED = (ValueError, KeyError, AssertionError, SyntaxError, RecursionError, MemoryError)
+from .config_merging import merge_file, merge_overrides
+from .old_keys import register_old_keys
 
 
 def add_iou_config(cfg: CfgNode) -> None:
@@ -226,15 +219,8 @@ def load_config(
             unknown key comes with the nearest valid one.
     """
     if config_file:
-        _merge_file(cfg, find_config(config_file))
-
-    if len(overrides) % 2:
-        raise InputError(f"Overrides are pairs of KEY VALUE, but {list(overrides)} has no pairs.")
-    values = dict(zip(overrides[::2], overrides[1::2]))
-    values = rename_old_keys(values, cfg.MODEL.META_ARCHITECTURE, "The command line")
-    _check_keys(cfg, values, "The command line")
-    for key, value in values.items():
-        _merge_override(cfg, key, value)
+        merge_file(cfg, find_config(config_file))
+    merge_overrides(cfg, overrides)
 
 
 def set_class_names(cfg: CfgNode, names: Sequence[str]) -> None:
@@ -249,82 +235,3 @@ def use_available_device(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         print("CUDA is not available, so the model runs on the CPU.", flush=True)
         cfg.MODEL.DEVICE = "cpu"
-
-
-def _merge_file(cfg: CfgNode, config_file: str) -> None:
-    content = read_config_file(config_file)
-    old = _flat(content, config_file)
-    architecture = old.get("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
-    values = rename_old_keys(old, architecture, config_file)
-    _check_keys(cfg, values, config_file)
-    try:
-        _merge_version(cfg, CfgNode(_nested(values)), config_file)
-    except _UNMERGED as error:
-        raise InputError(f"{config_file} cannot be merged: {_reason(error)}") from error
-
-
-def _merge_version(cfg: CfgNode, loaded: CfgNode, config_file: str) -> None:
-    """As Detectron2 merges a file, which may be of an earlier version of its keys."""
-    version = loaded.get("VERSION", None)
-    if version is None:
-        version = guess_version(loaded, config_file)
-    if version not in (1, cfg.VERSION):
-        raise ValueError(f"VERSION {version} is not one of 1 and {cfg.VERSION}")
-    if version == cfg.VERSION:
-        cfg.merge_from_other_cfg(loaded)
-        return
-    earlier = downgrade_config(cfg, to_version=version)
-    earlier.merge_from_other_cfg(loaded)
-    upgraded = upgrade_config(earlier)
-    cfg.clear()
-    cfg.update(upgraded)
-
-
-def _merge_override(cfg: CfgNode, key: str, value: Any) -> None:
-    try:
-        cfg.merge_from_list([key, value])
-    except _UNMERGED as error:
-        raise InputError(
-            f"The command line sets {key} to {str(value)[:60]}, which cannot be: {_reason(error)}"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The message in one line that is not endless."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 400 else f"{text[:400]} ..."
-
-
-def _flat(node: dict, where: str, prefix: str = "") -> dict[str, Any]:
-    """The values in `node` by dotted name, such as "MODEL.RETINANET.NUM_CLASSES"."""
-    values = {}
-    for name, value in node.items():
-        if not isinstance(name, str):
-            raise InputError(f"{where} sets {prefix}{name}, which is not a config key.")
-        if isinstance(value, dict):
-            values.update(_flat(value, where, f"{prefix}{name}."))
-        else:
-            values[prefix + name] = value
-    return values
-
-
-def _nested(values: dict[str, Any]) -> dict:
-    """The inverse of `_flat`."""
-    root = {}
-    for key, value in values.items():
-        *nodes, name = key.split(".")
-        node = root
-        for part in nodes:
-            node = node.setdefault(part, {})
-        node[name] = value
-    return root
-
-
-def _check_keys(cfg: CfgNode, keys: Iterable[str], where: str) -> None:
-    valid = list(_flat(cfg, where))
-    for key in keys:
-        if key not in valid:
-            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]
-            raise UnknownKeyError(
-                f"{where} sets {key}, which is not a config key. The nearest valid key is {near}."
-            )

@@ -103,14 +103,13 @@ def _read_one(path: str, above: str | None) -> dict:
 
 
 def _read_bytes(path: str, above: str | None) -> bytes:
-    file = path
+    shown = path if above is None else f"{path!r}, on which {above} is based,"
+    file = _fetched(path, shown) if "://" in path else path
     try:
-        if "://" in path:
-            file = PathManager.get_local_path(path)
         if os.path.isdir(file):
-            raise InputError(f"{path} is a folder and not a config file.")
+            raise InputError(f"{shown} is a folder and not a config file.")
         if os.path.exists(file) and not os.path.isfile(file):
-            raise InputError(f"{path} is no regular file.")
+            raise InputError(f"{shown} is no regular file.")
         with open(file, "rb") as opened:
             data = opened.read(_LARGEST_FILE + 1)
     except (FileNotFoundError, ValueError) as error:  # a ValueError: the name has a NUL byte
@@ -122,6 +121,14 @@ def _read_bytes(path: str, above: str | None) -> bytes:
     if len(data) > _LARGEST_FILE:
         raise InputError(f"{path} is larger than {_LARGEST_FILE} bytes, which no config is.")
     return data
+
+
+def _fetched(address: str, shown: str) -> str:
+    try:
+        return PathManager.get_local_path(address)
+    except Exception as error:  # whatever the handler of the address raises
+        reason = " ".join(str(error).split())
+        raise MissingFileError(f"{shown} could not be fetched: {reason}") from error
 
 
 def _decoded(data: bytes, path: str) -> str:

@@ -35,6 +35,7 @@ ROOF = (
     "config",
     "config_arithmetic",
     "config_files",
+    "config_merging",
     "config_reading",
     "old_keys",
     "dependencies",

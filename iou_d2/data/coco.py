@@ -22,9 +22,6 @@ from .coco_records import PackedRecords, records_of
 from .json_file import no_garbage_collection
 from .packed_list import PackedList
 
-# Of each registered file; the folder that has it tells the name without reading the file again.
-_first_images: dict[Path, str] = {}
-
 
 def register_coco(
     json_file: Path, image_folder: Path | None, clean_dir: Path, trust: Trust = NO_TRUST
@@ -50,7 +47,6 @@ def register_coco(
         return registered
     coco = read_coco(json_file, image_folder, trust)
     name = _name(json_file, coco.image_folder)
-    _first_images[json_file] = coco.data["images"][0]["file_name"]
     if name in DatasetCatalog:
         return name
     source = json_file
@@ -82,6 +78,7 @@ def _register(name: str, coco: CocoFile, source: Path) -> None:
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories)},
         packed_records=packed,
+        first_image=coco.data["images"][0]["file_name"],
     )
 
     def load() -> list[dict[str, Any]]:
@@ -114,10 +111,14 @@ def _name(json_file: Path, image_folder: Path) -> str:
 
 
 def _registered_name(json_file: Path, image_folder: Path | None) -> str | None:
-    """The name under which the file is registered with these images, found without reading it."""
-    if image_folder is None and json_file in _first_images:
-        image_folder = find_image_folder(json_file, [{"file_name": _first_images[json_file]}])
+    """The name under which the file is registered with these images, found without reading it.
+
+    Where no folder is named, it is the one that has the first image now.
+    """
+    folders = [image_folder]
     if image_folder is None:
-        return None
-    name = _name(json_file, image_folder)
-    return name if name in DatasetCatalog else None
+        registered = [n for n in DatasetCatalog.list() if n.startswith(f"coco:{json_file}:")]
+        first_images = {MetadataCatalog.get(name).first_image for name in registered}
+        folders = [find_image_folder(json_file, [{"file_name": n}]) for n in first_images]
+    names = [_name(json_file, folder) for folder in folders if folder is not None]
+    return next((name for name in names if name in DatasetCatalog), None)
