@@ -53,6 +53,7 @@ def judge(folder: Path) -> str:
     truth_file, results_file = (folder / name for name in NAMES)
     try:
         truth = read_ground_truth(truth_file)
+        require_annotations(truth_file, truth)
         results = read_results(results_file, truth)
         args = argparse.Namespace(gt=str(truth_file), results=str(results_file))
         records = records_of(args, truth, results)
