@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from iou_d2.analysis.average_precision import coco_precision
-from iou_d2.analysis.reading import read_ground_truth, read_results
+from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
 from iou_d2.commands.analyze import records_of
 from iou_d2.errors import InputError
 
