@@ -6,74 +6,26 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import PascalVOCDetectionEvaluator
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BoxMode
 from PIL import Image
 
-from iou_d2.data.cleaning import Trust
 from iou_d2.data.voc import register_voc
-from iou_d2.errors import InputError
-
-WIDTH, HEIGHT = 64, 48
-STRICT = "<pose>Left</pose><truncated>0</truncated>"
-
-
-def box_xml(*sides: object) -> str:
-    tags = ("xmin", "ymin", "xmax", "ymax")
-    return "<bndbox>" + "".join(f"<{t}>{v}</{t}>" for t, v in zip(tags, sides)) + "</bndbox>"
-
-
-def object_xml(name: str, *sides: object, difficult: int = 0, extra: str = STRICT) -> str:
-    return (
-        f"<object><name>{name}</name>{extra}<difficult>{difficult}</difficult>"
-        f"{box_xml(*sides)}</object>"
-    )
-
-
-def write_image(folder: Path, stem: str, *objects: str, size: str | None = None) -> Path:
-    """Add an image with its XML; returns the XML file."""
-    for part in ("Annotations", "JPEGImages"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "JPEGImages" / f"{stem}.jpg")
-    if size is None:
-        size = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height></size>"
-    xml = folder / "Annotations" / f"{stem}.xml"
-    xml.write_text(f"<annotation>{size}{''.join(objects)}</annotation>")
-    return xml
-
-
-def write_split(folder: Path, split: str, text: str) -> None:
-    file = folder / "ImageSets" / "Main" / f"{split}.txt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+from voc_files import (
+    HEIGHT,
+    WIDTH,
+    box_xml,
+    object_xml,
+    precision,
+    write_image,
+    write_pets,
+    write_split,
+)
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two images in `train`, one in `val`; the class `zebra` is in `val` alone."""
-    folder = tmp_path / "pets"
-    write_image(folder, "a", object_xml("dog", 1, 1, 30, 20), object_xml("cat", 11, 12, 63, 47))
-    write_image(folder, "b", object_xml("cat", 5, 6, 40, 41, difficult=1))
-    write_image(folder, "c", object_xml("zebra", 5, 6, 40, 41))
-    write_split(folder, "train", "b\na\n")
-    write_split(folder, "val", "c\n")
-    return folder
-
-
-def precision(name: str) -> dict[str, float]:
-    """VOC metrics of a detector that returns the ground truth of a dataset."""
-    evaluator = PascalVOCDetectionEvaluator(name)
-    evaluator.reset()
-    for record in DatasetCatalog.get(name):
-        instances = Instances((record["height"], record["width"]))
-        boxes = [a["bbox"] for a in record["annotations"]]
-        instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-        instances.scores = torch.full((len(boxes),), 0.9)
-        instances.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
-        evaluator.process([record], [{"instances": instances}])
-    return evaluator.evaluate()["bbox"]
+    return write_pets(tmp_path / "pets")
 
 
 def test_strict_voc_is_read_as_it_is(folder, tmp_path):
@@ -279,155 +231,3 @@ def test_dropped_and_clipped_boxes_are_counted_and_reported_once(folder, tmp_pat
     whole = [-1, -1, WIDTH + 1, HEIGHT + 1]
     assert boxes == [[0, 10, WIDTH, 41], [0, 0, WIDTH, HEIGHT], whole]
     assert precision(name)["AP"] == pytest.approx(100)
-
-
-def text_of(name: str) -> str:
-    return str(MetadataCatalog.get(name).findings)
-
-
-@pytest.mark.parametrize("size", ["", "<size/>", "<size><width>0</width><height>0</height></size>"])
-def test_missing_sizes_come_from_the_image(folder, tmp_path, size):
-    write_image(folder, "a", object_xml("cat", 1, 1, 30, 20), size=size or " ")
-    name = register_voc(folder, "train", tmp_path)
-    assert [(r["width"], r["height"]) for r in DatasetCatalog.get(name)] == [(WIDTH, HEIGHT)] * 2
-    assert "1 sizes were missing or zero" in text_of(name)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["\ufeffb\r\na\r\n", "b -1\na  1\n", "b 0\na\n", "b.jpg\na.JPG\n", "JPEGImages/b.jpg\n./a"],
-)
-def test_lines_of_splits(folder, tmp_path, text):
-    write_split(folder, "train", f"{text}\nc")
-    name = register_voc(folder, "train", tmp_path / "clean")
-    assert [record["image_id"] for record in DatasetCatalog.get(name)] == ["b", "a", "c"]
-    assert precision(name)["AP"] == pytest.approx(100)
-
-
-def test_ids_with_folders_beside_flat_ones(folder, tmp_path):
-    for part in ("Annotations", "JPEGImages"):
-        (folder / part / "task1").mkdir()
-    for part, ending in (("Annotations", "xml"), ("JPEGImages", "jpg")):
-        (folder / part / f"a.{ending}").rename(folder / part / "task1" / f"a.{ending}")
-    write_split(folder, "train", "task1/a\nb\nc\n")
-    name = register_voc(folder, "train", tmp_path / "clean")
-    records = DatasetCatalog.get(name)
-    assert [record["image_id"] for record in records] == ["task1/a", "b", "c"]
-    assert records[0]["file_name"] == str(folder / "JPEGImages" / "task1" / "a.jpg")
-    assert precision(name)["AP"] == pytest.approx(100)
-
-
-@pytest.mark.parametrize(
-    ("encoding", "declared"),
-    [("gb2312", "gb2312"), ("utf-16", "utf-16"), ("utf-8-sig", "utf-8"), ("gbk", "GBK")],
-)
-def test_encodings(folder, tmp_path, encoding, declared):
-    xml = folder / "Annotations" / "a.xml"
-    text = xml.read_text().replace("cat", "\u732b")
-    xml.write_bytes(f'<?xml version="1.0" encoding="{declared}"?>{text}'.encode(encoding))
-    name = register_voc(folder, "train", tmp_path)
-    assert "\u732b" in MetadataCatalog.get(name).thing_classes
-
-
-@pytest.mark.parametrize("declared", ["", "<?xml version='1.0' encoding='nonsense'?>"])
-def test_unknown_encodings_name_the_file(folder, tmp_path, declared):
-    xml = folder / "Annotations" / "a.xml"
-    xml.write_bytes(declared.encode() + xml.read_text().replace("cat", "\u72d7").encode("gbk"))
-    with pytest.raises(InputError, match=r"a\.xml cannot be decoded"):
-        register_voc(folder, "train", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '<!DOCTYPE a [<!ENTITY b "c"><!ENTITY d "&b;&b;">]><annotation>&d;</annotation>',
-        '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><annotation>&b;</annotation>',
-        "<annotations><image/></annotations>",
-        "<annotation>" + "<a>" * 100_000,
-        "<annotation>\0</annotation>",
-        f"<annotation><size><width>{'9' * 5000}</width></size></annotation>",
-    ],
-)
-def test_hostile_xml_is_one_short_sentence(folder, tmp_path, text):
-    (folder / "Annotations" / "a.xml").write_text(text)
-    with pytest.raises(InputError, match=r"a\.xml") as error:
-        register_voc(folder, "train", tmp_path)
-    assert len(str(error.value)) < 500
-
-
-@pytest.mark.parametrize("degrees", [90, 40, -30, 400])
-def test_boxes_that_cvat_turned(folder, tmp_path, degrees):
-    turned = f"<attribute><name>rotation</name><value>{degrees}</value></attribute>"
-    box = object_xml("cat", 21, 19, 40, 28, extra=f"<attributes>{turned}</attributes>")
-    write_image(folder, "a", box)
-    write_split(folder, "train", "a")
-    name = register_voc(folder, "train", tmp_path)
-    angle = torch.tensor(degrees * torch.pi / 180)
-    corners = torch.tensor([[-10.0, -5], [10, -5], [10, 5], [-10, 5]])
-    matrix = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
-    spun = corners @ matrix.T + torch.tensor([30.0, 23.0])
-    expected = [*spun.min(0).values.tolist(), *spun.max(0).values.tolist()]
-    found = DatasetCatalog.get(name)[0]["annotations"][0]["bbox"]
-    assert found == pytest.approx(expected, abs=1e-4) and "1 boxes that CVAT turned" in text_of(
-        name
-    )
-
-
-@pytest.mark.parametrize(
-    ("annotations", "images"),
-    [("annotations", "images"), ("ANNOTATIONS", "jpegimages"), ("same", "same"), (".", ".")],
-)
-def test_layouts(tmp_path, annotations, images):
-    strict, folder = tmp_path / "strict", tmp_path / "loose"
-    for stem in ("a", "b"):
-        write_image(strict, stem, object_xml("dog", 1, 1, 30, 20))
-    for part, target in (("Annotations", annotations), ("JPEGImages", images)):
-        (folder / target).mkdir(parents=True, exist_ok=True)
-        for file in (strict / part).iterdir():
-            file.rename(folder / target / file.name)
-    name = register_voc(folder, None, tmp_path / "clean")
-    assert len(DatasetCatalog.get(name)) == 2 and precision(name)["AP"] == pytest.approx(100)
-
-
-def test_one_folder_a_split(tmp_path):
-    for split, animal in (("train", "dog"), ("valid", "cat")):
-        write_image(tmp_path / "strict", split, object_xml(animal, 1, 1, 30, 20))
-        (tmp_path / "loose" / split).mkdir(parents=True)
-        for part, ending in (("Annotations", "xml"), ("JPEGImages", "jpg")):
-            file = tmp_path / "strict" / part / f"{split}.{ending}"
-            file.rename(tmp_path / "loose" / split / file.name)
-    name = register_voc(tmp_path / "loose", "valid", tmp_path / "clean")
-    assert [record["image_id"] for record in DatasetCatalog.get(name)] == ["valid/valid"]
-    assert MetadataCatalog.get(name).thing_classes == ["cat", "dog"]
-    with pytest.raises(InputError, match="the splits there are train, valid"):
-        register_voc(tmp_path / "loose", None, tmp_path / "clean")
-
-
-def test_no_box_left_is_an_error(folder, tmp_path):
-    write_image(folder, "a", object_xml("dog", 30, 20, 1, 1))
-    write_split(folder, "train", "a")
-    with pytest.raises(InputError, match=r"No box of voc:.* is left of 1: 1 boxes without area"):
-        register_voc(folder, "train", tmp_path)
-
-
-def test_fractions_are_refused_unless_trusted(folder, tmp_path):
-    write_image(folder, "a", object_xml("dog", 0.1, 0.2, 0.5, 0.6))
-    write_split(folder, "train", "a")
-    with pytest.raises(InputError, match=r"lie in 0\.\.1.*DATASETS\.TRUST_BOXES"):
-        register_voc(folder, "train", tmp_path)
-    register_voc(folder, "train", tmp_path, Trust(boxes=True))
-
-
-def test_boxes_of_another_size_of_the_images_are_refused(folder, tmp_path):
-    write_image(folder, "a", *[object_xml("dog", 10, 10, 300 + i, 200) for i in range(12)])
-    write_split(folder, "train", "a")
-    with pytest.raises(InputError, match=r"12 of the 12 boxes .* stick out .*TRUST_BOXES"):
-        register_voc(folder, "train", tmp_path)
-
-
-def test_indices_are_those_of_the_classes_at_loading(folder, tmp_path):
-    name = register_voc(folder, "train", tmp_path)
-    metadata = MetadataCatalog.get(name)
-    del metadata.thing_classes
-    metadata.thing_classes = ["zebra", "dog", "cat"]
-    assert DatasetCatalog.get(name)[0]["annotations"][0]["category_id"] == 2

