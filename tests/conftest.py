@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -17,18 +15,6 @@ SMALL = (
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.WIDTH_PER_GROUP", "4"),
     *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.RETINANET.NUM_CLASSES", "3"),
 )
-
-
-@pytest.fixture(autouse=True)
-def loggers_as_before():
-    """A run in this process sets up loggers that keep what they hear from the tests after it."""
-    loggers = [logging.getLogger(name) for name in ("iou_d2", "detectron2", "fvcore")]
-    before = [(logger.propagate, logger.level, list(logger.handlers)) for logger in loggers]
-    yield
-    for logger, (propagate, level, handlers) in zip(loggers, before):
-        logger.propagate = propagate
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ Exit status 1 where training on a set, or evaluation, would end in an error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,8 +101,8 @@ def check(names: list[str], output: Path, configs: list[str] | None, trust: Trus
 
 def load(name: str, clean_dir: Path, trust: Trust) -> DataSet:
     """Register and read the dataset `name`. Raises InputError where it cannot be used at all."""
-    logging.getLogger("iou_d2.data").setLevel(logging.ERROR)  # the report tells what was mended
-    registered = register_dataset(name, clean_dir, trust)
+    with _silent(logging.getLogger("iou_d2.data")):  # the report tells what was mended
+        registered = register_dataset(name, clean_dir, trust)
     ensure_shapes(registered)
     dicts = _read(registered)
     for record in dicts:  # readers of other projects may leave the size out
@@ -116,6 +118,17 @@ def load(name: str, clean_dir: Path, trust: Trust) -> DataSet:
         findings=metadata.get("findings") or Findings(),
         has_annotations=metadata.get("has_annotations", True),
     )
+
+
+@contextlib.contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Let `logger` say nothing below an error meanwhile."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read(name: str) -> list[dict]:
