@@ -9,6 +9,7 @@ from . import (  # noqa: F401
     iou_retinanet,
     point_detector,
     retinanet,
+    ssd,
     unitbox,
     vfnet,
 )

@@ -15,6 +15,8 @@ DENSE = [
     "atss_shapes",
     "fcos_shapes",
     "unitbox_shapes",
+    "ssd_shapes",
+    "ssd_iou_shapes",
 ]
 # So that random weights detect something.
 EVERYTHING = (
