@@ -5,13 +5,14 @@ Shape letters: K classes, R default boxes of all levels, S candidates of an imag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 
 from iou_d2.ops.nms import soft_nms
 
@@ -75,6 +76,28 @@ def best_of_classes(scores: Tensor, threshold: float, topk: int) -> ClassCandida
     return ClassCandidates(anchors[rows, classes], classes)
 
 
+def candidates_of(
+    ranked: Mapping[str, Tensor],
+    boxes: Callable[[Tensor], Tensor],
+    nms: DenseNMS | SoftNMS,
+    image_size: tuple[int, int],
+    clip: bool,
+) -> Instances:
+    """What an image sends to `nms`: the best boxes of each class.
+
+    Args:
+        ranked: "scores" (R, K) and whatever else (R, K) detections carry.
+        boxes: the index (S,) of some of the R boxes -> what they predict, (S, 4).
+        clip: cut the boxes at the image.
+    """
+    chosen = best_of_classes(ranked["scores"], nms.score_threshold, nms.topk)
+    found = boxes(chosen.anchors)
+    if clip:
+        found = clip_boxes_to_image(found, image_size)
+    fields = {name: value[chosen.anchors, chosen.classes] for name, value in ranked.items()}
+    return Instances(image_size, pred_boxes=Boxes(found), pred_classes=chosen.classes, **fields)
+
+
 def class_scores(logits: Tensor) -> Tensor:
-    """Logits (R, K + 1) -> probabilities (R, K) of the classes without the background."""
-    return logits.float().softmax(dim=-1)[:, :-1]
+    """Logits (..., K + 1) -> probabilities (..., K) of the classes without the background."""
+    return logits.float().softmax(dim=-1)[..., :-1]

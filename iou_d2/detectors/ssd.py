@@ -15,7 +15,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
-from torchvision.ops import clip_boxes_to_image
 
 from iou_d2.errors import InputError
 from iou_d2.ops.boxes import aligned_iou
@@ -31,7 +30,7 @@ from .multibox import (
     build_multibox_loss,
     shapes_of,
 )
-from .multibox_inference import SoftNMS, best_of_classes, build_multibox_nms, class_scores
+from .multibox_inference import SoftNMS, build_multibox_nms, candidates_of, class_scores
 
 
 class SSDPrediction(NamedTuple):
@@ -176,15 +175,14 @@ class SSD(DenseDetector):
         self, predictions: SSDPrediction, image: int, image_size: tuple[int, int]
     ) -> Instances:
         """What an image sends to NMS: the best boxes of each class, with all that `rank` says."""
+
+        def boxes(index: Tensor) -> Tensor:
+            return self.loss.transform.apply_deltas(
+                predictions.deltas[image, index], predictions.anchors.tensor[index]
+            )
+
         ranked = self.rank(predictions, image)
-        chosen = best_of_classes(ranked["scores"], self.nms.score_threshold, self.nms.topk)
-        boxes = self.loss.transform.apply_deltas(
-            predictions.deltas[image, chosen.anchors], predictions.anchors.tensor[chosen.anchors]
-        )
-        if self.clip_before_nms:
-            boxes = clip_boxes_to_image(boxes, image_size)
-        fields = {name: value[chosen.anchors, chosen.classes] for name, value in ranked.items()}
-        return Instances(image_size, pred_boxes=Boxes(boxes), pred_classes=chosen.classes, **fields)
+        return candidates_of(ranked, boxes, self.nms, image_size, self.clip_before_nms)
 
     def rank(self, predictions: SSDPrediction, image: int) -> dict[str, Tensor]:
         """{"scores": (R, K)}, the confidences of an image, and whatever else detections carry."""

@@ -193,3 +193,15 @@ def test_what_cannot_be_judged_is_named(key, value, sentence):
 def test_what_cannot_be_judged_of_ssd_is_named(overrides, sentence):
     with pytest.raises(InputError, match=sentence):
         matching_of(get_config("ssd300_VGG16_voc", overrides))
+
+
+def test_the_best_anchor_of_refinedet_is_that_of_all():
+    cfg = get_config("refinedet320_VGG16_voc")
+    generator = build_anchor_generator(cfg, [ShapeSpec(stride=x) for x in (8, 16, 32, 64)])
+    anchors = Boxes.cat(generator([torch.zeros(1, 1, x, x) for x in (40, 20, 10, 5)]))
+    boxes = random_boxes(200) / torch.tensor([WIDTH, HEIGHT] * 2) * 320
+    expected = pairwise_iou(Boxes(boxes.float()), anchors).amax(dim=1).numpy()
+    matching = matching_of(cfg)
+    found = matching.measure(boxes.numpy(), np.full((200, 2), 320.0))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert matching.threshold == 0.5

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -23,6 +21,7 @@ from iou_d2.detectors.multibox_inference import SoftNMS, best_of_classes, build_
 from iou_d2.errors import InputError
 from iou_d2.ops.box_losses import SmoothL1Loss
 from iou_d2.ops.nms import soft_nms
+from multibox_by_hand import loss_by_hand, match_by_hand
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
@@ -34,27 +33,6 @@ def random_boxes(count: int, generator: torch.Generator, side: float = 60) -> to
 
 def truth_of(boxes: torch.Tensor, classes: list[int]) -> Instances:
     return Instances((100, 100), gt_boxes=Boxes(boxes), gt_classes=torch.tensor(classes).long())
-
-
-def match_by_hand(iou: list[list[float]], positive: float, negative: float):
-    """Object of each box (None without), and whether it is background."""
-    objects, boxes = range(len(iou)), range(len(iou[0]))
-    match: dict[int, int] = {}
-    left = set(objects)
-    while left:
-        pairs = [(iou[g][b], g, b) for g in left for b in boxes if b not in match]
-        best = max(pairs, default=(0, 0, 0))
-        if best[0] <= 1e-6:
-            break
-        match[best[2]] = best[1]
-        left.remove(best[1])
-    background = []
-    for b in boxes:
-        overlap, g = max((iou[g][b], g) for g in objects)
-        if b not in match and overlap >= positive:
-            match[b] = g
-        background.append(b not in match and overlap < negative)
-    return [match.get(b) for b in boxes], background
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -116,43 +94,6 @@ def test_of_equal_losses_as_many_are_kept_as_asked_for():
     assert found.sum() == 4
 
 
-def loss_by_hand(anchors, logits, deltas, truths, ratio, without):
-    """Sums of both losses and the number of positives, in Python floats."""
-    cls = box = count = 0.0
-    for image, truth in enumerate(truths):
-        gt = truth.gt_boxes.tensor.tolist()
-        entropy = []
-        for row in logits[image].double().tolist():
-            total = math.log(sum(math.exp(x) for x in row))
-            entropy.append([total - x for x in row])
-        if gt:
-            iou = box_iou(truth.gt_boxes.tensor.double(), anchors[image].double()).tolist()
-            match, background = match_by_hand(iou, 0.5, 0.5)
-        else:
-            match, background = [None] * len(anchors[image]), [True] * len(anchors[image])
-        positives = [i for i, g in enumerate(match) if g is not None]
-        number = int(ratio * len(positives)) if positives else without
-        negatives = sorted(
-            (entropy[i][-1] for i in range(len(match)) if background[i]), reverse=True
-        )[:number]
-        cls += sum(negatives) + sum(entropy[i][int(truth.gt_classes[match[i]])] for i in positives)
-        count += len(positives)
-        for i in positives:
-            ax, ay, bx, by = anchors[image, i].double().tolist()
-            gx, gy, hx, hy = gt[match[i]]
-            w, h = bx - ax, by - ay
-            target = (
-                ((gx + hx) / 2 - (ax + bx) / 2) / w / 0.1,
-                ((gy + hy) / 2 - (ay + by) / 2) / h / 0.1,
-                math.log((hx - gx) / w) / 0.2,
-                math.log((hy - gy) / h) / 0.2,
-            )
-            for x, y in zip(deltas[image, i].double().tolist(), target):
-                error = abs(x - y)
-                box += 0.5 * error**2 if error < 1 else error - 0.5
-    return cls, box, count
-
-
 @pytest.mark.parametrize("without", [0, 5])
 def test_the_loss_is_that_of_loops(without):
     generator = torch.Generator().manual_seed(3)
@@ -168,7 +109,7 @@ def test_the_loss_is_that_of_loops(without):
         MultiBoxMatcher(), Box2BoxTransform(WEIGHTS), SmoothL1Loss(1.0), 3.0, without
     )
     terms = loss(anchors, logits, deltas, loss.assign(anchors, truths, 3))
-    cls, box, count = loss_by_hand(anchors, logits, deltas, truths, 3, without)
+    cls, box, count = loss_by_hand(anchors, logits, deltas, truths, without=without)
     assert terms.count == count > 3
     assert terms.cls.item() == pytest.approx(cls, rel=1e-5)
     assert terms.box.item() == pytest.approx(box, rel=1e-5)

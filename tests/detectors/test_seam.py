@@ -17,6 +17,7 @@ DENSE = [
     "unitbox_shapes",
     "ssd_shapes",
     "ssd_iou_shapes",
+    "refinedet_shapes",
 ]
 # So that random weights detect something.
 EVERYTHING = (
