@@ -5,9 +5,9 @@
     iou-d2 convert resnext101_64x4d.pth X_101.pkl \\
         --from torchvision --to detectron2
 
-VFNet is converted whole; of any other model the ResNet or ResNeXt and the FPN. Prints which tensors
-are left over and what the config has to say of pixels. Nothing that is in a file is run without
---trust-weights.
+VFNet and SSD are converted whole; of any other model the ResNet or ResNeXt and the FPN. Prints
+which tensors are left over and what the config has to say of pixels. Nothing that is in a file is
+run without --trust-weights.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from iou_d2.engine.convert import (
     Translated,
     backbone_prefix,
     pixel_format_of_mmdet,
+    recognise,
     swap_red_and_blue,
     translate,
     translate_tensors,
@@ -129,8 +130,10 @@ def compare_with_model(tensors: dict[str, Tensor], cfg: CfgNode) -> tuple[list[s
 
 def pack(tensors: dict[str, Tensor], class_names: list[str], target: str, path: str) -> dict:
     """What is written to `path`, in the layout `target`."""
-    if target == "torchvision":
+    if target in ("torchvision", "amdegroot"):
         return OrderedDict(tensors)
+    if target == "lufficc":
+        return {"model": OrderedDict(tensors)}
     if target == "mmdet":
         meta = {"CLASSES": tuple(class_names)} if class_names else {}
         return {"meta": meta, "state_dict": OrderedDict(tensors)}
@@ -209,7 +212,7 @@ def print_settings(pixels: PixelFormat, target: str) -> None:
 
 
 def change_of_pixels(
-    args: argparse.Namespace, cfg: CfgNode | None, config_text: str
+    args: argparse.Namespace, cfg: CfgNode | None, checkpoint: Checkpoint
 ) -> tuple[bool, PixelFormat | None]:
     """Whether red and blue change places, and what the model of OUT takes, where that is known."""
     order = args.format or (cfg and cfg.INPUT.FORMAT)
@@ -218,7 +221,9 @@ def change_of_pixels(
             f"--format is {order}, but INPUT.FORMAT in {args.config_file} is {cfg.INPUT.FORMAT}."
         )
     if args.source != "detectron2":
-        pixels = pixel_format_of_mmdet(config_text)
+        network = recognise(checkpoint.tensors, args.source)
+        usual = network.pixels.get(args.source) if network else None
+        pixels = pixel_format_of_mmdet(checkpoint.config_text, usual)
         return order not in (None, pixels.order), pixels.in_order(order or pixels.order)
     if cfg and cfg.MODEL.RESNETS.STRIDE_IN_1X1 and args.target == "torchvision":
         raise InputError("MODEL.RESNETS.STRIDE_IN_1X1 is on, which no ResNet of torchvision has.")
@@ -231,7 +236,7 @@ def convert(args: argparse.Namespace) -> None:
     cfg = read_config(args.config_file, args.opts) if args.config_file else None
     checkpoint = read_checkpoint(args.input, args.trust_weights)
     tensors, names, told = convert_tensors(args.input, checkpoint.tensors, args.source, args.target)
-    swap, pixels = change_of_pixels(args, cfg, checkpoint.config_text)
+    swap, pixels = change_of_pixels(args, cfg, checkpoint)
     if swap:
         tensors = swap_red_and_blue(tensors)
 

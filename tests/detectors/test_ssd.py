@@ -10,6 +10,7 @@ from torch import nn
 
 from iou_d2 import get_config
 from iou_d2.detectors.multibox_inference import SoftNMS
+from iou_d2.engine.convert import translate_tensors
 from iou_d2.errors import InputError
 from iou_d2.ops.box_losses import KINDS
 
@@ -58,6 +59,17 @@ def pair():
     ours = build_model(get_config("ssd300_VGG16_coco", LIKE_TORCHVISION))
     copy_weights(peer, ours)
     return peer, ours.eval()
+
+
+def test_the_converter_gives_the_weights_that_are_copied_here(pair):
+    peer, ours = pair
+    expected = ours.state_dict()
+    found = translate_tensors(peer.state_dict(), "torchvision", "detectron2").tensors
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    back = translate_tensors(expected, "detectron2", "torchvision").tensors
+    assert back.keys() == peer.state_dict().keys()
+    assert all(torch.equal(back[name], value) for name, value in peer.state_dict().items())
 
 
 def make_images(count: int) -> torch.Tensor:

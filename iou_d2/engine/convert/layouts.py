@@ -13,11 +13,21 @@ from iou_d2.errors import InputError
 FIRST_CONV = re.compile(
     r"(?:.*\.)?stem\.conv1\.weight"  # detectron2, adelaidet, detectron2_main
     r"|(?:backbone\.(?:body\.)?)?conv1\.weight"  # mmdet, torchvision
+    r"|(?:backbone\.)?(?:vgg\.)?(?:features\.)?0\.weight"  # SSD of all layouts
 )
 
 # "adelaidet" is that of aim-uofa/AdelaiDet, "detectron2_main" that of the FCOS which only the main
 # branch of Detectron2 has.
-LAYOUTS = ("mmdet", "torchvision", "detectron2", "adelaidet", "detectron2_main")
+# "amdegroot" is amdegroot/ssd.pytorch, "lufficc" is lufficc/SSD.
+LAYOUTS = (
+    "mmdet",
+    "torchvision",
+    "detectron2",
+    "adelaidet",
+    "detectron2_main",
+    "amdegroot",
+    "lufficc",
+)
 
 
 def swap_red_and_blue(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,9 +56,10 @@ class PixelFormat(NamedTuple):
         return self._replace(order=order, mean=self.mean[::-1], std=self.std[::-1])
 
 
-def pixel_format_of_mmdet(config: str) -> PixelFormat:
-    """Read off the text of an mmdetection config; what it does not say is as in torchvision."""
-    found = PixelFormat()
+def pixel_format_of_mmdet(config: str, otherwise: PixelFormat | None = None) -> PixelFormat:
+    """Read off the text of an mmdetection config; what it does not say is as `otherwise`,
+    or as in torchvision."""
+    found = otherwise or PixelFormat()
     order = re.search(r"to_rgb\s*=\s*(True|False)", config)
     if order:
         found = found._replace(order="RGB" if order[1] == "True" else "BGR")
