@@ -1,18 +1,16 @@
 """SSD300 and SSD512 on VGG-16, of mmdetection, torchvision, amdegroot/ssd.pytorch and lufficc/SSD.
 
-Their boxes have one order and one meaning. The background is the first class but in mmdetection,
-and torchvision's COCO has the 91 ids of its annotations, of which 80 are classes. What their boxes
-were trained with stands in the config: MODEL.SSD.TRUNCATE_SIZES True for mmdetection and False for
-the others; MODEL.SSD.CLIP "none" for mmdetection, "sides" for torchvision, "centers_and_sides" for
-the other two.
+Their boxes have one order and one meaning. The background is the first class but in mmdetection.
+torchvision's COCO has the 91 ids of its annotations, with the background: 90 classes here, where
+class k has the id k + 1. What boxes were trained with stands in the config:
+MODEL.SSD.TRUNCATE_SIZES True for mmdetection and False for the others; MODEL.SSD.CLIP "none" for
+mmdetection, "sides" for torchvision, "centers_and_sides" for the other two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
 from .layouts import PixelFormat
@@ -21,9 +19,6 @@ from .rows import Change, Row
 
 LEVELS = range(7)  # of SSD512; SSD300 has one less
 VGG = "backbone.vgg.features"
-# Of the ids of COCO, which torchvision takes for classes: the background and those of things.
-TORCHVISION_CLASSES = 91
-COCO_IDS = [x["id"] for x in COCO_CATEGORIES if x["isthing"]]
 
 _CAFFE_PIXELS = PixelFormat(mean=(123.0, 117.0, 104.0), std=(1.0, 1.0, 1.0))
 PIXELS = {
@@ -65,9 +60,7 @@ def torchvision_rows() -> list[Row]:
         *extra,
         Row("backbone.features.#.*", f"{VGG}.#.*"),
         Row("backbone.scale_weight", "backbone.norms.conv4_3.weight"),
-        *_head_rows(
-            "head.regression_head.module_list", "head.classification_head.module_list", True
-        ),
+        *_head_rows("head.regression_head.module_list", "head.classification_head.module_list"),
     ]
 
 
@@ -107,34 +100,26 @@ def _extra_rows(prefix: str) -> list[Row]:
     ]
 
 
-def _head_rows(boxes: str, classes: str, is_coco_ids: bool = False) -> list[Row]:
+def _head_rows(boxes: str, classes: str) -> list[Row]:
     """The convolutions of each level; `classes` have the background first."""
     rows = [Row(f"{boxes}.#.*", "head.bbox_pred.#.*")]
     for level in LEVELS:
-        change = _background_moves(
-            f"{boxes}.{level}.weight", f"head.bbox_pred.{level}.weight", is_coco_ids
-        )
+        change = _background_moves(f"{boxes}.{level}.weight", f"head.bbox_pred.{level}.weight")
         rows.append(Row(f"{classes}.{level}.*", f"head.cls_score.{level}.*", change))
     return rows
 
 
-def _background_moves(their_boxes: str, our_boxes: str, is_coco_ids: bool) -> Change:
+def _background_moves(their_boxes: str, our_boxes: str) -> Change:
     """The names are of the box convolution of the same level, which tells how many boxes a cell
     has."""
 
     def to_ours(tensor: Tensor, all_tensors: Mapping[str, Tensor]) -> Tensor:
-        scores = _by_box(tensor, all_tensors[their_boxes])
-        if is_coco_ids and scores.shape[1] == TORCHVISION_CLASSES:
-            chosen = torch.tensor([*COCO_IDS, 0])
-            return scores[:, chosen].flatten(0, 1)
-        return scores.roll(-1, dims=1).flatten(0, 1)
+        return _by_box(tensor, all_tensors[their_boxes]).roll(-1, dims=1).flatten(0, 1)
 
     def to_theirs(tensor: Tensor, all_tensors: Mapping[str, Tensor]) -> Tensor:
         return _by_box(tensor, all_tensors[our_boxes]).roll(1, dims=1).flatten(0, 1)
 
     told = "the background class is the last one in Detectron2 and the first one elsewhere"
-    if is_coco_ids:
-        told += ", and of torchvision's 91 ids of COCO the 80 classes are kept"
     return Change(to_ours, to_theirs, told)
 
 

@@ -24,7 +24,10 @@ from .rows import Change, Match, Row, find_rows, has_name
 from .ssd import SSD
 from .vfnet import VFNET
 
-NETWORKS: tuple[Network, ...] = (SSD, VFNET)
+NETWORKS: tuple[Network, ...] = (
+    SSD,
+    VFNET,
+)
 UNSUPPORTED = {
     r"layer\d\.\d+\.convs\.\d": "a Res2Net",
     r"backbone\.stem\.\d": "a ResNet with a deep stem (V1c, V1d)",
