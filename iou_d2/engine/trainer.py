@@ -137,6 +137,8 @@ class Trainer(DefaultTrainer):
                 "AP. To go on, give a larger SOLVER.PATIENCE."
             )
             return
+        if self.best is not None:
+            self.best.stopped_after = 0
         try:
             super().train()
         except StopTraining:

@@ -1,0 +1,90 @@
+"""Fine-tuning as a user does it: `iou-d2 train` from a checkpoint, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_train_mistakes import OWN, SMALL, own_catalogs, write_set  # noqa: F401
+
+from command_line import TINY, command, run
+
+# The learning rate is too small to move a weight.
+KEYS = (*SMALL, "SOLVER.WARMUP_ITERS", "0", "SOLVER.BASE_LR", "1e-30", "SOLVER.OPTIMIZER", "SGD")
+
+
+def read(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("names", [["dog", "emu", "cow"], ["emu", "cow"]])
+def test_other_classes_of_the_data(environment, three, tmp_path, names):
+    """As many with other names, or fewer: the rows of those with the same names stay."""
+    folder, _ = three
+    data = write_set(tmp_path / "data", dict(enumerate(names, 1)))
+    where = ("MODEL.WEIGHTS", str(folder / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "out"))
+    run(environment, command("--train", data, "--test", data, *KEYS, *where, config=OWN))
+    first, second = (read(x / "model_final.pth") for x in (folder, tmp_path / "out"))
+    known, found = first["class_names"], second["class_names"]
+    assert sorted(found) == sorted(names)
+    for part in ("weight", "bias"):
+        before = first["model"][f"head.cls_score.{part}"].unflatten(0, (-1, len(known)))
+        after = second["model"][f"head.cls_score.{part}"].unflatten(0, (-1, len(found)))
+        for i, name in enumerate(found):
+            if name in known:
+                torch.testing.assert_close(after[:, i], before[:, known.index(name)])
+            else:
+                assert not any(torch.equal(after[:, i], x) for x in before.unbind(1))
+    kept = ", ".join(name for name in found if name in known)
+    log = (tmp_path / "out/log.txt").read_text()
+    assert f"the rows of {kept} are kept in 2 tensors; emu start anew." in log
+
+
+EVERY = ("TEST.EVAL_PERIOD", "1", "SOLVER.PATIENCE", "2", "SOLVER.MAX_ITER", "20")
+# Nothing is detected, and AP is 0 each time.
+NOTHING = ("MODEL.RETINANET.SCORE_THRESH_TEST", "0.99", "SOLVER.CHECKPOINT_PERIOD", "100")
+PARTS = (
+    *("SOLVER.FREEZE", "['backbone.bottom_up']", "SOLVER.EMA_DECAY", "0.9"),
+    *("SOLVER.LR_FACTORS", "[['backbone', 0.5], ['head.cls_subnet', 0.1]]"),
+)
+
+
+def test_two_processes_stop_together(environment, tmp_path):
+    arguments = ("--num-gpus", "0", "--num-processes", "2", "--dist-url", "auto", *TINY, *EVERY)
+    where = ("OUTPUT_DIR", str(tmp_path))
+    printed = run(environment, command(*arguments, *NOTHING, *PARTS, *where))
+    assert printed.count("Training stops after 3 iterations, for no evaluation since that") == 1
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["outcome"] == "finished" and record["results"]["bbox/AP"] == 0
+    assert record["best"] == {"AP": 0.0, "iterations": 1} and record["stopped_early_after"] == 3
+    final, best = (read(tmp_path / f"model_{name}.pth") for name in ("final", "best"))
+    assert final["iteration"] == 2 and best["iteration"] == 0
+    assert final["trainer"]["ema"]["updates"] == 3
+    same = [
+        torch.equal(x, best["model"][name])
+        for name, x in final["model"].items()
+        if name.startswith("backbone.bottom_up.")
+    ]
+    assert len(same) > 20 and all(same)
+
+    one = command("--resume", "--num-gpus", "0", *TINY, *EVERY, *NOTHING, *PARTS, *where)
+    printed = run(environment, one)
+    assert "Training stopped after 3 iterations for want of a better AP" in printed
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["stopped_early_after"] == 3 and record["best"]["iterations"] == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (("SOLVER.FREEZE", "['backbone.botom_up']"), "The nearest names are backbone.bottom_up"),
+        (("SOLVER.FREEZE", "backbone"), "The command line sets SOLVER.FREEZE to backbone"),
+        (("SOLVER.LR_FACTORS", "[['head', 0]]"), "SOLVER.LR_FACTORS has 0 for 'head'"),
+        (("SOLVER.PATIENCE", "2"), "SOLVER.PATIENCE is 2, but nothing is evaluated"),
+    ],
+)
+def test_mistakes_end_in_one_line(environment, tmp_path, keys, sentence):
+    where = ("OUTPUT_DIR", str(tmp_path / "out"))
+    printed = run(environment, command(*TINY, *keys, *where), fails=True)
+    assert sentence in printed.splitlines()[-1] and "Traceback" not in printed
