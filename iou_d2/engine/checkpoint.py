@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -22,6 +21,7 @@ from iou_d2.errors import InputError, MissingFileError
 from .class_rows import ModelClasses, match_rows
 from .pretrained import is_pretrained, load_pretrained, require_trained
 from .safe_load import local_file, read_checkpoint_file
+from .whole_file import replace_file
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        _replace_file(path, lambda file: torch.save(data, file))
+        replace_file(path, lambda file: torch.save(data, file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
-        _replace_file(path, lambda file: file.write(last_filename_basename.encode()))
+        replace_file(path, lambda file: file.write(last_filename_basename.encode()))
 
 
 def build_predictor(cfg: CfgNode, trust: bool = False) -> DefaultPredictor:
@@ -275,37 +275,3 @@ def _checked_weights(filename: str, weights: object) -> dict:
         if np.iscomplexobj(value) if isinstance(value, np.ndarray) else value.is_complex():
             raise InputError(f"{name} in {filename} is complex, which no weight is.")
     return weights.copy()
-
-
-def _replace_file(path: str, write: Callable) -> None:
-    """Write all of `path` or nothing."""
-    unfinished = f"{path}.{os.getpid()}.unfinished"
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException as error:
-        _remove(unfinished)
-        refused = _refusal_behind(error)
-        if refused is None:
-            raise
-        raise OSError(refused.errno, os.strerror(refused.errno), path) from None
-
-
-def _remove(path: str) -> None:
-    try:
-        os.remove(path)
-    except FileNotFoundError:
-        pass
-
-
-def _refusal_behind(error: BaseException | None) -> OSError | None:
-    """The OSError that began it: torch.save raises errors of its own after it."""
-    found = None
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            found = error
-        error = error.__cause__ or error.__context__
-    return found

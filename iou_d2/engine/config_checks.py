@@ -169,6 +169,11 @@ def _check_fine_tuning(cfg: CfgNode) -> None:
     decay = cfg.SOLVER.EMA_DECAY
     if not (_is_finite(decay) and 0 <= decay < 1):
         raise InputError(f"SOLVER.EMA_DECAY is at least 0 and under 1, but it is {decay}.")
+    if decay and cfg.TEST.PRECISE_BN.ENABLED:
+        raise InputError(
+            f"SOLVER.EMA_DECAY is {decay} and TEST.PRECISE_BN.ENABLED is True, but precise "
+            "statistics are those of the weights in training, not of their average: switch one off."
+        )
     _at_least(cfg, "SOLVER.PATIENCE", 0)
     if cfg.SOLVER.PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST):
         raise InputError(

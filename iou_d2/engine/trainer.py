@@ -221,9 +221,10 @@ class Trainer(DefaultTrainer):
     def _has_stopped(self) -> bool:
         """Whether the checkpoint is of a run that stopped early, and SOLVER.PATIENCE is no larger
         now."""
-        if self.best is None or not self.best.stopped_after:
+        if self.best is None:
             return False
-        return _main_says(self.best.is_over(self.best.stopped_after))
+        after = self.best.stopped_after
+        return _main_says(after > 0 and self.best.is_over(after))
 
     def _learning(self) -> list[str]:
         """Names of the parameters that learn."""

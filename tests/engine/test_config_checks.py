@@ -105,6 +105,13 @@ def test_what_no_fine_tuning_can_follow_is_named(key, value):
     assert "\n" not in str(error.value)
 
 
+def test_precise_statistics_are_not_those_of_an_average():
+    cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.DEVICE", "cpu", *DATA])
+    cfg.SOLVER.EMA_DECAY, cfg.TEST.PRECISE_BN.ENABLED = 0.9, True
+    with pytest.raises(InputError, match="SOLVER.EMA_DECAY is 0.9 and TEST.PRECISE_BN"):
+        check_training(cfg)
+
+
 def test_patience_needs_evaluations_of_a_set():
     cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.DEVICE", "cpu", *DATA])
     cfg.SOLVER.PATIENCE, cfg.TEST.EVAL_PERIOD = 2, 10
