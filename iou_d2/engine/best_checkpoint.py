@@ -60,10 +60,16 @@ class BestCheckpoint:
         )
 
     def is_over(self, iterations: int) -> bool:
-        """Whether `patience` evaluations, of which the last is that after `iterations`, gave no
-        better AP. Counted by iterations, since a checkpoint may be older than its evaluation."""
-        without_better = iterations - self.iterations
-        return self.patience > 0 and without_better >= self.patience * self.period
+        """Whether `patience` evaluations after the best one, of which the last is that after
+        `iterations`, gave no better AP.
+
+        Before the first AP that is a number there is nothing to better: Detectron2 has NaN as long
+        as nothing is detected. Counted by iterations, since a checkpoint may be older than its
+        evaluation.
+        """
+        if self.ap is None or self.patience == 0:
+            return False
+        return iterations - self.iterations >= self.patience * self.period
 
     def record(self) -> dict:
         """What run.json says: the best box AP and after how many iterations it was measured, and

@@ -65,33 +65,33 @@ def test_other_classes_of_the_data(environment, three, tmp_path, names):
 
 
 EVERY = ("TEST.EVAL_PERIOD", "1", "SOLVER.PATIENCE", "2", "SOLVER.MAX_ITER", "20")
-# Nothing is detected, and AP is 0 each time.
-NOTHING = ("MODEL.RETINANET.SCORE_THRESH_TEST", "0.99", "SOLVER.CHECKPOINT_PERIOD", "100")
-PARTS = (
-    *("SOLVER.FREEZE", "['backbone.bottom_up']", "SOLVER.EMA_DECAY", "0.9"),
-    *("SOLVER.LR_FACTORS", "[['backbone', 0.5], ['head.cls_subnet', 0.1]]"),
+# Nothing moves, so that AP is the same each time.
+STILL = (
+    *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0", "SOLVER.CHECKPOINT_PERIOD", "100"),
+    *("SOLVER.BASE_LR", "1e-30", "SOLVER.OPTIMIZER", "SGD", "SOLVER.FREEZE", "['backbone']"),
+    *("SOLVER.EMA_DECAY", "0.9", "SOLVER.LR_FACTORS", "[['head', 0.5], ['head.cls_subnet', 0.1]]"),
 )
 
 
 def test_two_processes_stop_together(environment, tmp_path):
     arguments = ("--num-gpus", "0", "--num-processes", "2", "--dist-url", "auto", *TINY, *EVERY)
     where = ("OUTPUT_DIR", str(tmp_path))
-    printed = run(environment, command(*arguments, *NOTHING, *PARTS, *where))
+    printed = run(environment, command(*arguments, *STILL, *where))
     assert printed.count("Training stops after 3 iterations, for no evaluation since that") == 1
     record = json.loads((tmp_path / "run.json").read_text())
-    assert record["outcome"] == "finished" and record["results"]["bbox/AP"] == 0
-    assert record["best"] == {"AP": 0.0, "iterations": 1} and record["stopped_early_after"] == 3
+    assert record["outcome"] == "finished" and record["stopped_early_after"] == 3
+    assert record["best"] == {"AP": record["results"]["bbox/AP"], "iterations": 1}
     final, best = (read(tmp_path / f"model_{name}.pth") for name in ("final", "best"))
     assert final["iteration"] == 2 and best["iteration"] == 0
     assert final["trainer"]["ema"]["updates"] == 3
     same = [
         torch.equal(x, best["model"][name])
         for name, x in final["model"].items()
-        if name.startswith("backbone.bottom_up.")
+        if name.startswith("backbone.")
     ]
     assert len(same) > 20 and all(same)
 
-    one = command("--resume", "--num-gpus", "0", *TINY, *EVERY, *NOTHING, *PARTS, *where)
+    one = command("--resume", "--num-gpus", "0", *TINY, *EVERY, *STILL, *where)
     printed = run(environment, one)
     assert "Training stopped after 3 iterations for want of a better AP" in printed
     record = json.loads((tmp_path / "run.json").read_text())
@@ -103,8 +103,6 @@ def test_two_processes_stop_together(environment, tmp_path):
     [
         (("SOLVER.FREEZE", "['backbone.botom_up']"), "The nearest names are backbone.bottom_up"),
         (("SOLVER.FREEZE", "backbone"), "The command line sets SOLVER.FREEZE to backbone"),
-        (("SOLVER.LR_FACTORS", "[['head', 0]]"), "SOLVER.LR_FACTORS has 0 for 'head'"),
-        (("SOLVER.PATIENCE", "2"), "SOLVER.PATIENCE is 2, but nothing is evaluated"),
     ],
 )
 def test_mistakes_end_in_one_line(environment, tmp_path, keys, sentence):

@@ -84,7 +84,8 @@ def test_patience_counts_evaluations_without_a_better_one(tmp_path):
     assert see(best_in(tmp_path / "a", 2), [5, 4, 5, 9]) == [False, False, True, False]
     assert see(best_in(tmp_path / "b", 1), [1, 2, 3, 3]) == [False, False, False, True]
     assert see(best_in(tmp_path / "c", 0), [5, 4, 3, 2]) == [False] * 4
-    assert see(best_in(tmp_path / "d", 2), [NAN, NAN, NAN]) == [False, True, True]
+    aps = [NAN, NAN, NAN, 0.0, NAN, NAN]  # nothing to better before the first number
+    assert see(best_in(tmp_path / "d", 2), aps) == [False] * 5 + [True]
 
 
 def test_a_resumed_run_knows_the_best_also_of_evaluations_after_its_checkpoint(tmp_path):
