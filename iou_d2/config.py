@@ -65,8 +65,8 @@ def _add_fine_tuning(cfg: CfgNode) -> None:
     # 0.999; 0 for none. It begins lower, as (1 + t) / (10 + t) after t iterations. The average is
     # evaluated and saved as the model.
     cfg.SOLVER.EMA_DECAY = 0.0
-    # Evaluations in a row, every TEST.EVAL_PERIOD iterations, that end the training where none has a
-    # better box AP on the first of DATASETS.TEST than one before them; 0 for never (ours).
+    # Evaluations in a row, every TEST.EVAL_PERIOD iterations, that end the training where none has
+    # a better box AP on the first of DATASETS.TEST than one before them; 0 for never (ours).
     cfg.SOLVER.PATIENCE = 0
 
 

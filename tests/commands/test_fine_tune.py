@@ -57,7 +57,7 @@ def test_other_classes_of_the_data(environment, three, tmp_path, names):
         for i, name in enumerate(found):
             if name in known:
                 torch.testing.assert_close(after[:, i], before[:, known.index(name)])
-            else:
+            elif part == "weight":  # fresh biases are alike
                 assert not any(torch.equal(after[:, i], x) for x in before.unbind(1))
     kept = ", ".join(name for name in found if name in known)
     log = (tmp_path / "out/log.txt").read_text()
