@@ -32,10 +32,12 @@ from iou_d2.engine.config_checks import check_config
 from iou_d2.engine.convert import (
     LAYOUTS,
     PixelFormat,
+    Translated,
     backbone_prefix,
     pixel_format_of_mmdet,
     swap_red_and_blue,
     translate,
+    translate_tensors,
 )
 from iou_d2.engine.safe_load import read_checkpoint_file
 from iou_d2.errors import InputError
@@ -80,11 +82,11 @@ def read_checkpoint(path: str, trust: bool = False) -> Checkpoint:
     return Checkpoint(tensors, other, names, str(meta.get("cfg") or meta.get("config") or ""))
 
 
-def convert_names(path: str, tensors: dict, source: str, target: str) -> dict[str, str]:
-    """`translate`, with a sentence where it finds nothing."""
-    names = translate(tensors, source, target)
-    if names:
-        return names
+def convert_tensors(path: str, tensors: dict, source: str, target: str) -> Translated:
+    """`translate_tensors`, with a sentence where it finds nothing."""
+    translated = translate_tensors(tensors, source, target)
+    if translated.names:
+        return translated
     likely = [x for x in LAYOUTS if x not in (source, target) and translate(tensors, x, target)]
     hint = f" Its names are those of {likely[0]}." if likely else ""
     first = f"the first is {next(iter(tensors))}" if tensors else "it has none"
@@ -228,11 +230,10 @@ def convert(args: argparse.Namespace) -> None:
     check_paths(args)
     cfg = read_config(args.config_file, args.opts) if args.config_file else None
     checkpoint = read_checkpoint(args.input, args.trust_weights)
-    names = convert_names(args.input, checkpoint.tensors, args.source, args.target)
-    tensors = {new: checkpoint.tensors[old] for old, new in names.items()}
+    tensors, names, told = convert_tensors(args.input, checkpoint.tensors, args.source, args.target)
     swap, pixels = change_of_pixels(args, cfg, checkpoint.config_text)
     if swap:
-        tensors = swap_red_and_blue(tensors, args.target)
+        tensors = swap_red_and_blue(tensors)
 
     missing, unused = [], []
     if cfg:
@@ -241,6 +242,8 @@ def convert(args: argparse.Namespace) -> None:
     write_file(pack(tensors, checkpoint.class_names, args.target, args.output), args.output)
 
     print(f"{args.output} has {len(tensors)} of {len(checkpoint.tensors)} tensors of {args.input}.")
+    for change in told:
+        print(f"Changed beside names: {change}.")
     left = [name for name in checkpoint.tensors if name not in names]
     print_names("Left over, without a counterpart", left + checkpoint.other)
     print_names(f"In the model of {args.config_file}, but not filled", missing)

@@ -126,22 +126,23 @@ def test_networks_that_cannot_be_converted(name, network):
 
 def test_swapping_red_and_blue():
     weight = torch.rand(4, 3, 7, 7)
-    for layout, name in (
-        ("mmdet", "backbone.conv1.weight"),
-        ("torchvision", "conv1.weight"),
-        ("detectron2", "backbone.bottom_up.stem.conv1.weight"),
-        ("detectron2", "stem.conv1.weight"),
+    for name in (
+        "backbone.conv1.weight",
+        "backbone.body.conv1.weight",
+        "conv1.weight",
+        "backbone.bottom_up.stem.conv1.weight",
+        "stem.conv1.weight",
     ):
-        swapped = swap_red_and_blue({name: weight, "other": weight}, layout)
-        assert swapped["other"] is weight
+        swapped = swap_red_and_blue({"layer1.0.conv1.weight": weight, name: weight, "x": weight})
+        assert swapped["x"] is swapped["layer1.0.conv1.weight"] is weight
         image = torch.rand(1, 3, 9, 9)
         torch.testing.assert_close(
             torch.conv2d(image[:, [2, 1, 0]], swapped[name]), torch.conv2d(image, weight)
         )
     with pytest.raises(ValueError, match="no 3 input channels"):
-        swap_red_and_blue({"conv1.weight": torch.rand(4, 1, 7, 7)}, "torchvision")
-    with pytest.raises(ValueError, match="stem.conv1.weight is not there"):
-        swap_red_and_blue({"x": weight}, "detectron2")
+        swap_red_and_blue({"conv1.weight": torch.rand(4, 1, 7, 7)})
+    with pytest.raises(ValueError, match="no first convolution"):
+        swap_red_and_blue({"x": weight})
     assert backbone_prefix(["stemless", "a.stem.conv1.weight"]) == "a."
 
 

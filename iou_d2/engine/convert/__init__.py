@@ -1,0 +1,22 @@
+"""Checkpoints of mmdetection, torchvision and Detectron2 into one another, by the names of tensors.
+
+A layout is one of LAYOUTS; "detectron2" is that of the models of iou_d2 and of Detectron2. Two
+layouts are translated into one another through Detectron2's names. A network is a file here:
+`NETWORKS` lists them.
+"""
+
+from .layouts import LAYOUTS, PixelFormat, pixel_format_of_mmdet, swap_red_and_blue
+from .resnet import backbone_prefix
+from .translate import Translated, recognise, translate, translate_tensors
+
+__all__ = [
+    "LAYOUTS",
+    "PixelFormat",
+    "Translated",
+    "backbone_prefix",
+    "pixel_format_of_mmdet",
+    "recognise",
+    "swap_red_and_blue",
+    "translate",
+    "translate_tensors",
+]

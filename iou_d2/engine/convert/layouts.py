@@ -1,0 +1,60 @@
+"""What differs between the layouts beside names: the pixels that their models take."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from torch import Tensor
+
+from iou_d2.errors import InputError
+
+# Where the layouts keep the convolution that sees the image.
+FIRST_CONV = re.compile(
+    r"(?:.*\.)?stem\.conv1\.weight"  # detectron2, adelaidet, detectron2_main
+    r"|(?:backbone\.(?:body\.)?)?conv1\.weight"  # mmdet, torchvision
+)
+
+# "adelaidet" is that of aim-uofa/AdelaiDet, "detectron2_main" that of the FCOS which only the main
+# branch of Detectron2 has.
+LAYOUTS = ("mmdet", "torchvision", "detectron2", "adelaidet", "detectron2_main")
+
+
+def swap_red_and_blue(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` of a model of RGB images -> of BGR images, or back: its first convolution,
+    (C, 3, k, k), with the input channels reversed."""
+    name = next((name for name in tensors if FIRST_CONV.fullmatch(name)), None)
+    if name is None:
+        raise InputError("Red and blue cannot be swapped, for there is no first convolution.")
+    if tensors[name].shape[1] != 3:
+        raise InputError(f"Red and blue cannot be swapped, for {name} has no 3 input channels.")
+    return {**tensors, name: tensors[name].flip(1)}
+
+
+class PixelFormat(NamedTuple):
+    """What a model takes: the order of the channels, "RGB" or "BGR"; mean and standard deviation
+    of each in that order, of 0 to 255; and whether its ResNet strides in the 1x1 convolution."""
+
+    order: str = "RGB"
+    mean: tuple[float, ...] = (123.675, 116.28, 103.53)
+    std: tuple[float, ...] = (58.395, 57.12, 57.375)
+    stride_in_1x1: bool = False
+
+    def in_order(self, order: str) -> PixelFormat:
+        if order == self.order:
+            return self
+        return self._replace(order=order, mean=self.mean[::-1], std=self.std[::-1])
+
+
+def pixel_format_of_mmdet(config: str) -> PixelFormat:
+    """Read off the text of an mmdetection config; what it does not say is as in torchvision."""
+    found = PixelFormat()
+    order = re.search(r"to_rgb\s*=\s*(True|False)", config)
+    if order:
+        found = found._replace(order="RGB" if order[1] == "True" else "BGR")
+    for name in ("mean", "std"):
+        values = re.search(rf"\b{name}\s*=\s*[\[(]([-+.,\deE\s]*)[\])]", config)
+        if values:
+            numbers = tuple(float(x) for x in values[1].split(",") if x.strip())
+            found = found._replace(**{name: numbers})
+    return found._replace(stride_in_1x1=bool(re.search(r"\bstyle\s*=\s*['\"]caffe", config)))
