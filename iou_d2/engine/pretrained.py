@@ -131,8 +131,11 @@ def find_weights(weights: str) -> Path:
     return cached
 
 
-def load_pretrained(model: nn.Module, weights: str) -> None:
+def load_pretrained(model: nn.Module, weights: str) -> set[str]:
     """Load the backbone of `model`, wherever in it that is, with what `weights` names.
+
+    Returns:
+        The names of the tensors of `model` that were loaded.
 
     Raises:
         InputError: as `find_weights`, or the backbone of the model is another one.
@@ -140,7 +143,8 @@ def load_pretrained(model: nn.Module, weights: str) -> None:
     path = find_weights(weights)
     name = weights[len(PREFIX) :]
     _, kinds, keys = NETWORKS[name]
-    backbone = next((part for part in model.modules() if isinstance(part, kinds)), None)
+    backbones = {part: prefix for prefix, part in model.named_modules() if isinstance(part, kinds)}
+    backbone = next(iter(backbones), None)
     state = read_checkpoint_file(str(path))
     tensors = _ssd_tensors(state) if isinstance(backbone, SSDVGG16) else _tensors(state, name)
     kind = kinds[-1].__name__
@@ -153,6 +157,8 @@ def load_pretrained(model: nn.Module, weights: str) -> None:
     state = backbone.state_dict()
     backbone.load_state_dict({**state, **{x: tensors[x] for x in state if x in tensors}})
     logger.info(f"Loaded the backbone with {weights} from {path}.")
+    prefix = backbones[backbone]
+    return {f"{prefix}.{x}" if prefix else x for x in state if x in tensors}
 
 
 def _check_pixels(cfg: CfgNode) -> None:
