@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
@@ -139,16 +140,15 @@ class SSDVGG16(Backbone):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) -> features by name, the finest first.
 
-        Raises:
-            InputError: the images are so small that nothing is left for an extra stage.
+        Where images are so small that an extra stage would have nothing to read, it reads a border
+        of zeros, as if the images were padded.
         """
         found = self.vgg(images)
         features = {name: found[of_vgg] for name, of_vgg in _VGG_FEATURES.items()}
         x = self.fc6(self.pool5(features["conv5_3"])).relu_()
         features["fc7"] = x = self.fc7(x).relu_()
         for name, stage in self.extra.items():
-            _require_size(images, x, stage[2], name)
-            features[name] = x = stage(x)
+            features[name] = x = stage(_at_least(x, stage[2]))
         for name, norm in self.norms.items():
             features[name] = norm(features[name])
         return {name: features[name] for name in self._out_features}
@@ -185,15 +185,11 @@ def _extra_stage(in_channels: int, stage: ExtraStage) -> nn.Sequential:
     )
 
 
-def _require_size(images: Tensor, x: Tensor, conv: nn.Conv2d, name: str) -> None:
+def _at_least(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`x` (N, C, H, W) with zeros behind it where `conv` would find it too small."""
     wanted = conv.kernel_size[0] - 2 * conv.padding[0]
-    if min(x.shape[-2:]) < wanted:
-        raise InputError(
-            f"Images of {images.shape[-2]} x {images.shape[-1]} pixels leave a map of "
-            f"{x.shape[-2]} x {x.shape[-1]} for {name}, which needs {wanted} x {wanted}: resize "
-            'them to the size of the config, INPUT.SQUARE_SIZE, with "square" in '
-            "INPUT.AUGMENTATIONS, or leave it out of MODEL.SSD_VGG.OUT_FEATURES."
-        )
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, max(wanted - width, 0), 0, max(wanted - height, 0)))
 
 
 def _build(cfg, input_shape: ShapeSpec, variant: SSDVariant) -> SSDVGG16:

@@ -5,8 +5,17 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
+from torch import nn
 
-from iou_d2.backbones.ssd_vgg import REFINEDET, SSD300, SSD512, SSDVGG16, ChannelNorm, reduced_fc
+from iou_d2.backbones.ssd_vgg import (
+    REFINEDET,
+    SSD300,
+    SSD512,
+    SSDVGG16,
+    ChannelNorm,
+    _at_least,
+    reduced_fc,
+)
 from iou_d2.errors import InputError
 
 IMAGE = ShapeSpec(channels=3)
@@ -94,11 +103,26 @@ def test_a_wrong_feature_is_named(names):
         SSDVGG16(SSD300, names)
 
 
-def test_an_image_that_is_too_small_is_named():
+@pytest.mark.parametrize(
+    ("size", "maps"),
+    [
+        ((300, 225), [(38, 29), (19, 15), (10, 8), (5, 4), (3, 2), (1, 1)]),
+        ((1, 1), [(1, 1)] * 6),
+        ((64, 300), [(8, 38), (4, 19), (2, 10), (1, 5), (1, 3), (1, 1)]),
+    ],
+)
+def test_small_images_leave_a_cell_on_every_level(size, maps):
     with torch.device("meta"):
-        backbone = SSDVGG16(SSD300, SSD_FEATURES)
-        with pytest.raises(InputError, match="300 x 225 pixels leave a map of 3 x 2 for conv9_2"):
-            backbone(torch.zeros(1, 3, 300, 225))
+        features = SSDVGG16(SSD300, SSD_FEATURES)(torch.zeros(1, 3, *size))
+    assert [tuple(x.shape[-2:]) for x in features.values()] == maps
+
+
+def test_a_map_that_is_too_small_is_read_with_zeros_behind_it():
+    stage = nn.Conv2d(2, 3, 3)
+    x = torch.randn(1, 2, 2, 5)
+    expected = stage(torch.cat([x, torch.zeros(1, 2, 1, 5)], dim=2))
+    assert torch.equal(stage(_at_least(x, stage)), expected)
+    assert torch.equal(_at_least(expected, nn.Conv2d(3, 3, 3, padding=1)), expected)
 
 
 def test_a_config_builds_it_and_freezes(small_cfg):

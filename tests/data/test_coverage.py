@@ -41,7 +41,7 @@ def ssd_boxes(config: str, maps: list[int]) -> Boxes:
     [
         ("ssd300_VGG16_voc", [38, 19, 10, 5, 3, 1]),
         ("ssd512_VGG16_coco", [64, 32, 16, 8, 4, 2, 1]),
-        ("quick/ssd_own_data", [36, 18, 9, 5, 3]),
+        ("quick/ssd_own_data", [40, 20, 10, 5, 3]),
         ("quick/ssd_shapes", [16, 8, 4, 2]),
     ],
 )
