@@ -129,12 +129,25 @@ def _add_point_detector(cfg: CfgNode) -> None:
     # deformable one (VarifocalNet's DCN rows).
     node.NUM_GROUPS = 32
     node.DEFORMABLE_TOWER = False
+    # Whether the convolutions of the towers have a bias before their norm (torchvision, Detectron2,
+    # AdelaiDet, mmdetection's conv_bias).
+    node.TOWER_BIAS = False
+    # What the four outputs of PointHead and QualityHead mean (ops/box_codec.py): "exp", the
+    # logarithms of distances in DISTANCE_UNITS (FCOS as published in 2019); "relu", distances in
+    # strides, cut at 0 (2006.09214, mmdetection's norm_on_bbox, torchvision, Detectron2,
+    # AdelaiDet); "deltas" of the square anchor of ANCHOR_SCALE strides (ATSS as published).
+    node.BOX_CODEC = "exp"
+    # Whether each level has a learnt factor of these outputs; torchvision and Detectron2 have none.
+    node.LEVEL_SCALES = True
+    # Which tower QualityHead reads the quality off: "box" (ATSS, mmdetection's centerness_on_reg),
+    # or "class" (FCOS as published in 2019).
+    node.QUALITY_TOWER = "box"
     # Which points learn an object: "atss" (1912.02424, VarifocalNet) or "fcos" (1904.01355).
     node.ASSIGNER = "atss"
     # Where a cell has its point, in cells: 0 the top left corner, 0.5 the centre. None is 0 for
     # ATSS and 0.5 for FCOS, as in all published weights.
     node.POINT_OFFSET = None
-    # ATSS: side of a point's anchor in strides, 8 in all papers.
+    # ATSS and the "deltas" codec: side of a point's anchor in strides, 8 in all papers.
     node.ANCHOR_SCALE = 8.0
     # FCOS: positive points lie within so many strides of an object's centre (1.5 in its authors'
     # later code), or anywhere in it with 0 (the paper, VarifocalNet's code).
@@ -142,7 +155,11 @@ def _add_point_detector(cfg: CfgNode) -> None:
     # FCOS: the longest distance that each level learns, in pixels, those of the paper; the last one
     # learns all longer ones, too.
     node.MAX_DISTANCES = [64, 128, 256, 512, 1024]
-    # Pixels that a predicted distance of 1 means, for each level (VarifocalNet's code).
+    # FCOS: whether neither of two levels learns the distance that is the limit between them
+    # (torchvision, Detectron2); both do in all other code.
+    node.OPEN_RANGES = False
+    # Pixels that a predicted distance of 1 means, for each level: those of VarifocalNet's code; 1
+    # in FCOS. VarifocalNet's heads and the "exp" codec read them.
     node.DISTANCE_UNITS = [64, 128, 256, 512, 1024]
     # Loss of the classes: "varifocal" (2008.13367), "quality_focal" (2006.04388) or "focal" (ATSS,
     # FCOS).
@@ -155,8 +172,19 @@ def _add_point_detector(cfg: CfgNode) -> None:
     # MODEL.RETINANET.SMOOTH_L1_LOSS_BETA (ours).
     node.BOX_LOSS = "giou"
     # Factors of the losses of the initial and of the final box. A head that does not refine has
-    # the final box only. Authors' code; 2 in ATSS.
+    # the final box only. Authors' code; 2 in ATSS, 1 in FCOS.
     node.BOX_LOSS_WEIGHTS = [1.5, 2.0]
+    # What divides that loss: "weighted", by the quality of each box, over the sum of the qualities,
+    # or the "plain" mean over positive points (torchvision, Detectron2).
+    node.BOX_LOSS_MEAN = "weighted"
+    # That sum, a mean over processes, is at least so much: 1 in VarifocalNet's and ATSS's code,
+    # 1e-6 in FCOS's.
+    node.MIN_QUALITY_SUM = 1.0
+    # Whose way from class scores p and qualities q to detections (detectors/point_inference.py):
+    # "authors" of FCOS and ATSS, sqrt(p * q) with a threshold of p; "mmdetection", p * q, the best
+    # candidates by p; "torchvision", sqrt(p * q) with a threshold of it; "detectron2" likewise,
+    # boxes clipped after NMS; "adelaidet", the authors', boxes clipped after NMS.
+    node.INFERENCE = "authors"
     # Whether NMS suppresses boxes of other classes too (ours; no paper does).
     node.CLASS_AGNOSTIC_NMS = False
 

@@ -12,6 +12,7 @@ the left, top, right and bottom of a box, all in pixels of the network input.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ from iou_d2.ops.points import PointGrid
 
 from .dense import PyramidDetector, build_dense_nms, part_named, reduce_mean
 from .point_heads import POINT_HEAD_REGISTRY, PointPrediction
+from .point_inference import INFERENCES, PointInference
 
 # (points, strides, boxes) -> ground truth of each point: see ops/assign.py.
 Assigner = Callable[[Sequence[Tensor], Sequence[int], Tensor], Tensor]
@@ -73,12 +75,32 @@ QUALITIES = {
 }
 
 
+@dataclass(frozen=True)
+class BoxLossMean:
+    """From the losses of positive boxes to that of a batch.
+
+    Args:
+        weighted: whether a box counts by its quality, and not all alike.
+        min_divisor: of the sum of qualities or the number of boxes, whichever divides; a mean over
+            processes.
+    """
+
+    weighted: bool = True
+    min_divisor: float = 1.0
+
+    def __call__(self, losses: Tensor, quality: Tensor) -> Tensor:
+        """Losses and qualities (P,) -> a scalar; 0, with gradients, where P is 0."""
+        weights = quality if self.weighted else torch.ones_like(quality)
+        divisor = reduce_mean(weights.sum()).clamp(min=self.min_divisor)
+        return (weights * losses).sum() / divisor
+
+
 @META_ARCH_REGISTRY.register()
 class PointDetector(PyramidDetector):
     """A dense detector of one box a point. Its predictions are L PointPredictions.
 
     Detections carry `scores`; those of a head with a quality branch also `cls_scores` (p) and
-    `pred_ious` or `pred_centernesses` (q), and their score is sqrt(p * q).
+    `pred_ious` or `pred_centernesses` (q), and their score is sqrt(p * q) or p * q.
     """
 
     @configurable
@@ -92,6 +114,8 @@ class PointDetector(PyramidDetector):
         quality: Quality,
         box_loss: BoxLoss,
         box_loss_weights: Sequence[float],
+        box_loss_mean: BoxLossMean,
+        inference: PointInference,
         **kwargs,
     ):
         """
@@ -102,6 +126,8 @@ class PointDetector(PyramidDetector):
             quality: what weighs box losses and is learnt by class scores or a quality branch.
             box_loss: of the sides of the boxes, whose unit is the stride of their level.
             box_loss_weights: a factor of the box loss for each stage of the head.
+            box_loss_mean: what becomes of the losses of the positive boxes.
+            inference: how class scores and qualities choose and rank the candidates of NMS.
             kwargs: those of PyramidDetector; `head` makes L PointPredictions of L features.
         """
         super().__init__(**kwargs)
@@ -112,6 +138,8 @@ class PointDetector(PyramidDetector):
         self.quality = quality
         self.box_loss = box_loss
         self.box_loss_weights = tuple(box_loss_weights)
+        self.box_loss_mean = box_loss_mean
+        self.inference = inference
 
     @classmethod
     def from_config(cls, cfg):
@@ -134,6 +162,8 @@ class PointDetector(PyramidDetector):
             "quality": part_named(QUALITIES, node.QUALITY, f"{key}.QUALITY"),
             "box_loss": build_box_loss(node.BOX_LOSS, dense.SMOOTH_L1_LOSS_BETA, f"{key}.BOX_LOSS"),
             "box_loss_weights": _weights_of_stages(node.BOX_LOSS_WEIGHTS, head.num_stages),
+            "box_loss_mean": build_box_loss_mean(cfg),
+            "inference": part_named(INFERENCES, node.INFERENCE, f"{key}.INFERENCE"),
         }
 
     def predict(self, images: Tensor) -> list[PointPrediction]:
@@ -154,8 +184,7 @@ class PointDetector(PyramidDetector):
         and "loss_quality" where the head has that branch.
 
         The class loss and that of the quality branch are sums divided by the number of positive
-        points, the box losses are weighted by the quality of each box and divided by its sum; the
-        divisors are means over processes and at least 1.
+        points, a mean over processes and at least 1; `box_loss_mean` divides the box losses.
         """
         points = [prediction.points for prediction in predictions]
         matches = self.match(points, image_sizes, gt_instances)  # (N * R of all levels,)
@@ -175,8 +204,7 @@ class PointDetector(PyramidDetector):
             quality = self.quality.measure(centers, boxes, gt_boxes).clamp(min=1e-6)
             loss = self.box_loss.of_sides(boxes, gt_boxes, strides)
             name = "loss_box_initial" if len(losses) + 1 < len(stages) else "loss_box"
-            divisor = reduce_mean(quality.sum()).clamp(min=1)
-            losses[name] = weight * (quality * loss).sum() / divisor
+            losses[name] = weight * self.box_loss_mean(loss, quality)
 
         count = reduce_mean(positive.sum().float()).clamp(min=1)
         logits = _flatten([x.logits for x in predictions], self.num_classes)
@@ -217,13 +245,12 @@ class PointDetector(PyramidDetector):
 
     def rank(self, prediction: PointPrediction, image: int) -> dict[str, Tensor]:
         probability = _of_image(prediction.logits, image)  # (R, K)
-        # The threshold is one of class scores, also in FCOS and ATSS.
-        scores = probability * (probability > self.nms.score_threshold)
+        threshold = self.nms.score_threshold
         if prediction.quality_logits is None:
-            return {"scores": scores}
+            return {"scores": probability * (probability > threshold)}
         quality = _of_image(prediction.quality_logits, image)  # (R, 1)
         return {
-            "scores": (scores * quality).sqrt(),
+            "scores": self.inference.order(probability, quality, threshold),
             "cls_scores": probability,
             self.quality.field: quality.expand_as(probability),
         }
@@ -233,14 +260,17 @@ class PointDetector(PyramidDetector):
     ) -> Tensor:
         distances = _flatten([prediction.distances[-1][image : image + 1]], 4)
         boxes = boxes_around(prediction.points[index], distances[index])
-        return clip_boxes_to_image(boxes, image_size)
+        return clip_boxes_to_image(boxes, image_size) if self.inference.clip else boxes
 
     def candidates(
         self, prediction: PointPrediction, image: int, image_size: tuple[int, int]
     ) -> Instances:
-        """What one level of one image sends to NMS. A box in the padding is none."""
+        """What one level of one image sends to NMS."""
         found = super().candidates(prediction, image, image_size)
-        return found[found.pred_boxes.nonempty()]
+        if prediction.quality_logits is not None:
+            found.scores = self.inference.score(found.cls_scores, found.get(self.quality.field))
+        # A box in the padding is none.
+        return found[found.pred_boxes.nonempty()] if self.inference.drop_empty else found
 
 
 def point_offset(cfg) -> float:
@@ -249,6 +279,13 @@ def point_offset(cfg) -> float:
     if node.POINT_OFFSET is not None:
         return node.POINT_OFFSET
     return 0.5 if node.ASSIGNER == "fcos" else 0.0
+
+
+def build_box_loss_mean(cfg) -> BoxLossMean:
+    """The mean that MODEL.POINT_DETECTOR.BOX_LOSS_MEAN names."""
+    node = cfg.MODEL.POINT_DETECTOR
+    means = {"weighted": BoxLossMean(True, node.MIN_QUALITY_SUM), "plain": BoxLossMean(False)}
+    return part_named(means, node.BOX_LOSS_MEAN, "MODEL.POINT_DETECTOR.BOX_LOSS_MEAN")
 
 
 def build_assigner(cfg) -> Assigner:
@@ -265,10 +302,18 @@ def _build_atss(node) -> ATSSAssigner:
 def _build_fcos(node) -> FCOSAssigner:
     lowest = [-1, *node.MAX_DISTANCES[:-1]]
     highest = [*node.MAX_DISTANCES[:-1], 1e8]
+    if node.OPEN_RANGES:
+        lowest, highest = _next_float32(lowest, math.inf), _next_float32(highest, -math.inf)
     return FCOSAssigner(
         ranges=tuple(zip(lowest, highest)),
         center_sampling_radius=node.CENTER_SAMPLING_RADIUS or None,
     )
+
+
+def _next_float32(values: Sequence[float], towards: float) -> list[float]:
+    """The nearest numbers that a float32 distance can be: a range without its limits."""
+    values = torch.tensor(values, dtype=torch.float32)
+    return torch.nextafter(values, torch.full_like(values, towards)).tolist()
 
 
 def _weights_of_stages(weights: Sequence[float], stages: int) -> Sequence[float]:

@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from iou_d2.detectors.point_detector import centerness_quality, iou_quality
-from iou_d2.detectors.point_heads import exp_distances
+from iou_d2.ops.box_codec import exp_distances
 from iou_d2.ops.box_losses import KINDS
 from point_detector_by_hand import (
     CONFIGS,
