@@ -12,7 +12,6 @@ the left, top, right and bottom of a box, all in pixels of the network input.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,8 +24,6 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
-from iou_d2.errors import InputError
-from iou_d2.ops.assign import ATSSAssigner, FCOSAssigner
 from iou_d2.ops.box_losses import BoxLoss, build_box_loss
 from iou_d2.ops.boxes import aligned_iou, boxes_around, centerness
 from iou_d2.ops.losses import focal_loss, quality_focal_loss, varifocal_loss
@@ -35,9 +32,14 @@ from iou_d2.ops.points import PointGrid
 from .dense import PyramidDetector, build_dense_nms, part_named, reduce_mean
 from .point_heads import POINT_HEAD_REGISTRY, PointPrediction
 from .point_inference import INFERENCES, PointInference
-
-# (points, strides, boxes) -> ground truth of each point: see ops/assign.py.
-Assigner = Callable[[Sequence[Tensor], Sequence[int], Tensor], Tensor]
+from .point_parts import (
+    Assigner,
+    BoxLossMean,
+    build_assigner,
+    build_box_loss_mean,
+    point_offset,
+    weights_of_stages,
+)
 
 CLASS_LOSSES = {
     "varifocal": varifocal_loss,
@@ -73,26 +75,6 @@ QUALITIES = {
     "iou": Quality(iou_quality, "pred_ious"),
     "centerness": Quality(centerness_quality, "pred_centernesses"),
 }
-
-
-@dataclass(frozen=True)
-class BoxLossMean:
-    """From the losses of positive boxes to that of a batch.
-
-    Args:
-        weighted: whether a box counts by its quality, and not all alike.
-        min_divisor: of the sum of qualities or the number of boxes, whichever divides; a mean over
-            processes.
-    """
-
-    weighted: bool = True
-    min_divisor: float = 1.0
-
-    def __call__(self, losses: Tensor, quality: Tensor) -> Tensor:
-        """Losses and qualities (P,) -> a scalar; 0, with gradients, where P is 0."""
-        weights = quality if self.weighted else torch.ones_like(quality)
-        divisor = reduce_mean(weights.sum()).clamp(min=self.min_divisor)
-        return (weights * losses).sum() / divisor
 
 
 @META_ARCH_REGISTRY.register()
@@ -161,7 +143,7 @@ class PointDetector(PyramidDetector):
             "cls_loss": part_named(CLASS_LOSSES, node.CLS_LOSS, f"{key}.CLS_LOSS"),
             "quality": part_named(QUALITIES, node.QUALITY, f"{key}.QUALITY"),
             "box_loss": build_box_loss(node.BOX_LOSS, dense.SMOOTH_L1_LOSS_BETA, f"{key}.BOX_LOSS"),
-            "box_loss_weights": _weights_of_stages(node.BOX_LOSS_WEIGHTS, head.num_stages),
+            "box_loss_weights": weights_of_stages(node.BOX_LOSS_WEIGHTS, head.num_stages),
             "box_loss_mean": build_box_loss_mean(cfg),
             "inference": part_named(INFERENCES, node.INFERENCE, f"{key}.INFERENCE"),
         }
@@ -271,59 +253,6 @@ class PointDetector(PyramidDetector):
             found.scores = self.inference.score(found.cls_scores, found.get(self.quality.field))
         # A box in the padding is none.
         return found[found.pred_boxes.nonempty()] if self.inference.drop_empty else found
-
-
-def point_offset(cfg) -> float:
-    """Where a cell has its point: MODEL.POINT_DETECTOR.POINT_OFFSET, or that of the method."""
-    node = cfg.MODEL.POINT_DETECTOR
-    if node.POINT_OFFSET is not None:
-        return node.POINT_OFFSET
-    return 0.5 if node.ASSIGNER == "fcos" else 0.0
-
-
-def build_box_loss_mean(cfg) -> BoxLossMean:
-    """The mean that MODEL.POINT_DETECTOR.BOX_LOSS_MEAN names."""
-    node = cfg.MODEL.POINT_DETECTOR
-    means = {"weighted": BoxLossMean(True, node.MIN_QUALITY_SUM), "plain": BoxLossMean(False)}
-    return part_named(means, node.BOX_LOSS_MEAN, "MODEL.POINT_DETECTOR.BOX_LOSS_MEAN")
-
-
-def build_assigner(cfg) -> Assigner:
-    """The assigner that MODEL.POINT_DETECTOR.ASSIGNER names."""
-    node = cfg.MODEL.POINT_DETECTOR
-    builders = {"atss": _build_atss, "fcos": _build_fcos}
-    return part_named(builders, node.ASSIGNER, "MODEL.POINT_DETECTOR.ASSIGNER")(node)
-
-
-def _build_atss(node) -> ATSSAssigner:
-    return ATSSAssigner(anchor_scale=node.ANCHOR_SCALE)
-
-
-def _build_fcos(node) -> FCOSAssigner:
-    lowest = [-1, *node.MAX_DISTANCES[:-1]]
-    highest = [*node.MAX_DISTANCES[:-1], 1e8]
-    if node.OPEN_RANGES:
-        lowest, highest = _next_float32(lowest, math.inf), _next_float32(highest, -math.inf)
-    return FCOSAssigner(
-        ranges=tuple(zip(lowest, highest)),
-        center_sampling_radius=node.CENTER_SAMPLING_RADIUS or None,
-    )
-
-
-def _next_float32(values: Sequence[float], towards: float) -> list[float]:
-    """The nearest numbers that a float32 distance can be: a range without its limits."""
-    values = torch.tensor(values, dtype=torch.float32)
-    return torch.nextafter(values, torch.full_like(values, towards)).tolist()
-
-
-def _weights_of_stages(weights: Sequence[float], stages: int) -> Sequence[float]:
-    """The weights of the last `stages` stages."""
-    if len(weights) < stages:
-        raise InputError(
-            f"MODEL.POINT_DETECTOR.BOX_LOSS_WEIGHTS is {list(weights)}, but the head has boxes of "
-            f"{stages} stages."
-        )
-    return weights[-stages:]
 
 
 def _of_image(level: Tensor, image: int) -> Tensor:

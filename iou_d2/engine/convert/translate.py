@@ -10,6 +10,8 @@ from torch import Tensor
 
 from iou_d2.errors import InputError
 
+from .atss import ATSS
+from .fcos import FCOS, FCOS_DEFORMABLE
 from .network import Network
 from .resnet import (
     BOTTOM_UP,
@@ -23,7 +25,12 @@ from .resnet import (
 from .rows import Change, Match, Row, find_rows, has_name
 from .vfnet import VFNET
 
-NETWORKS: tuple[Network, ...] = (VFNET,)
+NETWORKS: tuple[Network, ...] = (
+    VFNET,
+    ATSS,
+    FCOS_DEFORMABLE,
+    FCOS,
+)
 UNSUPPORTED = {
     r"layer\d\.\d+\.convs\.\d": "a Res2Net",
     r"backbone\.stem\.\d": "a ResNet with a deep stem (V1c, V1d)",
