@@ -30,10 +30,13 @@ from iou_d2.commands.errors import ending_in_a_sentence
 from iou_d2.commands.trained import add_trust_argument
 from iou_d2.engine.config_checks import check_config
 from iou_d2.engine.convert import (
+    DETECTRON2_PIXELS,
     LAYOUTS,
+    WITH_DETECTRON2_PIXELS,
     PixelFormat,
     Translated,
     backbone_prefix,
+    has_linear_p7,
     pixel_format_of_mmdet,
     swap_red_and_blue,
     translate,
@@ -208,6 +211,21 @@ def print_settings(pixels: PixelFormat, target: str) -> None:
         print(f"The model takes {pixels.order}, mean={mean}, std={std}; its style is {style!r}.")
 
 
+def print_assumptions(
+    args: argparse.Namespace, cfg: CfgNode | None, config_text: str, swapped: bool
+) -> None:
+    """Print what is taken for granted of an mmdetection checkpoint and may not be so."""
+    if args.source != "mmdet":
+        return
+    if swapped and not config_text:
+        print(f"{args.input} holds no config: it is taken to be of RGB, so red and blue changed.")
+    if cfg and has_linear_p7(config_text) and "linear_p7" not in cfg.MODEL.BACKBONE.NAME:
+        print(
+            f"{args.input} has no ReLU between p6 and p7, but {args.config_file} has one: its "
+            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, see those with linear_p7."
+        )
+
+
 def change_of_pixels(
     args: argparse.Namespace, cfg: CfgNode | None, config_text: str
 ) -> tuple[bool, PixelFormat | None]:
@@ -217,6 +235,15 @@ def change_of_pixels(
         raise InputError(
             f"--format is {order}, but INPUT.FORMAT in {args.config_file} is {cfg.INPUT.FORMAT}."
         )
+    if {args.source, args.target} <= set(WITH_DETECTRON2_PIXELS):
+        if args.format and not cfg:
+            raise InputError(
+                f"--format is for mmdet and torchvision: the pixels of {args.source} and "
+                f"{args.target} are those of their Detectron2 config."
+            )
+        return False, pixel_format_of_config(cfg) if cfg else None
+    if args.source in WITH_DETECTRON2_PIXELS and args.source != "detectron2":
+        return True, DETECTRON2_PIXELS.in_order("RGB")
     if args.source != "detectron2":
         pixels = pixel_format_of_mmdet(config_text)
         return order not in (None, pixels.order), pixels.in_order(order or pixels.order)
@@ -244,6 +271,7 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.output} has {len(tensors)} of {len(checkpoint.tensors)} tensors of {args.input}.")
     for change in told:
         print(f"Changed beside names: {change}.")
+    print_assumptions(args, cfg, checkpoint.config_text, swap)
     left = [name for name in checkpoint.tensors if name not in names]
     print_names("Left over, without a counterpart", left + checkpoint.other)
     print_names(f"In the model of {args.config_file}, but not filled", missing)
