@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torchvision.ops import deform_conv2d
 
 STRIDES = (8, 16, 32, 64, 128)
 HEAD = "bbox_head."
@@ -30,7 +31,13 @@ class Variant:
 def tower(state: dict, name: str, x, variant: Variant):
     for index in range(4):
         here = f"{HEAD}{name}.{index}."
-        x = F.conv2d(x, state[here + "conv.weight"], state.get(here + "conv.bias"), padding=1)
+        weight, bias = state[here + "conv.weight"], state.get(here + "conv.bias")
+        if here + "conv.conv_offset.weight" in state:
+            predict = [state[f"{here}conv.conv_offset.{part}"] for part in ("weight", "bias")]
+            *offset, mask = F.conv2d(x, *predict, padding=1).chunk(3, dim=1)
+            x = deform_conv2d(x, torch.cat(offset, 1), weight, bias, 1, 1, 1, mask.sigmoid())
+        else:
+            x = F.conv2d(x, weight, bias, padding=1)
         scale, shift = state[here + "gn.weight"], state[here + "gn.bias"]
         x = F.relu(F.group_norm(x, variant.num_groups, scale, shift))
     return x

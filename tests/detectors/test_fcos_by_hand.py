@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from detectron2.modeling import build_model
 
 import fcos_by_hand as by_hand
-from checkpoint_helpers import read
+from checkpoint_helpers import assert_same, read
 from fcos_by_hand import Variant
 from iou_d2 import get_config
 from iou_d2.commands.convert import main as convert
@@ -30,6 +32,14 @@ SMALL = (
 VARIANTS = {
     "2019": ("fcos_R_50_FPN_1x", (), OF_2019),
     "improved": (IMPROVED, (), NEW),
+    "improved and deformable": (
+        IMPROVED,
+        (
+            *(KEY + "DEFORMABLE_TOWER", "True", "MODEL.RESNETS.DEFORM_MODULATED", "True"),
+            *("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, False, True, True]"),
+        ),
+        NEW,
+    ),
     "2019 and center sampling": (
         "fcos_R_50_FPN_1x",
         (KEY + "CENTER_SAMPLING_RADIUS", "1.5"),
@@ -48,7 +58,7 @@ VARIANTS = {
 }
 
 
-def mmdet_head_names(bias: bool) -> set[str]:
+def mmdet_head_names(bias: bool, deformable: bool) -> set[str]:
     """Every name in the head of mmdetection's FCOS, by hand."""
     names = [f"scales.{level}.scale" for level in range(5)]
     for part in ("conv_cls", "conv_reg", "conv_centerness"):
@@ -56,18 +66,15 @@ def mmdet_head_names(bias: bool) -> set[str]:
     for part in [f"{x}_convs.{i}" for x in ("cls", "reg") for i in range(4)]:
         names += [f"{part}.conv.weight", f"{part}.gn.weight", f"{part}.gn.bias"]
         names += [f"{part}.conv.bias"] if bias else []
+        if deformable and part.endswith("3"):
+            names += [f"{part}.conv.conv_offset.weight", f"{part}.conv.conv_offset.bias"]
     return {f"bbox_head.{name}" for name in names}
 
 
 def build_mmdet_state(tmp_path, config: str, options) -> dict:
     """A state dict of mmdetection with random numbers."""
-    model = randomize(build_model(get_config(config, [*options, "MODEL.WEIGHTS", ""])))
     ours, theirs = str(tmp_path / "x.pth"), str(tmp_path / "y.pth")
-    state = model.state_dict()
-    for name in ("cls_pred", "box_pred", "quality_pred"):
-        state[f"head.{name}.weight"] *= 2
-    state["head.box_pred.bias"] += 1.5
-    torch.save({"model": state}, ours)
+    torch.save({"model": random_state(config, options)}, ours)
     convert([ours, theirs, "--from", "detectron2", "--to", "mmdet", "--config-file", config]
             + ["--opts", *options])  # fmt: skip
     return dict(read(theirs)["state_dict"])
@@ -96,7 +103,7 @@ def test_fcos_of_mmdetection(name, tmp_path, capsys, make_batch):
     config, options = f"configs/{config}.yaml", [*SMALL, *options]
     state = build_mmdet_state(tmp_path, config, options)
     head = {x for x in state if x.startswith("bbox_head.")}
-    assert head == mmdet_head_names(bias=config.endswith(f"{IMPROVED}.yaml"))
+    assert head == mmdet_head_names(config.endswith(f"{IMPROVED}.yaml"), "deform" in name)
     model = converted(tmp_path, capsys, state, "mmdet", config, options)
 
     batch = make_batch([4, 0, 5])
@@ -117,5 +124,75 @@ def test_fcos_of_mmdetection(name, tmp_path, capsys, make_batch):
     with torch.no_grad():
         found = [x["instances"] for x in model.eval()(batch)]
     expected = by_hand.detections(predictions, [(96, 96)] * 3, 0.05, 40, variant)
+    for instances, image in zip(found, as_ours(expected)):
+        assert_detections(instances, *image)
+
+
+def in_theirs(state: dict, layout: str) -> dict:
+    """Names of Detectron2's layout -> those of a peer whose backbone has the same, by hand."""
+    head = "proposal_generator.fcos_head" if layout == "adelaidet" else "head"
+    towers = ("cls_tower", "bbox_tower") if layout == "adelaidet" else ("cls_subnet", "bbox_subnet")
+    names = {
+        "head.cls_pred": f"{head}.{'cls_logits' if layout == 'adelaidet' else 'cls_score'}",
+        "head.box_pred": f"{head}.bbox_pred",
+        "head.quality_pred": f"{head}.ctrness",
+    }
+    for ours, theirs in zip(("cls_tower", "box_tower"), towers):
+        for index in range(4):
+            conv = f"{head}.{theirs}.{3 * index}"
+            deformable = f"head.{ours}.{index}.offset.weight" in state
+            names[f"head.{ours}.{index}"] = conv + ".conv" * deformable
+            names[f"head.{ours}.{index}.offset"] = f"{conv}.offset"
+            names[f"head.{ours}.{index}.norm"] = f"{head}.{theirs}.{3 * index + 1}"
+    found = {}
+    for name, x in state.items():
+        part, last = name.rsplit(".", 1)
+        if part == "head.box_scales":
+            found[f"{head}.scales.{last}.scale"] = x.view(1)
+        else:
+            found[f"{names.get(part, part)}.{last}"] = x
+    return found
+
+
+def random_state(config: str, options) -> dict:
+    state = randomize(build_model(get_config(config, [*options, "MODEL.WEIGHTS", ""]))).state_dict()
+    for name in ("cls_pred", "box_pred", "quality_pred"):
+        state[f"head.{name}.weight"] *= 2
+    state["head.box_pred.bias"] += 1.5
+    return dict(state)
+
+
+@pytest.mark.parametrize(
+    ("layout", "config", "options"),
+    [
+        ("adelaidet", "fcos_adelaidet_R_50_FPN_2x_ms", ()),
+        (
+            "adelaidet",
+            "fcos_adelaidet_X_101_32x8d_FPN_dcn_2x_ms",
+            ("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.NUM_GROUPS", "2"),
+        ),
+        ("detectron2_main", "fcos_detectron2_R_50_FPN_1x", ()),
+    ],
+)
+def test_names_by_hand_there_and_back(layout, config, options, tmp_path, capsys):
+    config, options = f"configs/{config}.yaml", [*SMALL, *options]
+    state = random_state(config, options)
+    model = converted(tmp_path, capsys, in_theirs(state, layout), layout, config, options)
+    assert_same(model.state_dict(), state)
+
+
+def test_detections_of_adelaidet(make_batch, tmp_path, capsys):
+    """Its losses are not compared: it adds 1 to areas in strides before it divides them."""
+    config = "configs/fcos_adelaidet_R_50_FPN_1x.yaml"
+    state = random_state(config, SMALL)
+    model = converted(tmp_path, capsys, in_theirs(state, "adelaidet"), "adelaidet", config, SMALL)
+    batch = make_batch([0, 0])
+    in_mmdet = dict(zip(translate(list(state), "detectron2", "mmdet").values(), state.values()))
+    double = {n: x.double() for n, x in in_mmdet.items() if n.startswith("bbox_head.")}
+    variant = replace(NEW, adelaidet=True)
+    predictions = by_hand.outputs(double, features_of(model, batch), variant)
+    with torch.no_grad():
+        found = [x["instances"] for x in model.eval()(batch)]
+    expected = by_hand.detections(predictions, [(96, 96)] * 2, 0.05, 40, variant)
     for instances, image in zip(found, as_ours(expected)):
         assert_detections(instances, *image)
