@@ -38,6 +38,7 @@ from iou_d2.engine.convert import (
     backbone_prefix,
     has_linear_p7,
     pixel_format_of_mmdet,
+    settings_of_mmdet,
     swap_red_and_blue,
     translate,
     translate_tensors,
@@ -100,6 +101,17 @@ def read_config(config_file: str, overrides: list[str]) -> CfgNode:
     cfg = get_config(config_file, [*overrides, "MODEL.DEVICE", "cpu"])
     check_config(cfg)
     return cfg
+
+
+def check_units(cfg: CfgNode, config_file: str) -> None:
+    """Raise an InputError for a quality head whose distances are in units that are ours alone."""
+    node = cfg.MODEL.POINT_DETECTOR
+    is_ours = (cfg.MODEL.META_ARCHITECTURE, node.HEAD) == ("PointDetector", "QualityHead")
+    if is_ours and node.BOX_CODEC == "exp" and set(node.DISTANCE_UNITS) != {1}:
+        raise InputError(
+            f"The distances of {config_file} are in MODEL.POINT_DETECTOR.DISTANCE_UNITS "
+            f"{list(node.DISTANCE_UNITS)}, and no other code has such an ATSS or FCOS."
+        )
 
 
 def pixel_format_of_config(cfg: CfgNode) -> PixelFormat:
@@ -224,6 +236,9 @@ def print_assumptions(
             f"{args.input} has no ReLU between p6 and p7, but {args.config_file} has one: its "
             f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, see those with linear_p7."
         )
+    for key, value in settings_of_mmdet(config_text).items():
+        if cfg and cfg.MODEL.POINT_DETECTOR[key] != value:
+            print(f"The config needs: MODEL.POINT_DETECTOR.{key} {value}")
 
 
 def change_of_pixels(
@@ -256,6 +271,8 @@ def convert(args: argparse.Namespace) -> None:
     """Read IN, convert, compare with the config, write OUT, and print what is left over."""
     check_paths(args)
     cfg = read_config(args.config_file, args.opts) if args.config_file else None
+    if cfg:
+        check_units(cfg, args.config_file)
     checkpoint = read_checkpoint(args.input, args.trust_weights)
     tensors, names, told = convert_tensors(args.input, checkpoint.tensors, args.source, args.target)
     swap, pixels = change_of_pixels(args, cfg, checkpoint.config_text)

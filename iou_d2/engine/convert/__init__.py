@@ -5,6 +5,7 @@ layouts are translated into one another through Detectron2's names. A network is
 `NETWORKS` lists them.
 """
 
+from .fcos import settings_of_mmdet
 from .layouts import (
     DETECTRON2_PIXELS,
     LAYOUTS,
@@ -27,6 +28,7 @@ __all__ = [
     "has_linear_p7",
     "pixel_format_of_mmdet",
     "recognise",
+    "settings_of_mmdet",
     "swap_red_and_blue",
     "translate",
     "translate_tensors",

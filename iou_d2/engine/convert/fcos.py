@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from .network import Network
 from .resnet import conv_module
 from .rows import Change, Row
@@ -27,6 +30,18 @@ def mmdet_rows() -> list[Row]:
             Row(f"bbox_head.{prefix}_centerness.*", "head.quality_pred.*"),
         ]
     return rows
+
+
+def settings_of_mmdet(config: str) -> dict[str, Any]:
+    """Keys of MODEL.POINT_DETECTOR, which names and shapes do not tell, read off the text of an
+    mmdetection config; empty where it is none of an FCOS."""
+    if not re.search(r"type\s*=\s*['\"]FCOSHead['\"]", config):
+        return {}
+    on_reg = re.search(r"centerness_on_reg\s*=\s*True", config)
+    settings: dict[str, Any] = {"QUALITY_TOWER": "box" if on_reg else "class"}
+    if re.search(r"norm_on_bbox\s*=\s*True", config):
+        return {**settings, "BOX_CODEC": "relu"}
+    return {**settings, "BOX_CODEC": "exp"}
 
 
 def torchvision_rows() -> list[Row]:
