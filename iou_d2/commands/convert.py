@@ -5,9 +5,9 @@
     iou-d2 convert resnext101_64x4d.pth X_101.pkl \\
         --from torchvision --to detectron2
 
-VFNet is converted whole; of any other model the ResNet or ResNeXt and the FPN. Prints which tensors
-are left over and what the config has to say of pixels. Nothing that is in a file is run without
---trust-weights.
+VFNet, ATSS and FCOS are converted whole; of any other model the ResNet or ResNeXt and the FPN.
+Prints which tensors are left over and what the config has to say. Nothing that is in a file is run
+without --trust-weights.
 """
 
 from __future__ import annotations
