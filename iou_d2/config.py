@@ -45,6 +45,7 @@ def add_iou_config(cfg: CfgNode) -> None:
     cfg.MODEL.IOU_RETINANET.IOU_TARGET_GRADIENT = True
 
     _add_mobilenet_v2(cfg)
+    _add_rcnn(cfg)
     _add_box_losses(cfg)
     _add_iou_net(cfg)
     _add_point_detector(cfg)
@@ -66,6 +67,17 @@ def _add_mobilenet_v2(cfg: CfgNode) -> None:
     node.WIDTH = 1.0
     # "FrozenBN" keeps the statistics of the weights, "BN" and "SyncBN" learn them anew.
     node.NORM = "FrozenBN"
+
+
+def _add_rcnn(cfg: CfgNode) -> None:
+    """What the R-CNNs of torchvision and of mmdetection do unlike Detectron2's; the configs in
+    torchvision/ and mmdet/ set it for their weights."""
+    # Sides of a detected box are at least that, in pixels of the network input; 0.01 in
+    # torchvision. For BoxLossROIHeads and BoxLossCascadeROIHeads.
+    cfg.MODEL.ROI_HEADS.MIN_SIZE_TEST = 0.0
+    # What of the stages of a Cascade R-CNN is averaged into class scores: "probabilities" (arXiv
+    # 1712.00726, Detectron2) or "logits" (mmdetection).
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_MEAN = "probabilities"
 
 
 def _add_box_losses(cfg: CfgNode) -> None:

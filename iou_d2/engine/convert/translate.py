@@ -10,7 +10,9 @@ from torch import Tensor
 
 from iou_d2.errors import InputError
 
+from .iou_net import IOU_NET
 from .network import Network
+from .rcnn import RCNN, RCNN_V2
 from .resnet import (
     BOTTOM_UP,
     backbone_prefix,
@@ -23,7 +25,12 @@ from .resnet import (
 from .rows import Change, Match, Row, find_rows, has_name
 from .vfnet import VFNET
 
-NETWORKS: tuple[Network, ...] = (VFNET,)
+NETWORKS: tuple[Network, ...] = (
+    VFNET,
+    IOU_NET,
+    RCNN_V2,
+    RCNN,
+)
 UNSUPPORTED = {
     r"layer\d\.\d+\.convs\.\d": "a Res2Net",
     r"backbone\.stem\.\d": "a ResNet with a deep stem (V1c, V1d)",
