@@ -45,6 +45,7 @@ def add_iou_config(cfg: CfgNode) -> None:
     cfg.MODEL.IOU_RETINANET.IOU_TARGET_GRADIENT = True
 
     _add_mobilenet_v2(cfg)
+    _add_retinanet(cfg)
     _add_box_losses(cfg)
     _add_iou_net(cfg)
     _add_point_detector(cfg)
@@ -66,6 +67,30 @@ def _add_mobilenet_v2(cfg: CfgNode) -> None:
     node.WIDTH = 1.0
     # "FrozenBN" keeps the statistics of the weights, "BN" and "SyncBN" learn them anew.
     node.NORM = "FrozenBN"
+
+
+def _add_retinanet(cfg: CfgNode) -> None:
+    """What RetinaNet does unlike Detectron2's with the weights of torchvision and mmdetection, for
+    BoxLossRetinaNet and IoUAwareRetinaNet; the configs in torchvision/ and mmdet/ set it.
+
+    Two anchor generators belong to it, MODEL.ANCHOR_GENERATOR.NAME "TorchvisionAnchorGenerator" and
+    "LegacyAnchorGenerator" (mmdetection 1), and a backbone, "build_resnet_fpn_linear_p7_backbone".
+    """
+    node = cfg.MODEL.RETINANET
+    # The best anchor of an object learns it; if it overlaps another one more, "detectron2" (and
+    # torchvision) has it learn that one, "mmdet" still the first. Anchors in the padding that
+    # larger images of the batch bring are background in "detectron2" and learn nothing in "mmdet".
+    node.ASSIGNER = "detectron2"
+    # What losses of classes and boxes are divided by: the "running_mean" over batches of the number
+    # of positive anchors (Detectron2), their number in the "batch" (mmdetection), or in the
+    # "image", before the mean over images (torchvision).
+    node.NORMALIZER = "running_mean"
+    # Boxes that go to NMS: "as_predicted" (Detectron2), "clipped" to the image (torchvision), or
+    # "clipped_with_area", those of which something is left (mmdetection).
+    node.BEFORE_NMS = "as_predicted"
+    # Whether convolutions have a bias before the norm that MODEL.RETINANET.NORM names: True in
+    # Detectron2, False in torchvision.
+    node.BIAS_BEFORE_NORM = True
 
 
 def _add_box_losses(cfg: CfgNode) -> None:

@@ -20,10 +20,15 @@ from .resnet import (
     same_rows,
     torchvision_fpn_rows,
 )
+from .retinanet import RETINANET, RETINANET_WITH_NORM
 from .rows import Change, Match, Row, find_rows, has_name
 from .vfnet import VFNET
 
-NETWORKS: tuple[Network, ...] = (VFNET,)
+NETWORKS: tuple[Network, ...] = (
+    VFNET,
+    RETINANET_WITH_NORM,
+    RETINANET,
+)
 UNSUPPORTED = {
     r"layer\d\.\d+\.convs\.\d": "a Res2Net",
     r"backbone\.stem\.\d": "a ResNet with a deep stem (V1c, V1d)",
