@@ -45,6 +45,7 @@ def add_iou_config(cfg: CfgNode) -> None:
     cfg.MODEL.IOU_RETINANET.IOU_TARGET_GRADIENT = True
 
     _add_mobilenet_v2(cfg)
+    _add_retinanet(cfg)
     _add_rcnn(cfg)
     _add_box_losses(cfg)
     _add_iou_net(cfg)
@@ -69,9 +70,37 @@ def _add_mobilenet_v2(cfg: CfgNode) -> None:
     node.NORM = "FrozenBN"
 
 
+def _add_retinanet(cfg: CfgNode) -> None:
+    """What RetinaNet does unlike Detectron2's with the weights of torchvision and mmdetection, for
+    BoxLossRetinaNet and IoUAwareRetinaNet; the configs in torchvision/ and mmdet/ set it.
+
+    Two anchor generators belong to it, MODEL.ANCHOR_GENERATOR.NAME "TorchvisionAnchorGenerator" and
+    "LegacyAnchorGenerator" (mmdetection 1), and a backbone, "build_resnet_fpn_linear_p7_backbone".
+    """
+    node = cfg.MODEL.RETINANET
+    # The best anchor of an object learns it; if it overlaps another one more, "detectron2" (and
+    # torchvision) has it learn that one, "mmdet" still the first. Anchors in the padding that
+    # larger images of the batch bring are background in "detectron2" and learn nothing in "mmdet".
+    node.ASSIGNER = "detectron2"
+    # What losses of classes and boxes are divided by: the "running_mean" over batches of the number
+    # of positive anchors (Detectron2), their number in the "batch" (mmdetection), or in the
+    # "image", before the mean over images (torchvision).
+    node.NORMALIZER = "running_mean"
+    # Boxes that go to NMS: "as_predicted" (Detectron2), "clipped" to the image (torchvision), or
+    # "clipped_with_area", those of which something is left (mmdetection).
+    node.BEFORE_NMS = "as_predicted"
+    # Whether convolutions have a bias before the norm that MODEL.RETINANET.NORM names: True in
+    # Detectron2, False in torchvision.
+    node.BIAS_BEFORE_NORM = True
+
+
 def _add_rcnn(cfg: CfgNode) -> None:
     """What the R-CNNs of torchvision and of mmdetection do unlike Detectron2's; the configs in
     torchvision/ and mmdet/ set it for their weights."""
+    # What "FrozenBN" adds to variances, for "build_torchvision_resnet_fpn_backbone": 1e-5 in
+    # Detectron2, 0 in the published fasterrcnn_resnet50_fpn and maskrcnn_resnet50_fpn of
+    # torchvision, 1e-5 in what it has trained since from other weights.
+    cfg.MODEL.RESNETS.FROZEN_BN_EPS = 1e-5
     # Sides of a detected box are at least that, in pixels of the network input; 0.01 in
     # torchvision. For BoxLossROIHeads and BoxLossCascadeROIHeads.
     cfg.MODEL.ROI_HEADS.MIN_SIZE_TEST = 0.0

@@ -22,11 +22,14 @@ from .resnet import (
     same_rows,
     torchvision_fpn_rows,
 )
+from .retinanet import RETINANET, RETINANET_WITH_NORM
 from .rows import Change, Match, Row, find_rows, has_name
 from .vfnet import VFNET
 
 NETWORKS: tuple[Network, ...] = (
     VFNET,
+    RETINANET_WITH_NORM,
+    RETINANET,
     IOU_NET,
     RCNN_V2,
     RCNN,
