@@ -101,6 +101,10 @@ def _add_rcnn(cfg: CfgNode) -> None:
     # Detectron2, 0 in the published fasterrcnn_resnet50_fpn and maskrcnn_resnet50_fpn of
     # torchvision, 1e-5 in what it has trained since from other weights.
     cfg.MODEL.RESNETS.FROZEN_BN_EPS = 1e-5
+    # Sides of a proposal are longer than that, in pixels of the network input; 0.001 in
+    # torchvision. For BoxLossRPN; Detectron2's MODEL.PROPOSAL_GENERATOR.MIN_SIZE, in whole pixels,
+    # holds too.
+    cfg.MODEL.RPN.MIN_SIZE = 0.0
     # Sides of a detected box are at least that, in pixels of the network input; 0.01 in
     # torchvision. For BoxLossROIHeads and BoxLossCascadeROIHeads.
     cfg.MODEL.ROI_HEADS.MIN_SIZE_TEST = 0.0
