@@ -137,6 +137,9 @@ def _add_iou_net(cfg: CfgNode) -> None:
     # those of MMI, which found 150 to 250 and 1000 alike.
     node.ROIS_PER_GT = 250
     node.ROIS_PER_IMAGE = 1000
+    # The box of a proposal that goes to NMS for a class: that of "each_class" (Detectron2), or for
+    # all of them that of its "best_class" (MMI).
+    node.BOX_OF = "each_class"
     # "guided" is IoU-guided NMS (Algorithm 1), "plain" Detectron2's; "soft_linear" and
     # "soft_gaussian" are Soft-NMS. All use MODEL.ROI_HEADS.NMS_THRESH_TEST, which the paper does
     # not give ("e.g. 0.5", an author); the Gaussian uses none.

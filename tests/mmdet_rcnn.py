@@ -50,7 +50,7 @@ def mmdet_rcnn_state(cascade: bool, mask: bool, iou: bool = False) -> dict[str, 
 def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """As torchvision_rcnn.randomize."""
     generator = torch.Generator().manual_seed(0)
-    gains = {"neck": 0.4, "fc_cls": 3.0, "rpn_reg": 0.2, "fc_iou": 0.5}
+    gains = {"neck": 0.4, "fc_cls": 3.0, "rpn_reg": 0.2, "fc_iou": 0.2}
     state = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)

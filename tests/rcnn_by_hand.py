@@ -19,11 +19,18 @@ STAGE_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067
 
 
 class MMDetRCNN:
-    def __init__(self, state: dict[str, Tensor], features: list[Tensor], size: tuple[int, int]):
+    def __init__(
+        self,
+        state: dict[str, Tensor],
+        features: list[Tensor],
+        size: tuple[int, int],
+        most_proposals: int = 1000,
+    ):
         """`features`: 5 maps (1, C, H, W). `size`: (height, width) of the image."""
         self.state = {name: x.double() for name, x in state.items()}
         self.features = [x.double() for x in features]
         self.size = size
+        self.most_proposals = most_proposals
         cascade = "roi_head.bbox_head.0.fc_cls.weight" in state
         self.stages = [f".{i}" for i in range(3)] if cascade else [""]
 
@@ -34,7 +41,7 @@ class MMDetRCNN:
         return F.conv2d(x, weight, bias, padding=padding)
 
     def proposals(self) -> Tensor:
-        """(R, 4): the best 1000 of each level, NMS at 0.7 within a level, the best 1000."""
+        """(R, 4): the best 1000 of each level, NMS at 0.7 within a level, the best of all."""
         boxes, scores = [], []
         for feature, stride in zip(self.features, STRIDES):
             hidden = self.layer("rpn_head.rpn_conv", feature, padding=1).relu()
@@ -57,7 +64,7 @@ class MMDetRCNN:
             best = best[nms(level_boxes[best], level_scores[best], 0.7)]
             boxes.append(level_boxes[best])
             scores.append(level_scores[best])
-        best = torch.cat(scores).argsort(descending=True)[:1000]
+        best = torch.cat(scores).argsort(descending=True)[: self.most_proposals]
         return torch.cat(boxes)[best]
 
     def decode(self, boxes: Tensor, deltas: Tensor, stds: tuple) -> Tensor:
@@ -77,11 +84,9 @@ class MMDetRCNN:
         """(R, 4) -> (R, C, side, side)."""
         pooled = []
         for box in boxes:
-            scale = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
-            level = min(max(math.floor(math.log2(scale / 56 + 1e-6)), 0), 3)
-            feature, box = self.features[level], box[None]
-            scale = 1 / STRIDES[level]
-            pooled.append(roi_align(feature, [box], side, scale, sampling_ratio=-1, aligned=True))
+            level = level_of(box)
+            where = [box[None]], side, 1 / STRIDES[level]
+            pooled.append(roi_align(self.features[level], *where, sampling_ratio=-1, aligned=True))
         return torch.cat(pooled)
 
     def box_head(self, stage: str, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,6 +137,21 @@ class MMDetRCNN:
             x = self.layer(f"{name}.conv_logits", F.conv_transpose2d(x, *up, stride=2).relu())
             means.append(x[torch.arange(len(x)), classes].sigmoid())
         return (sum(means) / len(means)).float()
+
+
+def level_of(box: Tensor) -> int:
+    """The index of the feature map that a box (4,) is pooled from."""
+    scale = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
+    return min(max(math.floor(math.log2(scale / 56 + 1e-6)), 0), 3)
+
+
+def overlaps(one: Tensor, other: Tensor) -> float:
+    """The IoU of two boxes (4,)."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    inner = max(width, 0) * max(height, 0)
+    areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (one, other)]
+    return float(inner / (sum(areas) - inner))
 
 
 def nms(boxes: Tensor, scores: Tensor, threshold: float) -> list[int]:

@@ -10,6 +10,8 @@ pixels of the network input.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from iou_d2.errors import InputError
 
+from .dense import part_named
 from .faster_rcnn import BoxLossCascadeROIHeads, BoxLossROIHeads
 from .iou_branch import IoUBranch
 from .iou_net_inference import (
@@ -28,6 +31,27 @@ from .iou_net_inference import (
     select_boxes,
 )
 from .pooler import PrRoIPooler
+
+# Boxes (R, 4 or 4K) and class probabilities (R, K + 1) -> boxes (R, 4 or 4K), one for all classes
+# or one for each.
+BoxChoice = Callable[[Tensor, Tensor], Tensor]
+
+
+def box_of_each_class(boxes: Tensor, probabilities: Tensor) -> Tensor:
+    """Detectron2."""
+    return boxes
+
+
+def box_of_best_class(boxes: Tensor, probabilities: Tensor) -> Tensor:
+    """thisisi3/OpenMMLab-IoUNet."""
+    if boxes.shape[1] == 4:
+        return boxes
+    best = probabilities[:, :-1].argmax(dim=1)
+    of_class = boxes.view(len(boxes), boxes.shape[1] // 4, 4)
+    return of_class[torch.arange(len(boxes), device=best.device), best]
+
+
+BOX_CHOICES = {"each_class": box_of_each_class, "best_class": box_of_best_class}
 
 
 class _IoUNetHeads:
@@ -40,18 +64,21 @@ class _IoUNetHeads:
         iou_branch: IoUBranch,
         postprocessor: Postprocessor,
         score_threshold: float,
+        box_choice: BoxChoice = box_of_each_class,
         **kwargs,
     ):
         """
         Args:
             iou_branch, postprocessor: the parts of IoU-Net.
             score_threshold: class score over which a box goes on to NMS.
+            box_choice: which of the boxes of a proposal.
             kwargs: those of the class behind this one.
         """
         super().__init__(**kwargs)
         self.iou_branch = iou_branch
         self.postprocessor = postprocessor
         self.score_threshold = score_threshold
+        self.box_choice = box_choice
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -70,6 +97,7 @@ class _IoUNetHeads:
             "iou_branch": IoUBranch(cfg, pooler, channels),
             "postprocessor": postprocessor,
             "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+            "box_choice": part_named(BOX_CHOICES, cfg.MODEL.IOU_NET.BOX_OF, "MODEL.IOU_NET.BOX_OF"),
         }
 
     def forward(self, images, features: dict[str, Tensor], proposals, targets=None):
@@ -88,6 +116,7 @@ class _IoUNetHeads:
     ) -> list[Instances]:
         """What N images send to NMS: see `select_boxes`."""
         boxes, probabilities = self.regress(features, proposals)
+        boxes = [self.box_choice(*of_image) for of_image in zip(boxes, probabilities)]
         return [
             select_boxes(*of_image, proposal.image_size, self.score_threshold)
             for *of_image, proposal in zip(boxes, probabilities, proposals)
