@@ -22,8 +22,8 @@ from retinanet_by_hand import (
 
 OPTIONS = (*THIN, "MODEL.RETINANET.NUM_CLASSES", str(CLASSES))
 CONFIGS = {False: "mmdet/retinanet_R_50_FPN", True: "mmdet/iou_retinanet_R_50_FPN"}
-# No box lies between two anchors, of which rounding would choose one. The second object has its best
-# anchors in common with the first. What the larger image adds to the smaller one learns nothing.
+# No box lies between two anchors, of which rounding would choose one. The second object has its
+# best anchors in common with the first. What the larger image adds to the smaller learns nothing.
 SIZES = [(64, 96), (90, 130)]
 BOXES = [
     [[9.1, 8.3, 49.2, 47.9], [9.7, 7.4, 48.1, 49.8], [69.3, 20.6, 95.2, 61.7]],
