@@ -46,6 +46,7 @@ def add_iou_config(cfg: CfgNode) -> None:
 
     _add_mobilenet_v2(cfg)
     _add_retinanet(cfg)
+    _add_rcnn(cfg)
     _add_box_losses(cfg)
     _add_iou_net(cfg)
     _add_point_detector(cfg)
@@ -91,6 +92,21 @@ def _add_retinanet(cfg: CfgNode) -> None:
     # Whether convolutions have a bias before the norm that MODEL.RETINANET.NORM names: True in
     # Detectron2, False in torchvision.
     node.BIAS_BEFORE_NORM = True
+
+
+def _add_rcnn(cfg: CfgNode) -> None:
+    """What the R-CNNs of torchvision and of mmdetection do unlike Detectron2's; the configs in
+    torchvision/ and mmdet/ set it for their weights."""
+    # What "FrozenBN" adds to variances, for "build_torchvision_resnet_fpn_backbone": 1e-5 in
+    # Detectron2, 0 in the published fasterrcnn_resnet50_fpn and maskrcnn_resnet50_fpn of
+    # torchvision, 1e-5 in what it has trained since from other weights.
+    cfg.MODEL.RESNETS.FROZEN_BN_EPS = 1e-5
+    # Sides of a detected box are at least that, in pixels of the network input; 0.01 in
+    # torchvision. For BoxLossROIHeads and BoxLossCascadeROIHeads.
+    cfg.MODEL.ROI_HEADS.MIN_SIZE_TEST = 0.0
+    # What of the stages of a Cascade R-CNN is averaged into class scores: "probabilities" (arXiv
+    # 1712.00726, Detectron2) or "logits" (mmdetection).
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_MEAN = "probabilities"
 
 
 def _add_box_losses(cfg: CfgNode) -> None:

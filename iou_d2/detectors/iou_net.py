@@ -10,9 +10,6 @@ pixels of the network input.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
@@ -33,8 +30,8 @@ from .iou_net_inference import (
 from .pooler import PrRoIPooler
 
 
-class _IoUNetHeads(ABC):
-    """What both kinds of IoU-Net heads share; it stands before Detectron2's class."""
+class _IoUNetHeads:
+    """What both kinds of IoU-Net heads share; it stands before a class that has `regress`."""
 
     @configurable
     def __init__(
@@ -49,7 +46,7 @@ class _IoUNetHeads(ABC):
         Args:
             iou_branch, postprocessor: the parts of IoU-Net.
             score_threshold: class score over which a box goes on to NMS.
-            kwargs: those of Detectron2's class.
+            kwargs: those of the class behind this one.
         """
         super().__init__(**kwargs)
         self.iou_branch = iou_branch
@@ -86,12 +83,6 @@ class _IoUNetHeads(ABC):
         """The features that the box head and the IoU branch pool from, by level."""
         return [features[name] for name in self.box_in_features]
 
-    @abstractmethod
-    def regress(
-        self, features: dict[str, Tensor], proposals: list[Instances]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """N boxes (R, 4 or 4K) and N class probabilities (R, K + 1) of the `proposal_boxes`."""
-
     def candidates(
         self, features: dict[str, Tensor], proposals: list[Instances]
     ) -> list[Instances]:
@@ -125,35 +116,10 @@ class _IoUNetHeads(ABC):
 class IoUNetROIHeads(_IoUNetHeads, BoxLossROIHeads):
     """StandardROIHeads with an IoU branch; masks and keypoints are those of the refined boxes."""
 
-    def regress(
-        self, features: dict[str, Tensor], proposals: list[Instances]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        pooled = self.box_pooler(self.levels(features), [x.proposal_boxes for x in proposals])
-        predictions = self.box_predictor(self.box_head(pooled))
-        return (
-            self.box_predictor.predict_boxes(predictions, proposals),
-            self.box_predictor.predict_probs(predictions, proposals),
-        )
-
 
 @ROI_HEADS_REGISTRY.register()
 class IoUNetCascadeROIHeads(_IoUNetHeads, BoxLossCascadeROIHeads):
     """CascadeROIHeads with an IoU branch."""
-
-    def regress(
-        self, features: dict[str, Tensor], proposals: list[Instances]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The boxes (R, 4) of the last stage, and the mean class probabilities of all."""
-        image_sizes = [x.image_size for x in proposals]
-        boxes, probabilities = [], []
-        for stage, predictor in enumerate(self.box_predictor):
-            if stage > 0:
-                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
-            predictions = self._run_stage(self.levels(features), proposals, stage)
-            boxes = predictor.predict_boxes(predictions, proposals)
-            probabilities.append(predictor.predict_probs(predictions, proposals))
-        mean = [sum(stages) * (1.0 / len(stages)) for stages in zip(*probabilities)]
-        return boxes, mean
 
 
 @META_ARCH_REGISTRY.register()

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from iou_d2.errors import InputError
 
+from .iou_net import IOU_NET
 from .network import Network
+from .rcnn import RCNN, RCNN_V2
 from .resnet import (
     BOTTOM_UP,
     backbone_prefix,
@@ -28,6 +30,9 @@ NETWORKS: tuple[Network, ...] = (
     VFNET,
     RETINANET_WITH_NORM,
     RETINANET,
+    IOU_NET,
+    RCNN_V2,
+    RCNN,
 )
 UNSUPPORTED = {
     r"layer\d\.\d+\.convs\.\d": "a Res2Net",

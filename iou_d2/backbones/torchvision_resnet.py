@@ -1,0 +1,20 @@
+"""The ResNet with FPN whose frozen batch norm adds an epsilon of its own to variances.
+
+The weights that torchvision published before 0.8 were trained with 0. Variances of filters that
+never fire are far below Detectron2's 1e-5, so that no other variance makes up for the difference.
+"""
+
+from __future__ import annotations
+
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, build_resnet_fpn_backbone
+
+
+@BACKBONE_REGISTRY.register()
+def build_torchvision_resnet_fpn_backbone(cfg, input_shape) -> FPN:
+    """Detectron2's `build_resnet_fpn_backbone` with MODEL.RESNETS.FROZEN_BN_EPS."""
+    fpn = build_resnet_fpn_backbone(cfg, input_shape)
+    for module in fpn.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = cfg.MODEL.RESNETS.FROZEN_BN_EPS
+    return fpn
