@@ -6,15 +6,18 @@ never fire are far below Detectron2's 1e-5, so that no other variance makes up f
 
 from __future__ import annotations
 
+import torch
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, build_resnet_fpn_backbone
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 
 
 @BACKBONE_REGISTRY.register()
 def build_torchvision_resnet_fpn_backbone(cfg, input_shape) -> FPN:
     """Detectron2's `build_resnet_fpn_backbone` with MODEL.RESNETS.FROZEN_BN_EPS."""
+    eps = max(cfg.MODEL.RESNETS.FROZEN_BN_EPS, torch.finfo(torch.float32).tiny)  # PyTorch refuses 0
     fpn = build_resnet_fpn_backbone(cfg, input_shape)
     for module in fpn.modules():
         if isinstance(module, FrozenBatchNorm2d):
-            module.eps = cfg.MODEL.RESNETS.FROZEN_BN_EPS
+            module.eps = eps
     return fpn

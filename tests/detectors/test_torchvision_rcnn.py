@@ -7,13 +7,9 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
 
-from checkpoint_helpers import read
 from iou_d2 import get_config
 from iou_d2.commands.convert import main as convert
-from iou_d2.engine.convert import translate_tensors
 from torchvision_rcnn import CLASSES, THIN, build_torchvision_rcnn
 
 # Of 3 and 4 rows in p6, which no stride of 64 gives, and unequal in a batch.
