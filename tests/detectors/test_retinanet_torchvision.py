@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead, _default_anchorgen
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -60,16 +61,16 @@ def made_up(version, eps=1e-5):
                 x[0] = 1e-9  # of a filter that never fires
             elif name.startswith("backbone.body") and name.endswith(("bias", "running_mean")):
                 x.uniform_(-0.1, 0.1)
-            elif "bn" in name and name.endswith("weight"):
+            elif name.startswith("backbone.body") and x.ndim == 1 and name.endswith("weight"):
                 x.uniform_(0.3, 0.7)
                 x[0] = 1e-5
             elif name.startswith("head") and ".conv." in name and x.ndim == 4:
-                nn.init.normal_(x, std=0.05)
+                nn.init.normal_(x, std=0.08)
         for layer, bias in (
-            (head.classification_head.cls_logits, (-5, -3)),
+            (head.classification_head.cls_logits, (-4, -2)),
             (head.regression_head.bbox_reg, (-0.3, 0.3)),
         ):
-            nn.init.normal_(layer.weight, std=0.02 if version == 1 else 0.01)
+            nn.init.normal_(layer.weight, std=0.06 if version == 1 else 0.02)
             layer.bias.uniform_(*bias)
     return model.eval()
 
@@ -108,7 +109,7 @@ def test_detections(tmp_path, version, eps):
         assert len(boxes) == 300
         # A box in the padding is clipped to one without area, which Detectron2 leaves out.
         kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        assert kept.sum() == len(ours_of) > 200
+        assert kept.sum() == len(ours_of) > 150
         torch.testing.assert_close(ours_of.scores, theirs_of["scores"][kept], atol=1e-4, rtol=0)
         torch.testing.assert_close(ours_of.pred_boxes.tensor, boxes[kept], atol=0.05, rtol=0)
         assert torch.equal(ours_of.pred_classes, theirs_of["labels"][kept])
@@ -190,8 +191,6 @@ def test_anchors():
     ours = build_model(get_config(CONFIGS[1], options())).anchor_generator
     shapes = [(28, 36), (14, 18), (7, 9), (4, 5), (2, 3)]  # of 224x288
     features = [torch.zeros(1, 1, *s) for s in shapes]
-    from torchvision.models.detection.image_list import ImageList
-
     (expected,) = generator(ImageList(torch.zeros(1, 3, 224, 288), [(200, 264)]), features)
     order = [ratio * 3 + size for size in range(3) for ratio in range(3)]
     found = torch.cat([level.tensor for level in ours(features)])
