@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import (
     FastRCNNConvFCHead,
@@ -35,9 +36,12 @@ class ThinResNet(ResNet):
         return super()._make_layer(block, planes // 8, *args, **kwargs)
 
 
-def build_torchvision_rcnn(version: int, mask: bool, **settings) -> FasterRCNN:
+def build_torchvision_rcnn(
+    version: int, mask: bool, images: list[Tensor], eps: float = 0.0, **settings
+) -> FasterRCNN:
     """`fasterrcnn_resnet50_fpn` or `maskrcnn_resnet50_fpn` or their _v2, thin, with random weights
-    that find boxes, for images that are not resized. `settings` are FasterRCNN's."""
+    that find boxes of all classes in `images`, which it does not resize. `eps` is that of frozen
+    batch norm; `settings` are FasterRCNN's."""
     norm = FrozenBatchNorm2d if version == 1 else nn.BatchNorm2d
     resnet = ThinResNet(Bottleneck, (3, 4, 6, 3), norm_layer=norm)
     backbone = BackboneWithFPN(
@@ -63,7 +67,19 @@ def build_torchvision_rcnn(version: int, mask: bool, **settings) -> FasterRCNN:
         parts["mask_predictor"] = MaskRCNNPredictor(16, 16, CLASSES + 1)
     model = (MaskRCNN if mask else FasterRCNN)(backbone, **parts, **settings)
     model.transform.resize = lambda image, target: (image, target)
-    return randomize(model).eval()
+    overwrite_eps(model, eps)
+    centre_scores(randomize(model).eval(), images)
+    return model
+
+
+@torch.no_grad()
+def centre_scores(model: FasterRCNN, images: list[Tensor]) -> None:
+    """Move the bias of the class scores, so that no class wins everywhere."""
+    layer, logits = model.roi_heads.box_predictor.cls_score, []
+    hook = layer.register_forward_hook(lambda *x: logits.append(x[-1]))
+    model(images)
+    hook.remove()
+    layer.bias -= torch.cat(logits).mean(dim=0)
 
 
 @torch.no_grad()
@@ -82,6 +98,9 @@ def randomize(model: nn.Module) -> nn.Module:
             x.copy_(1 + 0.1 * noise)
         else:
             x.copy_(0.1 * noise)
+    # A filter that hardly fires, as published ResNets have them.
+    norm = model.backbone.body.bn1
+    norm.running_var[0], norm.weight[0] = 1e-9, 1e-5
     for block in model.modules():
         if isinstance(block, Bottleneck):
             block.bn3.weight.mul_(0.3)

@@ -3,7 +3,6 @@ ReLU(p6). Parameters are named as in Detectron2's."""
 
 from __future__ import annotations
 
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import Tensor, nn
@@ -27,17 +26,11 @@ def build_resnet_fpn_linear_p7_backbone(cfg, input_shape) -> FPN:
     return _fpn(cfg, bottom_up, LinearP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
 
 
-@BACKBONE_REGISTRY.register()
-def build_torchvision_resnet_fpn_p6p7_backbone(cfg, input_shape) -> FPN:
-    """That of torchvision's `retinanet_resnet50_fpn`: p6 of p5, and what frozen batch norm adds to
-    variances is MODEL.RESNETS.FROZEN_BN_EPS."""
+def build_resnet_fpn_p6p7_of_p5(cfg, input_shape) -> FPN:
+    """p6 of p5, and p7 of ReLU(p6), as in FCOS and torchvision's `retinanet_resnet50_fpn`."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     top_block = LastLevelP6P7(channels, channels, in_feature="p5")
-    fpn = _fpn(cfg, build_resnet_backbone(cfg, input_shape), top_block)
-    for module in fpn.modules():
-        if isinstance(module, FrozenBatchNorm2d):
-            module.eps = cfg.MODEL.RESNETS.FROZEN_BN_EPS
-    return fpn
+    return _fpn(cfg, build_resnet_backbone(cfg, input_shape), top_block)
 
 
 def _fpn(cfg, bottom_up: Backbone, top_block: nn.Module) -> FPN:

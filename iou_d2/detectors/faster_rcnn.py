@@ -51,6 +51,7 @@ class BoxLossRPN(RPN):
     @classmethod
     def from_config(cls, cfg, input_shape):
         arguments = super().from_config(cfg, input_shape)
+        arguments["min_box_size"] = max(arguments["min_box_size"], cfg.MODEL.RPN.MIN_SIZE)
         return _with_box_loss_part(arguments, "MODEL.RPN.BBOX_REG_LOSS_TYPE")
 
     def losses(
