@@ -75,7 +75,8 @@ def _add_retinanet(cfg: CfgNode) -> None:
     BoxLossRetinaNet and IoUAwareRetinaNet; the configs in torchvision/ and mmdet/ set it.
 
     Two anchor generators belong to it, MODEL.ANCHOR_GENERATOR.NAME "TorchvisionAnchorGenerator" and
-    "LegacyAnchorGenerator" (mmdetection 1), and a backbone, "build_resnet_fpn_linear_p7_backbone".
+    "LegacyAnchorGenerator" (mmdetection 1), and a backbone,
+    "build_resnet_fpn_linear_p7_backbone" (mmdetection).
     """
     node = cfg.MODEL.RETINANET
     # The best anchor of an object learns it; if it overlaps another one more, "detectron2" (and
@@ -97,9 +98,10 @@ def _add_retinanet(cfg: CfgNode) -> None:
 def _add_rcnn(cfg: CfgNode) -> None:
     """What the R-CNNs of torchvision and of mmdetection do unlike Detectron2's; the configs in
     torchvision/ and mmdet/ set it for their weights."""
-    # What "FrozenBN" adds to variances, for "build_torchvision_resnet_fpn_backbone": 1e-5 in
-    # Detectron2, 0 in the published fasterrcnn_resnet50_fpn and maskrcnn_resnet50_fpn of
-    # torchvision, 1e-5 in what it has trained since from other weights.
+    # What "FrozenBN" adds to variances, for "build_torchvision_resnet_fpn_backbone" and
+    # "build_torchvision_resnet_fpn_p6p7_backbone": 1e-5 in Detectron2, 0 in the published
+    # fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn and retinanet_resnet50_fpn of torchvision, 1e-5
+    # in what it has trained since from other weights.
     cfg.MODEL.RESNETS.FROZEN_BN_EPS = 1e-5
     # Sides of a proposal are longer than that, in pixels of the network input; 0.001 in
     # torchvision. For BoxLossRPN; Detectron2's MODEL.PROPOSAL_GENERATOR.MIN_SIZE, in whole pixels,

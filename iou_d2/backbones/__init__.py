@@ -2,9 +2,9 @@
 
 from . import (  # noqa: F401
     deformable_resnet,
-    linear_p7,
     mobilenet_v2,
     resnet10,
+    retinanet_fpn,
     torchvision_resnet,
     vgg,
 )

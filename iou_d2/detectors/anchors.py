@@ -61,9 +61,12 @@ class LegacyAnchorGenerator(DefaultAnchorGenerator):
         return cells
 
 
-def inside_padded(anchors: Tensor, image_size: tuple[int, int], multiple: int) -> Tensor:
-    """Whether the centre of each anchor (R, 4) lies in an image of `image_size` (height, width)
-    that is padded to a `multiple`, and not in what larger images of the batch add: (R,)."""
-    height, width = (-(-side // multiple) * multiple for side in image_size)
-    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
-    return (centers < centers.new_tensor([width, height])).all(dim=1)
+def cell_corners(anchors: Boxes, count: int) -> Tensor:
+    """The top left corner of the cell of each anchor of a level, `count` a cell: (R, 2) x and y in
+    whole pixels."""
+    corners = anchors.tensor.view(-1, count, 4)[..., :2]
+    return (corners - corners[:1]).round().view(-1, 2)
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

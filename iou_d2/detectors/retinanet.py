@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from iou_d2.ops.box_losses import BoxDeltas, BoxLoss, build_box_loss
 
-from .anchors import inside_padded
+from .anchors import cell_corners, round_up
 from .dense import PyramidDetector, build_dense_nms, part_named
 from .retinanet_parts import (
     ALL,
@@ -173,7 +173,10 @@ class BoxLossRetinaNet(PyramidDetector):
     ) -> dict[str, Tensor]:
         """The losses "loss_cls" and "loss_box_reg", both divided as the normaliser says."""
         anchors = Boxes.cat([level.anchors for level in predictions])
-        labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        if self.padding_is_background:
+            labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        else:
+            labels, gt_boxes = self._label_inside(predictions, image_sizes, gt_instances)
         mask = (labels >= 0) & (labels != self.num_classes)  # (N, R)
         shares = self._shares(mask)
         losses = {"loss_cls": self.class_loss(predictions, labels, shares)}
@@ -228,9 +231,31 @@ class BoxLossRetinaNet(PyramidDetector):
             labels: (N, R of all levels), a class, K for background, -1 for neither.
             gt_boxes: (N, R of all levels, 4), undefined where the label is no class.
         """
-        label = self._label if self.padding_is_background else self._label_inside
-        labels, gt_boxes = zip(*(label(anchors, truth) for truth in gt_instances))
+        labels, gt_boxes = zip(*(self._label(anchors, truth) for truth in gt_instances))
         return torch.stack(labels), torch.stack(gt_boxes)
+
+    @torch.no_grad()
+    def _label_inside(
+        self,
+        predictions: list[AnchorPrediction],
+        image_sizes: list[tuple[int, int]],
+        gt_instances: list[Instances],
+    ) -> tuple[Tensor, Tensor]:
+        """As `label_anchors`, with -1 for the cells that an image would not have if it were alone:
+        those in the padding that larger images of the batch bring."""
+        anchors = Boxes.cat([level.anchors for level in predictions])
+        counts = self.anchor_generator.num_cell_anchors
+        corners = torch.cat(
+            [cell_corners(level.anchors, count) for level, count in zip(predictions, counts)]
+        )
+        labels = torch.full((len(gt_instances), len(anchors)), -1, device=anchors.device)
+        gt_boxes = anchors.tensor.new_zeros(*labels.shape, 4)
+        multiple = max(self.backbone.size_divisibility, 1)
+        for image, ((height, width), truth) in enumerate(zip(image_sizes, gt_instances)):
+            size = corners.new_tensor([round_up(width, multiple), round_up(height, multiple)])
+            inside = (corners < size).all(dim=1)
+            labels[image, inside], gt_boxes[image, inside] = self._label(anchors[inside], truth)
+        return labels, gt_boxes
 
     def _label(self, anchors: Boxes, truth: Instances) -> tuple[Tensor, Tensor]:
         """Of one image: (R,) and (R, 4)."""
@@ -242,15 +267,6 @@ class BoxLossRetinaNet(PyramidDetector):
         classes[match_labels == 0] = self.num_classes
         classes[match_labels == -1] = -1
         return classes, truth.gt_boxes.tensor[matches]
-
-    def _label_inside(self, anchors: Boxes, truth: Instances) -> tuple[Tensor, Tensor]:
-        """Of one image, whose anchors learn what they would learn if it were alone."""
-        multiple = max(self.backbone.size_divisibility, 1)
-        inside = inside_padded(anchors.tensor, truth.image_size, multiple)
-        labels = torch.full((len(anchors),), -1, device=anchors.device)
-        gt_boxes = torch.zeros_like(anchors.tensor)
-        labels[inside], gt_boxes[inside] = self._label(anchors[inside], truth)
-        return labels, gt_boxes
 
     def _shares(self, positive: Tensor) -> list[Share]:
         """Of the batch with these positive anchors (N, R); updates the running mean."""

@@ -50,11 +50,11 @@ class LastObjectMatcher:
         labels = torch.full_like(matches, -1, dtype=torch.int8)
         labels[highest < self.negative] = 0
         labels[highest >= self.positive] = 1
-        is_best = ious == ious.max(dim=1, keepdim=True).values
-        number = torch.arange(1, len(ious) + 1, device=ious.device)[:, None]
-        last = (is_best * number).max(dim=0).values  # 0 where an anchor is best for none
-        labels[last > 0] = 1
-        return torch.where(last > 0, last - 1, matches), labels
+        is_best = ious == ious.max(dim=1, keepdim=True).values  # also of anchors that tie
+        objects, anchors = is_best.nonzero(as_tuple=True)
+        last = torch.full_like(matches, -1).scatter_reduce(0, anchors, objects, "amax")
+        labels[anchors] = 1
+        return torch.where(last >= 0, last, matches), labels
 
 
 def _detectron2_assigner(node) -> dict[str, Any]:

@@ -64,19 +64,24 @@ def _ratios_first(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     return _regroup(x, sizes, ratios)
 
 
-ANCHORS = Change(
-    _sizes_first,
-    _ratios_first,
-    "the anchors of a cell, 9 of 3 sizes and 3 ratios, go by size first in Detectron2 and by ratio "
-    "first elsewhere",
-)
+def _anchors_of(library: str, configs: str) -> Change:
+    return Change(
+        _sizes_first,
+        _ratios_first,
+        f"the anchors of a cell go by size first in Detectron2 and by ratio first in {library}, 3 "
+        f"of each; what else {library} does unlike Detectron2 is in the configs {configs}",
+    )
+
+
+MMDET_ANCHORS = _anchors_of("mmdetection", "mmdet/retinanet_* and mmdet/iou_retinanet_*")
+TORCHVISION_ANCHORS = _anchors_of("torchvision", "torchvision/retinanet_*")
 
 
 def mmdet_rows() -> list[Row]:
     rows = [
-        Row("bbox_head.retina_cls.*", "head.cls_score.*", ANCHORS),
-        Row("bbox_head.retina_reg.*", "head.bbox_pred.*", ANCHORS),
-        Row("bbox_head.retina_iou.*", "head.iou_pred.*", ANCHORS),
+        Row("bbox_head.retina_cls.*", "head.cls_score.*", MMDET_ANCHORS),
+        Row("bbox_head.retina_reg.*", "head.bbox_pred.*", MMDET_ANCHORS),
+        Row("bbox_head.retina_iou.*", "head.iou_pred.*", MMDET_ANCHORS),
     ]
     for layer in range(_MOST_LAYERS):
         rows += [
@@ -116,8 +121,8 @@ _TORCHVISION_TOWERS = (
 
 def _torchvision_predictors() -> list[Row]:
     return [
-        Row("head.classification_head.cls_logits.*", "head.cls_score.*", ANCHORS),
-        Row("head.regression_head.bbox_reg.*", "head.bbox_pred.*", ANCHORS),
+        Row("head.classification_head.cls_logits.*", "head.cls_score.*", TORCHVISION_ANCHORS),
+        Row("head.regression_head.bbox_reg.*", "head.bbox_pred.*", TORCHVISION_ANCHORS),
     ]
 
 
