@@ -84,7 +84,8 @@ def test_detections_before_refinement(tmp_path, capsys, config):
         if not again:  # so that no class wins everywhere
             state["roi_head.bbox_head.fc_cls.bias"] -= peer.logits()[0].mean(dim=0).float()
     printed = capsys.readouterr().out
-    assert not any(x in printed for x in ("Left over", "not filled", "Not in the model", "Changed"))
+    assert not any(x in printed for x in ("Left over", "not filled", "Not in the model"))
+    assert "no number, but MODEL.IOU_NET.LOSS_TYPE" in printed
     found = model.inference([image], do_postprocess=False)[0]
     assert len(found) > 20 and set(found.pred_classes.tolist()) == set(range(CLASSES))
     paired(found, *peer.detect_by_iou(CONFIGS[config]))

@@ -14,8 +14,10 @@ from checkpoint_helpers import assert_same, read
 from detections import paired
 from iou_d2 import get_config
 from iou_d2.commands.convert import main as convert
+from iou_d2.detectors.faster_rcnn import BoxLossOutputLayers
 from iou_d2.engine.convert import translate_tensors
-from torchvision_rcnn import CLASSES, THIN, build_torchvision_rcnn
+from iou_d2.errors import InputError
+from torchvision_rcnn import CLASSES, FC, THIN, build_torchvision_rcnn
 
 # Of 3 and 4 rows in p6, which no stride of 64 gives, and unequal in a batch.
 SIZES = ((160, 224), (224, 192))
@@ -177,3 +179,38 @@ def test_losses_and_gradients(tmp_path, images, version, mask, config):
     assert all(name in wanted for name in own)
     for name, gradient in own.items():
         assert (gradient - wanted[name]).norm() <= 1e-3 * wanted[name].norm(), name
+
+
+def test_small_detections_are_left_out(images):
+    """Of proposals at the border, whose boxes mostly end outside."""
+    theirs = build_torchvision_rcnn(1, False, images).roi_heads
+    generator = torch.Generator().manual_seed(3)
+    corner = torch.rand(40, 2, generator=generator) * 140
+    boxes = torch.cat([corner, torch.full((40, 2), 150.0)], dim=1)
+    logits = torch.randn(40, CLASSES + 1, generator=generator)
+    deltas = 12 * torch.randn(40, 4 * (CLASSES + 1), generator=generator)
+    expected = theirs.postprocess_detections(logits, deltas, [boxes], [(150, 150)])
+    assert len(expected[1][0]) < 100  # the limit does not hide anything
+
+    predictions = logits.roll(-1, dims=1), deltas[:, 4:]
+    proposals = [Instances((150, 150), proposal_boxes=Boxes(boxes))]
+    layers = BoxLossOutputLayers(get_config(MODELS[0][2], THIN), FC)
+    (found,), _ = layers.inference(predictions, proposals)
+    boxes, scores, labels = (x[0] for x in expected)
+    paired(found, boxes, scores, labels - 1)
+    layers.min_size_test = 0.0
+    assert len(layers.inference(predictions, proposals)[0][0]) > len(found) > 0
+
+
+def test_what_torchvision_cannot_have_is_named(images):
+    theirs = build_torchvision_rcnn(1, True, images).state_dict()
+    ours = translate_tensors(theirs, "torchvision", "detectron2").tensors
+    for name, rows in (("box_predictor.bbox_pred", 4), ("mask_head.predictor", 1)):
+        agnostic = {
+            f"roi_heads.{name}.{x}": ours[f"roi_heads.{name}.{x}"][:rows]
+            for x in ("weight", "bias")
+        }
+        with pytest.raises(
+            InputError, match=f"has {rows} rows and not {rows * CLASSES}, {rows} for"
+        ):
+            translate_tensors({**ours, **agnostic}, "detectron2", "torchvision")

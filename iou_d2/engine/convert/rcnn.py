@@ -34,8 +34,9 @@ def mmdet_rows() -> list[Row]:
         theirs, ours = f"roi_head.bbox_head{stage}", f"{_BOX}head{stage}"
         predictor = f"{_BOX}predictor{stage}"
         rows += mmdet_box_head_rows(theirs, ours)
+        told = CASCADE if stage else None
         rows += [
-            Row(f"{theirs}.fc_cls.*", f"{predictor}.cls_score.*"),
+            Row(f"{theirs}.fc_cls.*", f"{predictor}.cls_score.*", told),
             Row(f"{theirs}.fc_reg.*", f"{predictor}.bbox_pred.*"),
         ]
         theirs = f"roi_head.mask_head{stage}"
@@ -137,10 +138,22 @@ def _check_rows(x: Tensor, rows: int, layer: str, others: Mapping[str, Tensor]) 
         )
 
 
+def as_it_is(x: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+    return x
+
+
+CASCADE = Change(
+    as_it_is,
+    as_it_is,
+    "no number, but mmdetection averages the stages of a cascade, and measures the boxes of the "
+    "last one, unlike Detectron2: that is in the configs mmdet/cascade_*",
+)
 BACKGROUND = Change(
     _background_last,
     _background_first,
-    "the background is the last class of Detectron2 and the first of torchvision",
+    "the background is the last class of Detectron2 and the first of torchvision; what else "
+    "torchvision does unlike Detectron2 is in the configs torchvision/faster_rcnn_* and "
+    "torchvision/mask_rcnn_*",
 )
 BOXES = Change(
     _without_background_box,
