@@ -46,6 +46,8 @@ def add_iou_config(cfg: CfgNode) -> None:
 
     _add_fine_tuning(cfg)
     _add_mobilenet_v2(cfg)
+    _add_retinanet(cfg)
+    _add_rcnn(cfg)
     _add_box_losses(cfg)
     _add_iou_net(cfg)
     _add_point_detector(cfg)
@@ -86,6 +88,51 @@ def _add_mobilenet_v2(cfg: CfgNode) -> None:
     node.NORM = "FrozenBN"
 
 
+def _add_retinanet(cfg: CfgNode) -> None:
+    """What RetinaNet does unlike Detectron2's with the weights of torchvision and mmdetection, for
+    BoxLossRetinaNet and IoUAwareRetinaNet; the configs in torchvision/ and mmdet/ set it.
+
+    Two anchor generators belong to it, MODEL.ANCHOR_GENERATOR.NAME "TorchvisionAnchorGenerator" and
+    "LegacyAnchorGenerator" (mmdetection 1), and a backbone,
+    "build_resnet_fpn_linear_p7_backbone" (mmdetection).
+    """
+    node = cfg.MODEL.RETINANET
+    # The best anchor of an object learns it; if it overlaps another one more, "detectron2" (and
+    # torchvision) has it learn that one, "mmdet" still the first. Anchors in the padding that
+    # larger images of the batch bring are background in "detectron2" and learn nothing in "mmdet".
+    node.ASSIGNER = "detectron2"
+    # What losses of classes and boxes are divided by: the "running_mean" over batches of the number
+    # of positive anchors (Detectron2), their number in the "batch" (mmdetection), or in the
+    # "image", before the mean over images (torchvision).
+    node.NORMALIZER = "running_mean"
+    # Boxes that go to NMS: "as_predicted" (Detectron2), "clipped" to the image (torchvision), or
+    # "clipped_with_area", those of which something is left (mmdetection).
+    node.BEFORE_NMS = "as_predicted"
+    # Whether convolutions have a bias before the norm that MODEL.RETINANET.NORM names: True in
+    # Detectron2, False in torchvision.
+    node.BIAS_BEFORE_NORM = True
+
+
+def _add_rcnn(cfg: CfgNode) -> None:
+    """What the R-CNNs of torchvision and of mmdetection do unlike Detectron2's; the configs in
+    torchvision/ and mmdet/ set it for their weights."""
+    # What "FrozenBN" adds to variances, for "build_torchvision_resnet_fpn_backbone" and
+    # "build_torchvision_resnet_fpn_p6p7_backbone": 1e-5 in Detectron2, 0 in the published
+    # fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn and retinanet_resnet50_fpn of torchvision, 1e-5
+    # in what it has trained since from other weights.
+    cfg.MODEL.RESNETS.FROZEN_BN_EPS = 1e-5
+    # Sides of a proposal are longer than that, in pixels of the network input; 0.001 in
+    # torchvision. For BoxLossRPN; Detectron2's MODEL.PROPOSAL_GENERATOR.MIN_SIZE, in whole pixels,
+    # holds too.
+    cfg.MODEL.RPN.MIN_SIZE = 0.0
+    # Sides of a detected box are at least that, in pixels of the network input; 0.01 in
+    # torchvision. For BoxLossROIHeads and BoxLossCascadeROIHeads.
+    cfg.MODEL.ROI_HEADS.MIN_SIZE_TEST = 0.0
+    # What of the stages of a Cascade R-CNN is averaged into class scores: "probabilities" (arXiv
+    # 1712.00726, Detectron2) or "logits" (mmdetection).
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_MEAN = "probabilities"
+
+
 def _add_box_losses(cfg: CfgNode) -> None:
     """The losses of boxes. They are chosen by Detectron2's keys BBOX_REG_LOSS_TYPE of
     MODEL.RETINANET (BoxLossRetinaNet, IoUAwareRetinaNet), MODEL.RPN (BoxLossRPN) and
@@ -110,6 +157,9 @@ def _add_iou_net(cfg: CfgNode) -> None:
     # those of MMI, which found 150 to 250 and 1000 alike.
     node.ROIS_PER_GT = 250
     node.ROIS_PER_IMAGE = 1000
+    # The box of a proposal that goes to NMS for a class: that of "each_class" (Detectron2), or for
+    # all of them that of its "best_class" (MMI).
+    node.BOX_OF = "each_class"
     # "guided" is IoU-guided NMS (Algorithm 1), "plain" Detectron2's; "soft_linear" and
     # "soft_gaussian" are Soft-NMS. All use MODEL.ROI_HEADS.NMS_THRESH_TEST, which the paper does
     # not give ("e.g. 0.5", an author); the Gaussian uses none.

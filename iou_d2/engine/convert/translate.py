@@ -12,7 +12,9 @@ from iou_d2.errors import InputError
 
 from .atss import ATSS
 from .fcos import FCOS, FCOS_DEFORMABLE
+from .iou_net import IOU_NET
 from .network import Network
+from .rcnn import RCNN, RCNN_V2
 from .resnet import (
     BOTTOM_UP,
     backbone_prefix,
@@ -22,6 +24,7 @@ from .resnet import (
     same_rows,
     torchvision_fpn_rows,
 )
+from .retinanet import RETINANET, RETINANET_WITH_NORM
 from .rows import Change, Match, Row, find_rows, has_name
 from .vfnet import VFNET
 
@@ -30,6 +33,11 @@ NETWORKS: tuple[Network, ...] = (
     ATSS,
     FCOS_DEFORMABLE,
     FCOS,
+    RETINANET_WITH_NORM,
+    RETINANET,
+    IOU_NET,
+    RCNN_V2,
+    RCNN,
 )
 UNSUPPORTED = {
     r"layer\d\.\d+\.convs\.\d": "a Res2Net",
