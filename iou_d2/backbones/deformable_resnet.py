@@ -90,15 +90,6 @@ def build_deformable_resnet_backbone(cfg, input_shape) -> ResNet:
     )
 
 
-class LinearP6P7(LastLevelP6P7):
-    """p6 and p7 by strided convolutions, nothing between."""
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """(N, C, H, W) -> p6 and p7, at half and a quarter of its sides."""
-        p6 = self.p6(x)
-        return [p6, self.p7(p6)]
-
-
 @BACKBONE_REGISTRY.register()
 def build_deformable_resnet_fpn_p6p7_backbone(cfg, input_shape) -> FPN:
     """FPN over `build_deformable_resnet_backbone`, with p6 and p7 by strided convolutions of p5.

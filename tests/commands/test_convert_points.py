@@ -69,7 +69,7 @@ def test_settings_that_differ_are_told(tmp_path, capsys):
 
 
 def test_a_file_without_a_config_is_taken_to_be_of_rgb(tmp_path, capsys):
-    config = ["--config-file", "configs/fcos_R_50_caffe_FPN_1x.yaml", "--opts", *SMALL]
+    config = ["--config-file", "configs/mmdet/fcos_R_50_FPN_caffe.yaml", "--opts", *SMALL]
     run(tmp_path, write(tmp_path / "a.pth"), *config)
     assert "holds no config: it is taken to be of RGB" in capsys.readouterr().out
 

@@ -16,7 +16,7 @@ from iou_d2.commands.convert import main as convert
 from iou_d2.engine.convert import translate
 from peers import assert_detections, assert_gradients, converted, randomize
 
-IMPROVED = "fcos_center_normbbox_centeronreg_giou_R_50_FPN_1x"
+IMPROVED = "mmdet/fcos_improved_R_50_FPN"
 OF_2019 = Variant(limits=(16, 32, 64, 128), num_groups=8)
 NEW = {"norm_on_bbox": True, "centerness_on_reg": True, "center_sampling": True, "giou": True}
 NEW = Variant(**NEW, nms=0.6, limits=(16, 32, 64, 128), num_groups=8)
@@ -165,13 +165,13 @@ def random_state(config: str, options, box_bias: float = 1.5) -> dict:
 @pytest.mark.parametrize(
     ("layout", "config", "options"),
     [
-        ("adelaidet", "fcos_adelaidet_R_50_FPN_2x_ms", ()),
+        ("adelaidet", "adelaidet/fcos_R_50_FPN_2x_ms", ()),
         (
             "adelaidet",
-            "fcos_adelaidet_X_101_32x8d_FPN_dcn_2x_ms",
+            "adelaidet/fcos_X_101_32x8d_FPN_dcn_2x_ms",
             ("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.NUM_GROUPS", "2"),
         ),
-        ("detectron2_main", "fcos_detectron2_R_50_FPN_1x", ()),
+        ("detectron2_main", "detectron2/fcos_R_50_FPN", ()),
     ],
 )
 def test_names_by_hand_there_and_back(layout, config, options, tmp_path, capsys):
@@ -183,7 +183,7 @@ def test_names_by_hand_there_and_back(layout, config, options, tmp_path, capsys)
 
 def test_detections_of_adelaidet(make_batch, tmp_path, capsys):
     """Its losses are not compared: it adds 1 to areas in strides before it divides them."""
-    config = "configs/fcos_adelaidet_R_50_FPN_1x.yaml"
+    config = "configs/adelaidet/fcos_R_50_FPN_1x.yaml"
     # Boxes of which many reach out of the image, where clipping them changes what NMS keeps.
     state = random_state(config, SMALL, box_bias=5.0)
     model = converted(tmp_path, capsys, in_theirs(state, "adelaidet"), "adelaidet", config, SMALL)

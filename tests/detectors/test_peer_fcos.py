@@ -77,7 +77,7 @@ def test_torchvision(tmp_path, capsys):
     )
     peer.score_thresh = 0.55
     options = [*SMALL, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.55"]
-    config = "configs/fcos_torchvision_R_50_FPN.yaml"
+    config = "configs/torchvision/fcos_R_50_FPN.yaml"
     model = converted(tmp_path, capsys, peer.state_dict(), "torchvision", config, options)
     batch = inputs()
     images = [x["image"].float() / 255 for x in batch]
@@ -156,7 +156,7 @@ def test_detectron2_main(tmp_path, capsys):
         )
     )
     spread_scores(peer.state_dict(), "head.cls_score", "head.bbox_pred")
-    config = "configs/fcos_detectron2_R_50_FPN_1x.yaml"
+    config = "configs/detectron2/fcos_R_50_FPN.yaml"
     model = converted(tmp_path, capsys, peer.state_dict(), "detectron2_main", config, SMALL)
     batch = inputs()
     with EventStorage() as storage:

@@ -62,7 +62,9 @@ def test_the_names_before_torchvision_0_13():
 
 def test_heads_of_other_networks_are_not_taken_for_it():
     fcos = ["head.classification_head.conv.0.weight", "head.classification_head.conv.1.weight"]
-    assert recognise([*fcos, "head.regression_head.bbox_ctrness.bias"], "torchvision") is None
+    assert (
+        recognise([*fcos, "head.regression_head.bbox_ctrness.bias"], "torchvision").title == "FCOS"
+    )
     for name in ("atss_cls", "conv_cls", "gfl_cls", "retina_bbox_reg"):
         assert recognise([f"bbox_head.{name}.weight"], "mmdet") is None
     assert recognise(["head.cls_tower.2.weight", "head.cls_pred.bias"], "detectron2") is None
