@@ -44,6 +44,7 @@ def add_iou_config(cfg: CfgNode) -> None:
     # (Eqn. 5). True in the authors' code and in the best row of their Table 4.
     cfg.MODEL.IOU_RETINANET.IOU_TARGET_GRADIENT = True
 
+    _add_fine_tuning(cfg)
     _add_mobilenet_v2(cfg)
     _add_retinanet(cfg)
     _add_rcnn(cfg)
@@ -52,6 +53,23 @@ def add_iou_config(cfg: CfgNode) -> None:
     _add_point_detector(cfg)
     _add_unitbox(cfg)
     register_old_keys(cfg)
+
+
+def _add_fine_tuning(cfg: CfgNode) -> None:
+    """What one changes to train from weights that know something already (docs/FINE_TUNING.md)."""
+    # Beginnings of names of parameters, in whole dotted parts, such as "backbone.bottom_up": these
+    # do not learn, and batch norm among them keeps its statistics (ours).
+    cfg.SOLVER.FREEZE = []
+    # Pairs of such a name and a factor over 0 of the learning rate; the longest name decides, other
+    # parameters have 1. Such as [["backbone.bottom_up", 0.1]] (DETR has that factor).
+    cfg.SOLVER.LR_FACTORS = []
+    # d of the average d * average + (1 - d) * weights after each iteration, in [0, 1), such as
+    # 0.999; 0 for none. It begins lower, as (1 + t) / (10 + t) after t iterations. The average is
+    # evaluated and saved as the model.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # Evaluations in a row, every TEST.EVAL_PERIOD iterations, that end the training where none has
+    # a better box AP on the first of DATASETS.TEST than one before them; 0 for never (ours).
+    cfg.SOLVER.PATIENCE = 0
 
 
 def _add_mobilenet_v2(cfg: CfgNode) -> None:

@@ -126,8 +126,11 @@ def find_weights(weights: str) -> Path:
     return cached
 
 
-def load_pretrained(model: nn.Module, weights: str) -> None:
+def load_pretrained(model: nn.Module, weights: str) -> set[str]:
     """Load the backbone of `model`, wherever in it that is, with what `weights` names.
+
+    Returns:
+        The names of the tensors of `model` that were loaded.
 
     Raises:
         InputError: as `find_weights`, or the backbone of the model is another one.
@@ -135,7 +138,8 @@ def load_pretrained(model: nn.Module, weights: str) -> None:
     path = find_weights(weights)
     name = weights[len(PREFIX) :]
     _, kind, keys = NETWORKS[name]
-    backbone = next((part for part in model.modules() if isinstance(part, kind)), None)
+    backbones = {part: prefix for prefix, part in model.named_modules() if isinstance(part, kind)}
+    backbone = next(iter(backbones), None)
     tensors = _tensors(read_checkpoint_file(str(path)), name)
     problem = _difference(backbone, tensors) if backbone else f"there is no {kind.__name__} in it"
     if problem:
@@ -146,6 +150,8 @@ def load_pretrained(model: nn.Module, weights: str) -> None:
     state = backbone.state_dict()
     backbone.load_state_dict({**state, **{x: tensors[x] for x in state if x in tensors}})
     logger.info(f"Loaded the backbone with {weights} from {path}.")
+    prefix = backbones[backbone]
+    return {f"{prefix}.{x}" if prefix else x for x in state if x in tensors}
 
 
 def _check_pixels(cfg: CfgNode) -> None:
