@@ -14,6 +14,8 @@ from torch import Tensor
 from iou_d2.errors import InputError
 from iou_d2.layers.deform_conv import deform_conv, geometry, offset_conv, split_offsets
 
+from .retinanet_fpn import LinearP6P7
+
 BLOCKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
