@@ -46,6 +46,8 @@ def add_iou_config(cfg: CfgNode) -> None:
 
     _add_fine_tuning(cfg)
     _add_mobilenet_v2(cfg)
+    _add_retinanet(cfg)
+    _add_rcnn(cfg)
     _add_box_losses(cfg)
     _add_iou_net(cfg)
     _add_point_detector(cfg)
@@ -87,6 +89,51 @@ def _add_mobilenet_v2(cfg: CfgNode) -> None:
     node.NORM = "FrozenBN"
 
 
+def _add_retinanet(cfg: CfgNode) -> None:
+    """What RetinaNet does unlike Detectron2's with the weights of torchvision and mmdetection, for
+    BoxLossRetinaNet and IoUAwareRetinaNet; the configs in torchvision/ and mmdet/ set it.
+
+    Two anchor generators belong to it, MODEL.ANCHOR_GENERATOR.NAME "TorchvisionAnchorGenerator" and
+    "LegacyAnchorGenerator" (mmdetection 1), and a backbone,
+    "build_resnet_fpn_linear_p7_backbone" (mmdetection).
+    """
+    node = cfg.MODEL.RETINANET
+    # The best anchor of an object learns it; if it overlaps another one more, "detectron2" (and
+    # torchvision) has it learn that one, "mmdet" still the first. Anchors in the padding that
+    # larger images of the batch bring are background in "detectron2" and learn nothing in "mmdet".
+    node.ASSIGNER = "detectron2"
+    # What losses of classes and boxes are divided by: the "running_mean" over batches of the number
+    # of positive anchors (Detectron2), their number in the "batch" (mmdetection), or in the
+    # "image", before the mean over images (torchvision).
+    node.NORMALIZER = "running_mean"
+    # Boxes that go to NMS: "as_predicted" (Detectron2), "clipped" to the image (torchvision), or
+    # "clipped_with_area", those of which something is left (mmdetection).
+    node.BEFORE_NMS = "as_predicted"
+    # Whether convolutions have a bias before the norm that MODEL.RETINANET.NORM names: True in
+    # Detectron2, False in torchvision.
+    node.BIAS_BEFORE_NORM = True
+
+
+def _add_rcnn(cfg: CfgNode) -> None:
+    """What the R-CNNs of torchvision and of mmdetection do unlike Detectron2's; the configs in
+    torchvision/ and mmdet/ set it for their weights."""
+    # What "FrozenBN" adds to variances, for "build_torchvision_resnet_fpn_backbone" and
+    # "build_torchvision_resnet_fpn_p6p7_backbone": 1e-5 in Detectron2, 0 in the published
+    # fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn and retinanet_resnet50_fpn of torchvision, 1e-5
+    # in what it has trained since from other weights.
+    cfg.MODEL.RESNETS.FROZEN_BN_EPS = 1e-5
+    # Sides of a proposal are longer than that, in pixels of the network input; 0.001 in
+    # torchvision. For BoxLossRPN; Detectron2's MODEL.PROPOSAL_GENERATOR.MIN_SIZE, in whole pixels,
+    # holds too.
+    cfg.MODEL.RPN.MIN_SIZE = 0.0
+    # Sides of a detected box are at least that, in pixels of the network input; 0.01 in
+    # torchvision. For BoxLossROIHeads and BoxLossCascadeROIHeads.
+    cfg.MODEL.ROI_HEADS.MIN_SIZE_TEST = 0.0
+    # What of the stages of a Cascade R-CNN is averaged into class scores: "probabilities" (arXiv
+    # 1712.00726, Detectron2) or "logits" (mmdetection).
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_MEAN = "probabilities"
+
+
 def _add_box_losses(cfg: CfgNode) -> None:
     """The losses of boxes. They are chosen by Detectron2's keys BBOX_REG_LOSS_TYPE of
     MODEL.RETINANET (BoxLossRetinaNet, IoUAwareRetinaNet), MODEL.RPN (BoxLossRPN) and
@@ -111,6 +158,9 @@ def _add_iou_net(cfg: CfgNode) -> None:
     # those of MMI, which found 150 to 250 and 1000 alike.
     node.ROIS_PER_GT = 250
     node.ROIS_PER_IMAGE = 1000
+    # The box of a proposal that goes to NMS for a class: that of "each_class" (Detectron2), or for
+    # all of them that of its "best_class" (MMI).
+    node.BOX_OF = "each_class"
     # "guided" is IoU-guided NMS (Algorithm 1), "plain" Detectron2's; "soft_linear" and
     # "soft_gaussian" are Soft-NMS. All use MODEL.ROI_HEADS.NMS_THRESH_TEST, which the paper does
     # not give ("e.g. 0.5", an author); the Gaussian uses none.
@@ -148,12 +198,25 @@ def _add_point_detector(cfg: CfgNode) -> None:
     # deformable one (VarifocalNet's DCN rows).
     node.NUM_GROUPS = 32
     node.DEFORMABLE_TOWER = False
+    # Whether the convolutions of the towers have a bias before their norm (torchvision, Detectron2,
+    # AdelaiDet, mmdetection's conv_bias).
+    node.TOWER_BIAS = False
+    # What the four outputs of PointHead and QualityHead mean (ops/box_codec.py): "exp", the
+    # logarithms of distances in DISTANCE_UNITS (FCOS as published in 2019); "relu", distances in
+    # strides, cut at 0 (2006.09214, mmdetection's norm_on_bbox, torchvision, Detectron2,
+    # AdelaiDet); "deltas" of the square anchor of ANCHOR_SCALE strides (ATSS as published).
+    node.BOX_CODEC = "exp"
+    # Whether each level has a learnt factor of these outputs; torchvision and Detectron2 have none.
+    node.LEVEL_SCALES = True
+    # Which tower QualityHead reads the quality off: "box" (ATSS, mmdetection's centerness_on_reg),
+    # or "class" (FCOS as published in 2019).
+    node.QUALITY_TOWER = "box"
     # Which points learn an object: "atss" (1912.02424, VarifocalNet) or "fcos" (1904.01355).
     node.ASSIGNER = "atss"
     # Where a cell has its point, in cells: 0 the top left corner, 0.5 the centre. None is 0 for
     # ATSS and 0.5 for FCOS, as in all published weights.
     node.POINT_OFFSET = None
-    # ATSS: side of a point's anchor in strides, 8 in all papers.
+    # ATSS and the "deltas" codec: side of a point's anchor in strides, 8 in all papers.
     node.ANCHOR_SCALE = 8.0
     # FCOS: positive points lie within so many strides of an object's centre (1.5 in its authors'
     # later code), or anywhere in it with 0 (the paper, VarifocalNet's code).
@@ -161,7 +224,11 @@ def _add_point_detector(cfg: CfgNode) -> None:
     # FCOS: the longest distance that each level learns, in pixels, those of the paper; the last one
     # learns all longer ones, too.
     node.MAX_DISTANCES = [64, 128, 256, 512, 1024]
-    # Pixels that a predicted distance of 1 means, for each level (VarifocalNet's code).
+    # FCOS: whether neither of two levels learns the distance that is the limit between them
+    # (torchvision, Detectron2); both do in all other code.
+    node.OPEN_RANGES = False
+    # Pixels that a predicted distance of 1 means, for each level: those of VarifocalNet's code; 1
+    # in FCOS. VarifocalNet's heads and the "exp" codec read them.
     node.DISTANCE_UNITS = [64, 128, 256, 512, 1024]
     # Loss of the classes: "varifocal" (2008.13367), "quality_focal" (2006.04388) or "focal" (ATSS,
     # FCOS).
@@ -174,8 +241,19 @@ def _add_point_detector(cfg: CfgNode) -> None:
     # MODEL.RETINANET.SMOOTH_L1_LOSS_BETA (ours).
     node.BOX_LOSS = "giou"
     # Factors of the losses of the initial and of the final box. A head that does not refine has
-    # the final box only. Authors' code; 2 in ATSS.
+    # the final box only. Authors' code; 2 in ATSS, 1 in FCOS.
     node.BOX_LOSS_WEIGHTS = [1.5, 2.0]
+    # What divides that loss: "weighted", by the quality of each box, over the sum of the qualities,
+    # or the "plain" mean over positive points (torchvision, Detectron2).
+    node.BOX_LOSS_MEAN = "weighted"
+    # That sum, a mean over processes, is at least so much: 1 in VarifocalNet's and ATSS's code,
+    # 1e-6 in FCOS's.
+    node.MIN_QUALITY_SUM = 1.0
+    # Whose way from class scores p and qualities q to detections (detectors/point_inference.py):
+    # "authors" of FCOS and ATSS, sqrt(p * q) with a threshold of p; "mmdetection", p * q, the best
+    # candidates by p; "torchvision", sqrt(p * q) with a threshold of it; "detectron2" likewise,
+    # boxes clipped after NMS; "adelaidet", the authors', boxes clipped after NMS.
+    node.INFERENCE = "authors"
     # Whether NMS suppresses boxes of other classes too (ours; no paper does).
     node.CLASS_AGNOSTIC_NMS = False
 

@@ -4,6 +4,8 @@ of which configs build them."""
 from iou_d2 import backbones  # noqa: F401
 
 from . import (  # noqa: F401
+    anchors,
+    cascade_masks,
     faster_rcnn,
     iou_net,
     iou_retinanet,

@@ -186,7 +186,9 @@ class MultiBoxLoss:
     def _mine(self, loss: Tensor, eligible: Tensor, positive: Tensor) -> Tensor:
         positives = positive.sum(dim=1)
         counts = torch.where(
-            positives > 0, self.negatives * positives, float(self.negatives_without_objects)
+            positives > 0,
+            (self.negatives * positives).floor(),
+            float(self.negatives_without_objects),
         )
         return hard_negatives(loss, eligible, counts)
 

@@ -148,7 +148,7 @@ def test_the_resize_is_detectron2s(size):
 
 
 def test_the_middle_of_the_training_sizes_and_the_crop_are_taken():
-    assert resize_of(get_config("quick/retinanet_own_data")) == Resize(240, 512)
+    assert resize_of(get_config("quick/retinanet_own_data")) == Resize(320, 640)
     assert resize_of(get_config("quick/retinanet_small_objects")) == Resize(256, 320, (128, 128))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 from detectron2.modeling import build_model
 
 from iou_d2 import get_config
@@ -161,3 +162,28 @@ def test_red_and_blue_change_places_in_the_first_convolution(layout):
         swapped = swap_red_and_blue({"other.0.weight": value, name: value})
         assert torch.equal(swapped[name], value.flip(1))
         assert torch.equal(swapped["other.0.weight"], value)
+
+
+@pytest.mark.parametrize(
+    ("config", "classes"), [("torchvision/ssd300_VGG16", 90), ("ssd300_VGG16_coco", 80)]
+)
+def test_a_file_of_torchvision_fills_its_own_config_and_that_of_coco(
+    tmp_path, capsys, config, classes
+):
+    peer = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None)
+    scores = peer.head.classification_head.module_list[1]
+    with torch.no_grad():
+        scores.bias.copy_((torch.arange(6)[:, None] * 1000.0 + torch.arange(91)).flatten())
+    torch.save(peer.state_dict(), tmp_path / "theirs.pth")
+    arguments = ["--from", "torchvision", "--to", "detectron2", "--config-file", config]
+    convert.main([str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth"), *arguments])
+    printed = capsys.readouterr().out
+    assert "Left over" not in printed and "not filled" not in printed
+    assert ("The config needs: INPUT.FORMAT RGB" in printed) == (classes == 80)
+    content = torch.load(tmp_path / "ours.pth", weights_only=True)
+    found = content["model"]["head.cls_score.1.bias"].reshape(6, classes + 1)
+    names = content["class_names"]
+    # The ids of these classes in COCO's annotations.
+    for name, index in (("person", 1), ("fire hydrant", 11), ("stop sign", 13), ("toothbrush", 90)):
+        assert found[2, names.index(name)] == 2000 + index
+    assert len(names) == classes and found[3, -1] == 3000
