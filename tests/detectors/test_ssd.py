@@ -214,7 +214,7 @@ def test_the_iou_changes_the_scores_as_alpha_says(small_cfg, make_batch):
     settings = ("MODEL.IOU_RETINANET.ALPHA", "0.3", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.2")
     model = build_model(small_cfg(AWARE, *settings)).eval()
     for conv in model.head.iou_pred:
-        nn.init.normal_(conv.weight, std=0.5)
+        nn.init.normal_(conv.weight, std=0.1)
     with torch.no_grad():
         found = model(make_batch([0]))[0]["instances"]
     assert len(found) > 20 and found.pred_ious.std() > 0.01

@@ -130,8 +130,7 @@ def test_a_class_says_what_it_said(small_cfg, tmp_path, config, overrides, new):
             assert torch.equal(x, source.state_dict()[name]), name
         elif "emu" in new:  # by hand, for a class that starts anew
             order, index = rows[name], new.index("emu")
-            of_group = x[: len(x) - order.background].chunk(order.groups)
-            fresh_of_group = fresh[name][: len(x) - order.background].chunk(order.groups)
+            of_group, fresh_of_group = x.chunk(order.groups), fresh[name].chunk(order.groups)
             for rows_of_all, fresh_of_all in zip(of_group, fresh_of_group):
                 part = slice(index * order.per_class, (index + 1) * order.per_class)
                 assert torch.equal(rows_of_all[part], fresh_of_all[part]), name
@@ -139,15 +138,16 @@ def test_a_class_says_what_it_said(small_cfg, tmp_path, config, overrides, new):
 
 def test_rows_against_loops():
     order = ClassRows(groups=2, per_class=3, background=1)
-    old, fresh = torch.arange(2 * 4 * 3 + 1.0), -torch.arange(2 * 2 * 3 + 1.0)
+    old, fresh = torch.arange(2 * (4 * 3 + 1.0)), -torch.arange(2 * (2 * 3 + 1.0))
     found = order.moved(old, fresh, {1: 3}).tolist()
     for group in range(2):
         for index in range(2):
             for row in range(3):
-                place = (group * 2 + index) * 3 + row
-                wanted = old[(group * 4 + 3) * 3 + row] if index == 1 else fresh[place]
+                place = group * 7 + index * 3 + row
+                wanted = old[group * 13 + 3 * 3 + row] if index == 1 else fresh[place]
                 assert found[place] == wanted
-    assert found[-1] == 24 and fresh[0] == 0 and len(found) == order.count(2)
+        assert found[group * 7 + 6] == old[group * 13 + 12]  # background
+    assert fresh[1] == -1 and len(found) == order.count(2)
 
 
 @pytest.mark.parametrize("ending", ["pth", "pkl"])
