@@ -52,6 +52,7 @@ def add_iou_config(cfg: CfgNode) -> None:
     _add_iou_net(cfg)
     _add_point_detector(cfg)
     _add_unitbox(cfg)
+    _add_ssd(cfg)
     register_old_keys(cfg)
 
 
@@ -288,6 +289,81 @@ def _add_unitbox(cfg: CfgNode) -> None:
     node.INFERENCE = "nms"
     # Of "ellipses": confidence over which a pixel belongs to a region. The paper gives none.
     node.REGION_THRESH_TEST = 0.5
+
+
+def _add_ssd(cfg: CfgNode) -> None:
+    """SSD, arXiv 1512.02325, and RefineDet, arXiv 1711.06897, with the augmentations that they
+    train with and that every detector may use. "The code" is that of their authors, in Caffe.
+
+    What every dense detector has is read from MODEL.RETINANET: IN_FEATURES, NUM_CLASSES,
+    SCORE_THRESH_TEST, TOPK_CANDIDATES_TEST (boxes a class), NMS_THRESH_TEST. IoUAwareSSD reads
+    MODEL.IOU_RETINANET, too.
+    """
+    # What happens to training images, in this order; empty for what Detectron2 does (INPUT.CROP,
+    # "shortest_edge", "flip"). "distort" changes colours, "expand" puts the image on a larger
+    # canvas, "iou_crop" cuts out a part that overlaps an object, "square" resizes to SQUARE_SIZE
+    # whatever the shape (with an interpolation by chance), "shortest_edge" as Detectron2 does,
+    # "flip" mirrors as RANDOM_FLIP says. Test images are resized alike, and no more.
+    cfg.INPUT.AUGMENTATIONS = []
+    # Side in pixels of "square", and of the image that the sizes of SSD's default boxes are for.
+    cfg.INPUT.SQUARE_SIZE = 300
+    # The canvas of "expand" is at most so many times as wide and as high (the code; "16 times" the
+    # area in the paper).
+    cfg.INPUT.EXPAND_RATIO = 4.0
+    # Shortest and longest side of "iou_crop", in sides of the image, before its aspect ratio is
+    # drawn: the code; 0.1 to 1 in the paper.
+    cfg.INPUT.IOU_CROP_SIZES = [0.3, 1.0]
+
+    # Features of build_ssd300_vgg16_backbone, build_ssd512_vgg16_backbone and
+    # build_refinedet_vgg16_backbone: "conv4_3" at stride 8, "conv5_3", "fc7", "conv6_2" to
+    # "conv9_2" (512: "conv10_2"; RefineDet: "conv6_2"), by the names of the code.
+    cfg.MODEL.SSD_VGG = CfgNode()
+    cfg.MODEL.SSD_VGG.OUT_FEATURES = ["conv4_3", "fc7", "conv6_2", "conv7_2", "conv8_2", "conv9_2"]
+
+    cfg.MODEL.MULTIBOX = node = CfgNode()
+    # A box is background below the first IoU, and learns an object from the second on (the code).
+    node.IOU_THRESHOLDS = [0.5, 0.5]
+    # Hardest negatives of an image for each of its positives; and of an image without a positive,
+    # which in the code learns nothing.
+    node.NEGATIVES_PER_POSITIVE = 3.0
+    node.NEGATIVES_WITHOUT_OBJECTS = 0
+    # Of Detectron2's Box2BoxTransform: the code's variances 0.1 and 0.2, inverted.
+    node.BBOX_REG_WEIGHTS = [10.0, 10.0, 5.0, 5.0]
+    # "smooth_l1" of the deltas (the papers); also "l2", "iou", "unitbox", "giou", "diou", "ciou",
+    # which are ours. And the factor of this loss.
+    node.BOX_LOSS = "smooth_l1"
+    node.BOX_LOSS_WEIGHT = 1.0
+    # "hard"; or Soft-NMS, "soft_linear" (RefineDet's code for COCO, with NMS_THRESH_TEST 0.3) or
+    # "soft_gaussian".
+    node.NMS = "hard"
+    # Whether boxes end at the image before NMS compares them (torchvision), not after (the code).
+    node.CLIP_BEFORE_NMS = False
+
+    cfg.MODEL.SSD = node = CfgNode()
+    # Sizes of default boxes, in percent of INPUT.SQUARE_SIZE: of the first level; and of the second
+    # to the last, between which the others lie evenly in whole percents. Of the code for VOC, 300
+    # px; 15/7 for COCO, 300 px, and VOC, 512 px; 10/4 for COCO, 512 px.
+    node.FIRST_RATIO = 10
+    node.MIN_RATIO = 20
+    node.MAX_RATIO = 90
+    # Of each level: width / height beside 1; their inverses come along.
+    node.ASPECT_RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
+    # Of each level: pixels between centres; empty for the strides of the features.
+    node.STEPS = []
+    # Cut sizes to whole pixels, as the code does; False is that of lufficc/SSD.
+    node.TRUNCATE_SIZES = True
+    # How default boxes end at the image: "none" (the code), "sides" (torchvision),
+    # "centers_and_sides" (amdegroot/ssd.pytorch, lufficc/SSD), "corners" (Caffe's own key).
+    node.CLIP = "none"
+
+    cfg.MODEL.REFINEDET = node = CfgNode()
+    # Boxes of lower objectness are no negatives of the second step and no detections: a background
+    # score over 0.99 (the paper).
+    node.MIN_OBJECTNESS = 0.01
+    # MULTIBOX.IOU_THRESHOLDS of the first step. The author found [0.3, 0.7] more stable on VOC.
+    node.ARM_IOU_THRESHOLDS = [0.5, 0.5]
+    # Channels of the transfer connection blocks (the paper).
+    node.CHANNELS = 256
 
 
 def get_config(config_file: str | os.PathLike = "", overrides: Sequence[str] = ()) -> CfgNode:

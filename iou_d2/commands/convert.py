@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from iou_d2 import get_config
 from iou_d2.commands.convert_files import (
     COUNTER,
+    Checkpoint,
     check_paths,
     pack,
     read_checkpoint,
@@ -139,13 +140,14 @@ def print_names(title: str, names: list[str]) -> None:
 
 
 def print_assumptions(
-    args: argparse.Namespace, cfg: CfgNode | None, config_text: str, swapped: bool
+    args: argparse.Namespace, cfg: CfgNode | None, checkpoint: Checkpoint, swapped: bool
 ) -> None:
     """Print what is taken for granted of an mmdetection checkpoint and may not be so."""
     if args.source != "mmdet":
         return
+    config_text = checkpoint.config_text
     if not config_text and (swapped or (cfg and is_caffe(cfg))):
-        order = pixel_format_of_source(args, cfg, config_text).order
+        order = pixel_format_of_source(args, cfg, checkpoint).order
         change = "red and blue changed places" if swapped else "red and blue stay"
         print(f"{args.input} holds no config. It is taken to be of {order}, so {change}.")
     if cfg and has_linear_p7(config_text) and "linear_p7" not in cfg.MODEL.BACKBONE.NAME:
@@ -166,7 +168,7 @@ def convert(args: argparse.Namespace) -> None:
         check_units(cfg, args.config_file)
     checkpoint = read_checkpoint(args.input, args.trust_weights)
     tensors, names, told = convert_tensors(args.input, checkpoint.tensors, args.source, args.target)
-    swap, pixels = change_of_pixels(args, cfg, checkpoint.config_text)
+    swap, pixels = change_of_pixels(args, cfg, checkpoint)
     if swap:
         tensors = swap_red_and_blue(tensors)
 
@@ -183,7 +185,7 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.output} has {len(tensors)} of {len(checkpoint.tensors)} tensors of {args.input}.")
     for change in told:
         print(f"Changed beside names: {change}.")
-    print_assumptions(args, cfg, checkpoint.config_text, swap)
+    print_assumptions(args, cfg, checkpoint, swap)
     left = [name for name in checkpoint.tensors if name not in names]
     print_names("Left over, without a counterpart", left + checkpoint.other)
     print_names(f"In the model of {args.config_file}, but not filled", missing)

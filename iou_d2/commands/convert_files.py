@@ -58,8 +58,10 @@ def read_checkpoint(path: str, trust: bool = False) -> Checkpoint:
 
 def pack(tensors: dict[str, Tensor], class_names: list[str], target: str, path: str) -> dict:
     """What is written to `path`, in the layout `target`."""
-    if target == "torchvision":
+    if target in ("torchvision", "amdegroot"):
         return OrderedDict(tensors)
+    if target == "lufficc":
+        return {"model": OrderedDict(tensors)}
     if target == "mmdet":
         meta = {"CLASSES": tuple(class_names)} if class_names else {}
         return {"meta": meta, "state_dict": OrderedDict(tensors)}

@@ -6,22 +6,26 @@ import argparse
 
 from detectron2.config import CfgNode
 
+from iou_d2.commands.convert_files import Checkpoint
 from iou_d2.engine.convert import (
     DETECTRON2_PIXELS,
     WITH_DETECTRON2_PIXELS,
     PixelFormat,
     pixel_format_of_mmdet,
+    recognise,
 )
 from iou_d2.errors import InputError
 
 
 def pixel_format_of_config(cfg: CfgNode) -> PixelFormat:
     mean, std = tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD)
-    return PixelFormat(cfg.INPUT.FORMAT, mean, std, cfg.MODEL.RESNETS.STRIDE_IN_1X1)
+    is_resnet = "vgg" not in cfg.MODEL.BACKBONE.NAME
+    strides = is_resnet and cfg.MODEL.RESNETS.STRIDE_IN_1X1
+    return PixelFormat(cfg.INPUT.FORMAT, mean, std, strides)
 
 
 def change_of_pixels(
-    args: argparse.Namespace, cfg: CfgNode | None, config_text: str
+    args: argparse.Namespace, cfg: CfgNode | None, checkpoint: Checkpoint
 ) -> tuple[bool, PixelFormat | None]:
     """Whether red and blue change places, and what the model of OUT takes, where that is known."""
     order = args.format or (cfg and cfg.INPUT.FORMAT)
@@ -39,7 +43,7 @@ def change_of_pixels(
     if args.source in WITH_DETECTRON2_PIXELS and args.source != "detectron2":
         return True, DETECTRON2_PIXELS.in_order("RGB")
     if args.source != "detectron2":
-        pixels = pixel_format_of_source(args, cfg, config_text)
+        pixels = pixel_format_of_source(args, cfg, checkpoint)
         return order not in (None, pixels.order), pixels.in_order(order or pixels.order)
     if cfg and cfg.MODEL.RESNETS.STRIDE_IN_1X1 and args.target == "torchvision":
         raise InputError("MODEL.RESNETS.STRIDE_IN_1X1 is on, which no ResNet of torchvision has.")
@@ -49,13 +53,15 @@ def change_of_pixels(
 
 
 def pixel_format_of_source(
-    args: argparse.Namespace, cfg: CfgNode | None, config_text: str
+    args: argparse.Namespace, cfg: CfgNode | None, checkpoint: Checkpoint
 ) -> PixelFormat:
-    """What the model of IN takes, of mmdetection or torchvision. A file of mmdetection without its
-    config is of Caffe's pixels where those of `cfg` are."""
-    if args.source == "mmdet" and not config_text and cfg and is_caffe(cfg):
+    """What the model of IN takes, of a layout without Detectron2's pixels. A file of mmdetection
+    without its config is of Caffe's pixels where those of `cfg` are."""
+    if args.source == "mmdet" and not checkpoint.config_text and cfg and is_caffe(cfg):
         return pixel_format_of_config(cfg)
-    return pixel_format_of_mmdet(config_text)
+    network = recognise(checkpoint.tensors, args.source)
+    usual = network.pixels.get(args.source) if network else None
+    return pixel_format_of_mmdet(checkpoint.config_text, usual)
 
 
 def is_caffe(cfg: CfgNode) -> bool:

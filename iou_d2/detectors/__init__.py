@@ -10,7 +10,9 @@ from . import (  # noqa: F401
     iou_net,
     iou_retinanet,
     point_detector,
+    refinedet,
     retinanet,
+    ssd,
     unitbox,
     vfnet,
 )

@@ -16,6 +16,7 @@ from fvcore.common.checkpoint import _filter_reused_missing_keys, _strip_prefix_
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from iou_d2.data.augmentation import build_augmentations
 from iou_d2.errors import InputError, MissingFileError
 
 from .class_rows import ModelClasses, match_rows
@@ -219,17 +220,26 @@ class SafeCheckpointer(DetectionCheckpointer):
 
 
 def build_predictor(cfg: CfgNode, trust: bool = False) -> DefaultPredictor:
-    """Detectron2's DefaultPredictor with MODEL.WEIGHTS read by SafeCheckpointer.
+    """Detectron2's DefaultPredictor with MODEL.WEIGHTS read by SafeCheckpointer, and with the
+    resize of INPUT.AUGMENTATIONS where that names one.
 
     Raises what SafeCheckpointer.load does.
     """
     require_trained(cfg.MODEL.WEIGHTS)
+    predictor = untrained_predictor(cfg)
+    SafeCheckpointer(predictor.model, trust=trust).load(cfg.MODEL.WEIGHTS)
+    predictor.cfg = cfg.clone()
+    return predictor
+
+
+def untrained_predictor(cfg: CfgNode) -> DefaultPredictor:
+    """`build_predictor` before there are weights."""
     untrained = cfg.clone()
     untrained.defrost()
     untrained.MODEL.WEIGHTS = ""
     predictor = DefaultPredictor(untrained)
-    SafeCheckpointer(predictor.model, trust=trust).load(cfg.MODEL.WEIGHTS)
-    predictor.cfg = cfg.clone()
+    if cfg.INPUT.get("AUGMENTATIONS"):
+        (predictor.aug,) = build_augmentations(cfg, is_train=False)
     return predictor
 
 

@@ -18,7 +18,10 @@ from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
 
 from iou_d2.detectors.iou_branch import IoUBranch
+from iou_d2.detectors.multibox import LevelConvs
 from iou_d2.detectors.point_heads import TwoTowerHead
+from iou_d2.detectors.refinedet import RefineDetHead
+from iou_d2.detectors.ssd import SSDHead
 from iou_d2.detectors.unitbox import UnitBoxHead
 from iou_d2.errors import InputError
 
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassRows:
-    """The order of the rows of a tensor: groups x classes x per_class, then background.
+    """The order of the rows of a tensor: groups x (classes x per_class, then background).
 
     Args:
         groups: such as the anchors of a cell, each of which has rows of all classes.
@@ -41,7 +44,7 @@ class ClassRows:
 
     def count(self, classes: int) -> int:
         """Rows of a tensor of so many classes."""
-        return self.groups * classes * self.per_class + self.background
+        return self.groups * (classes * self.per_class + self.background)
 
     def moved(self, old: Tensor, fresh: Tensor, places: Mapping[int, int]) -> Tensor:
         """`fresh` with rows of `old`, as a new tensor.
@@ -51,17 +54,22 @@ class ClassRows:
             places: index of a class in `fresh` -> its index in `old`.
         """
         result = fresh.clone()
-        source, target = self._by_class(old), self._by_class(result)
+        source, target = self._by_group(old), self._by_group(result)
+        if self.background:
+            target[:, -self.background :] = source[:, -self.background :].to(target)
+        source, target = self._by_class(source), self._by_class(target)
         for new_index, old_index in places.items():
             target[:, new_index] = source[:, old_index].to(target)
-        if self.background:
-            result[-self.background :] = old[-self.background :].to(result)
         return result
 
-    def _by_class(self, tensor: Tensor) -> Tensor:
+    def _by_group(self, tensor: Tensor) -> Tensor:
+        """A view (groups, rows of a group, ...) of all rows."""
+        return tensor.view(self.groups, -1, *tensor.shape[1:])
+
+    def _by_class(self, groups: Tensor) -> Tensor:
         """A view (groups, K, per_class, ...) of the rows of classes."""
-        rows = tensor[: len(tensor) - self.background]
-        return rows.view(self.groups, -1, self.per_class, *tensor.shape[1:])
+        rows = groups[:, : groups.shape[1] - self.background]
+        return rows.unflatten(1, (-1, self.per_class))
 
 
 def _of_retinanet(head: RetinaNetHead, cfg: CfgNode) -> dict[str, ClassRows]:
@@ -75,6 +83,22 @@ def _of_points(head: TwoTowerHead, cfg: CfgNode) -> dict[str, ClassRows]:
 
 def _of_unitbox(head: UnitBoxHead, cfg: CfgNode) -> dict[str, ClassRows]:
     return {"confidence": ClassRows()}
+
+
+def _of_ssd(head: SSDHead, cfg: CfgNode) -> dict[str, ClassRows]:
+    return _of_levels("cls_score", head.cls_score, cfg)
+
+
+def _of_refinedet(head: RefineDetHead, cfg: CfgNode) -> dict[str, ClassRows]:
+    return _of_levels("odm_score", head.odm_score, cfg)
+
+
+def _of_levels(name: str, convs: LevelConvs, cfg: CfgNode) -> dict[str, ClassRows]:
+    scores = cfg.MODEL.RETINANET.NUM_CLASSES + 1
+    return {
+        f"{name}.{level}": ClassRows(groups=conv.out_channels // scores, background=1)
+        for level, conv in enumerate(convs)
+    }
 
 
 def _of_box_predictor(layers: FastRCNNOutputLayers, cfg: CfgNode) -> dict[str, ClassRows]:
@@ -97,6 +121,8 @@ TABLE: dict[type[nn.Module], Callable[[nn.Module, CfgNode], dict[str, ClassRows]
     RetinaNetHead: _of_retinanet,
     TwoTowerHead: _of_points,
     UnitBoxHead: _of_unitbox,
+    SSDHead: _of_ssd,
+    RefineDetHead: _of_refinedet,
     FastRCNNOutputLayers: _of_box_predictor,
     MaskRCNNConvUpsampleHead: _of_masks,
     IoUBranch: _of_iou_branch,

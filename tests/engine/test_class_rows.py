@@ -18,7 +18,7 @@ from iou_d2.errors import InputError
 
 OLD = ["cat", "dog", "cow"]
 NEW = ["cow", "emu", "cat", "fox", "hen"]
-DENSE = "retinanet iou_retinanet vfnet atss fcos unitbox"
+DENSE = "retinanet iou_retinanet vfnet atss fcos unitbox ssd ssd_iou refinedet"
 # A config of each kind of heads, with keys that change which tensors have rows of classes.
 ONE_OF_EACH = [
     *((f"quick/{name}_shapes", ()) for name in DENSE.split()),
@@ -79,7 +79,8 @@ def outputs(model) -> list[torch.Tensor]:
     if not hasattr(model, "roi_heads"):
         predictions = model.predict(torch.randn(1, 3, 160, 160))
         if hasattr(predictions, "logits"):
-            return [predictions.logits[0]]
+            logits = predictions.logits[0]
+            return [logits.t() if logits.dim() == 2 else logits]
         logits = [level.logits[0] for level in predictions]
         return [x.flatten(1) if x.dim() == 3 else x.t() for x in logits]
     heads, found = model.roi_heads, []

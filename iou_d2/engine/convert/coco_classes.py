@@ -31,7 +31,7 @@ def count_classes(tensors: Mapping[str, Tensor], classes: ModelClasses) -> int |
     """How many classes `tensors` know, by the first of them that has rows of classes."""
     for name, rows in classes.rows.items():
         if name in tensors:
-            return (len(tensors[name]) - rows.background) // (rows.groups * rows.per_class)
+            return (len(tensors[name]) // rows.groups - rows.background) // rows.per_class
     return None
 
 

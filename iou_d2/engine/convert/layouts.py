@@ -13,11 +13,21 @@ from iou_d2.errors import InputError
 FIRST_CONV = re.compile(
     r"(?:.*\.)?stem\.conv1\.weight"  # detectron2, adelaidet, detectron2_main
     r"|(?:backbone\.(?:body\.)?)?conv1\.weight"  # mmdet, torchvision
+    r"|(?:backbone\.)?(?:vgg\.)?(?:features\.)?0\.weight"  # SSD of all layouts
 )
 
 # "adelaidet" is that of aim-uofa/AdelaiDet, "detectron2_main" that of the FCOS which only the main
 # branch of Detectron2 has.
-LAYOUTS = ("mmdet", "torchvision", "detectron2", "adelaidet", "detectron2_main")
+# "amdegroot" is amdegroot/ssd.pytorch, "lufficc" is lufficc/SSD.
+LAYOUTS = (
+    "mmdet",
+    "torchvision",
+    "detectron2",
+    "adelaidet",
+    "detectron2_main",
+    "amdegroot",
+    "lufficc",
+)
 # Their configs are Detectron2's and say what pixels are; the other layouts are written for RGB.
 WITH_DETECTRON2_PIXELS = ("detectron2", "adelaidet", "detectron2_main")
 
@@ -52,9 +62,10 @@ class PixelFormat(NamedTuple):
 DETECTRON2_PIXELS = PixelFormat("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), True)
 
 
-def pixel_format_of_mmdet(config: str) -> PixelFormat:
-    """Read off the text of an mmdetection config; what it does not say is as in torchvision."""
-    found = PixelFormat()
+def pixel_format_of_mmdet(config: str, otherwise: PixelFormat | None = None) -> PixelFormat:
+    """Read off the text of an mmdetection config; what it does not say is as `otherwise`, or as in
+    torchvision."""
+    found = otherwise or PixelFormat()
     order = re.search(r"to_rgb\s*=\s*(True|False)", config)
     if order:
         found = found._replace(order="RGB" if order[1] == "True" else "BGR")

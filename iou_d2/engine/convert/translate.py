@@ -26,6 +26,7 @@ from .resnet import (
 )
 from .retinanet import RETINANET, RETINANET_WITH_NORM
 from .rows import Change, Match, Row, find_rows, has_name
+from .ssd import SSD
 from .vfnet import VFNET
 
 NETWORKS: tuple[Network, ...] = (
@@ -38,6 +39,7 @@ NETWORKS: tuple[Network, ...] = (
     IOU_NET,
     RCNN_V2,
     RCNN,
+    SSD,
 )
 UNSUPPORTED = {
     r"layer\d\.\d+\.convs\.\d": "a Res2Net",
