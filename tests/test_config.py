@@ -131,13 +131,28 @@ def test_without_cuda_the_cpu_is_used_and_it_is_said(monkeypatch, capsys):
 
 
 CONFIGS = [x for x in glob.glob("configs/**/*.yaml", recursive=True) if "/Base-" not in x]
+# As deep as the config says, but with few channels: a ResNeXt-101 builds in a tenth of the time.
+THIN = [
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
+    *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+    *("MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
+]
+
+
+def thin_overrides(config_file):
+    """Those of a config that is not small by itself."""
+    resnet = load(config_file).MODEL.RESNETS
+    if "quick" in config_file or resnet.DEPTH < 50:
+        return []
+    width = 1 if resnet.NUM_GROUPS > 1 else 8
+    return [*THIN, "MODEL.RESNETS.WIDTH_PER_GROUP", str(width)]
 
 
 @pytest.mark.parametrize("config_file", sorted(CONFIGS))
 def test_every_config_builds_and_trains_two_steps(config_file, make_batch, event_storage):
     # Random weights behind the frozen statistics of a deep backbone overflow.
     overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"]
-    cfg = load(config_file, *overrides)
+    cfg = load(config_file, *overrides, *thin_overrides(config_file))
     classes = cfg.MODEL.RETINANET.NUM_CLASSES
     set_class_names(cfg, list(map(str, range(classes))))
     torch.manual_seed(0)

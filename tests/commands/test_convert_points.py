@@ -69,9 +69,9 @@ def test_settings_that_differ_are_told(tmp_path, capsys):
 
 
 def test_a_file_without_a_config_is_taken_to_be_of_rgb(tmp_path, capsys):
-    config = ["--config-file", "configs/mmdet/fcos_R_50_FPN_caffe.yaml", "--opts", *SMALL]
-    run(tmp_path, write(tmp_path / "a.pth"), *config)
-    assert "holds no config: it is taken to be of RGB" in capsys.readouterr().out
+    config = ["--config-file", "configs/mmdet/fcos_improved_R_50_FPN.yaml", "--opts", *SMALL]
+    run(tmp_path, write(tmp_path / "a.pth"), *config, "INPUT.FORMAT", "BGR")
+    assert "It is taken to be of RGB, so red and blue changed" in capsys.readouterr().out
 
 
 def test_distances_in_our_units_are_nobody_elses(tmp_path):
