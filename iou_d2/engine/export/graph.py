@@ -1,0 +1,85 @@
+"""A dense detector as a graph: from images as they are to raw predictions, candidates or
+detections, with normalisation, padding and NMS inside.
+
+Shape letters: N images, H and W of them. Boxes are XYXY in pixels of the input.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iou_d2.detectors.dense import DenseDetector
+
+from .candidates import Candidates, Suppress, best, usable
+from .readers import Reader
+
+OUTPUTS = ("raw", "candidates", "detections")
+
+
+class DetectorGraph(nn.Module):
+    """images (N, 3, H, W), 0..255 of any dtype, -> the tensors that `names` says, in that order.
+
+    All images of a batch have one size; those of several have to be given one by one.
+    """
+
+    def __init__(
+        self,
+        detector: DenseDetector,
+        reader: Reader,
+        num_classes: int,
+        outputs: str,
+        suppress: Suppress,
+    ):
+        """
+        Args:
+            detector, reader: it, and what reads its predictions.
+            outputs: one of OUTPUTS: all points or anchors, what NMS is given, or what it leaves.
+            suppress: the NMS of the runtime.
+        """
+        super().__init__()
+        self.detector = detector
+        self.reader = reader
+        self.num_classes = num_classes
+        self.outputs = outputs
+        self.suppress = suppress
+        self.names: list[str] = []  # of the outputs of the last call
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        size = tuple(images.shape[-2:])
+        predictions = self.detector.predict(self.preprocess(images))
+        if self.outputs == "raw":
+            outputs = self.reader.raw(predictions, size)
+        else:
+            candidates = usable(self.reader.candidates(predictions, size))
+            outputs = self.choose(candidates)
+        self.names = list(outputs)
+        return tuple(outputs.values())
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """As DenseDetector's `preprocess_image`, in arithmetic that a graph can hold."""
+        detector = self.detector
+        images = (images.float() - detector.pixel_mean) / detector.pixel_std
+        divisor = max(detector.backbone.size_divisibility, 1)
+        height, width = images.shape[-2:]
+        below, right = (-height) % divisor, (-width) % divisor
+        return F.pad(images, (0, right, 0, below))
+
+    def choose(self, candidates: Candidates) -> dict[str, Tensor]:
+        """What the graph puts out of the candidates."""
+        count = candidates.scores.shape[1]
+        if self.outputs == "candidates":
+            return best(candidates, count)
+        nms = self.reader.nms
+        classes = candidates.classes
+        kept = self.suppress(
+            candidates.boxes,
+            candidates.scores,
+            torch.zeros_like(classes) if nms.class_agnostic else classes,
+            1 if nms.class_agnostic else self.num_classes,
+            nms.nms_threshold,
+        )
+        limit = nms.max_detections
+        return best(candidates._replace(scores=candidates.scores * kept), count if limit < 0 else limit)

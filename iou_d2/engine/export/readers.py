@@ -1,0 +1,194 @@
+"""How the predictions of each kind of dense detector are read for all images of a batch at once.
+
+Shape letters: N images, K classes, L levels, R the points or anchors of one level, M candidates of
+an image. Boxes are XYXY in pixels of the network input.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import Boxes
+from torch import Tensor
+
+from iou_d2.detectors.dense import DenseDetector, DenseNMS, PyramidDetector
+from iou_d2.detectors.point_detector import PointDetector
+from iou_d2.detectors.unitbox import PixelPredictions, UnitBox
+from iou_d2.detectors.unitbox_inference import PixelNMS, boxes_of
+from iou_d2.errors import InputError
+
+from .candidates import Candidates, top
+
+
+class Reader(ABC):
+    """What `predict` of a detector says, for a batch.
+
+    Attributes:
+        nms: of the detector.
+        size: (height, width) of the images without padding, equal for all of a batch.
+    """
+
+    nms: DenseNMS
+
+    @abstractmethod
+    def raw(self, predictions: Any, size: tuple[int, int]) -> dict[str, Tensor]:
+        """"boxes" (N, R of all levels, 4) and "scores" (N, R of all levels, K), before any choice;
+        a score under the threshold may be 0. Other fields as the scores."""
+
+    @abstractmethod
+    def candidates(self, predictions: Any, size: tuple[int, int]) -> Candidates:
+        """What NMS is given."""
+
+
+class PyramidReader(Reader):
+    """Of a PyramidDetector: what `rank` and `boxes` say."""
+
+    def __init__(self, detector: PyramidDetector):
+        self.detector = detector
+        self.nms = detector.nms
+
+    def raw(self, predictions: list, size: tuple[int, int]) -> dict[str, Tensor]:
+        levels = []
+        for level in predictions:
+            count, level = number_of_images(level), as_one_image(level)
+            ranked = self.detector.rank(level, 0)
+            index = torch.arange(ranked["scores"].shape[0])
+            boxes = self.detector.boxes(level, 0, index, size)
+            ranked = {name: x.reshape(count, -1, x.shape[1]) for name, x in ranked.items()}
+            levels.append({"boxes": boxes.reshape(count, -1, 4), **ranked})
+        return {name: torch.cat([x[name] for x in levels], dim=1) for name in levels[0]}
+
+    def candidates(self, predictions: list, size: tuple[int, int]) -> Candidates:
+        levels = [self.of_level(level, size) for level in predictions]
+        boxes, scores, classes, fields = zip(*levels)
+        return Candidates(
+            torch.cat(boxes, dim=1),
+            torch.cat(scores, dim=1),
+            torch.cat(classes, dim=1),
+            {name: torch.cat([x[name] for x in fields], dim=1) for name in fields[0]},
+        )
+
+    def of_level(self, level: Any, size: tuple[int, int]) -> Candidates:
+        """The best `topk` of one level."""
+        count, level = number_of_images(level), as_one_image(level)
+        ranked = self.detector.rank(level, 0)
+        flat = {name: x.reshape(count, -1) for name, x in ranked.items()}  # (N, RK)
+        # NaN is over no threshold.
+        scores = torch.where(flat["scores"] > 0, flat["scores"], torch.zeros_like(flat["scores"]))
+        scores, index = top(scores, self.nms.topk)
+        classes = ranked["scores"].shape[1]
+        anchors = index // classes
+        # Where the anchors of an image begin among those of all.
+        first = torch.arange(count)[:, None] * (flat["scores"].shape[1] // classes)
+        boxes = self.detector.boxes(level, 0, (anchors + first).flatten(), size)
+        return Candidates(
+            boxes.view(count, -1, 4),
+            scores,
+            index - anchors * classes,
+            {name: x.gather(1, index) for name, x in flat.items() if name != "scores"},
+        )
+
+
+class PointReader(PyramidReader):
+    """Of a PointDetector, of which a box in the padding is no candidate."""
+
+    def of_level(self, level: Any, size: tuple[int, int]) -> Candidates:
+        return without_empty(super().of_level(level, size))
+
+
+class PixelReader(Reader):
+    """Of UnitBox with NMS: what PixelNMS does."""
+
+    def __init__(self, detector: UnitBox):
+        self.nms = detector.extract.nms
+
+    def raw(self, predictions: PixelPredictions, size: tuple[int, int]) -> dict[str, Tensor]:
+        logits, distances = (x[:, :, : size[0], : size[1]] for x in predictions[:2])
+        points = torch.arange(logits.shape[2] * logits.shape[3])
+        points = torch.stack([points % size[1], points // size[1]], dim=1) + 0.5
+        return {
+            "boxes": boxes_of(points, distances.flatten(2).transpose(1, 2)),
+            "scores": logits.sigmoid().flatten(2).transpose(1, 2),
+        }
+
+    def candidates(self, predictions: PixelPredictions, size: tuple[int, int]) -> Candidates:
+        logits, distances = (x[:, :, : size[0], : size[1]] for x in predictions[:2])
+        count, classes = logits.shape[:2]
+        peaks = logits == F.max_pool2d(logits, kernel_size=3, stride=1, padding=1)
+        scores = (logits.sigmoid() * peaks).flatten(2)  # (N, K, HW)
+        scores = torch.where(scores > self.nms.score_threshold, scores, torch.zeros_like(scores))
+        scores, pixels = top(scores.flatten(0, 1), self.nms.topk)  # (NK, topk)
+        scores, pixels = (x.view(count, -1) for x in (scores, pixels))
+        points = torch.stack([pixels % size[1], pixels // size[1]], dim=-1) + 0.5
+        index = pixels[:, None].expand(-1, 4, -1)
+        sides = distances.flatten(2).gather(2, index).transpose(1, 2)
+        numbers = torch.arange(classes).repeat_interleave(self.nms.topk).expand(count, -1)
+        return without_empty(Candidates(boxes_of(points, sides), scores, numbers, {}))
+
+
+def without_empty(candidates: Candidates) -> Candidates:
+    """Those whose box has an area; the others are made none."""
+    sides = candidates.boxes[..., 2:] - candidates.boxes[..., :2]
+    full = (sides > 0).all(dim=-1)
+    scores = torch.where(full, candidates.scores, torch.zeros_like(candidates.scores))
+    return candidates._replace(scores=scores)
+
+
+def number_of_images(level: Any) -> int:
+    """N of a level: all of its tensors have it but those of two dimensions."""
+    return next(x.shape[0] for x in _tensors(level) if x.dim() > 2)
+
+
+def _tensors(part: Any) -> list[Tensor]:
+    if isinstance(part, Tensor):
+        return [part]
+    return [x for item in part for x in _tensors(item)] if isinstance(part, tuple) else []
+
+
+def as_one_image(level: Any) -> Any:
+    """The predictions of a level for N images as for a single one, of the points or anchors of all
+    of them, image by image.
+
+    `level` is a named tuple of maps (N, channels, H, W), of (N, R, channels), of points or Boxes,
+    which all images share, and of tuples of these. `rank` and `boxes` read one image; so one call
+    reads all of them, how many there may be.
+    """
+    count = number_of_images(level)
+    return _as_one_image(level, count)
+
+
+def _as_one_image(part: Any, count: int) -> Any:
+    if isinstance(part, Boxes):
+        return Boxes(part.tensor.repeat(count, 1))
+    if isinstance(part, tuple):
+        items = [_as_one_image(item, count) for item in part]
+        return type(part)(*items) if hasattr(part, "_fields") else tuple(items)
+    if not isinstance(part, Tensor):
+        return part
+    if part.dim() == 4:
+        channels, width = part.shape[1], part.shape[3]
+        return part.transpose(0, 1).reshape(1, channels, -1, width)
+    if part.dim() == 3:
+        return part.reshape(1, -1, part.shape[2])
+    return part.repeat(count, 1)
+
+
+def reader_of(detector: DenseDetector) -> Reader:
+    """The reader of a detector. Raises InputError where there is none."""
+    if isinstance(detector, UnitBox):
+        if not isinstance(detector.extract, PixelNMS):
+            raise InputError(
+                "UnitBox fits its ellipses with OpenCV, which no graph can hold: set "
+                "MODEL.UNITBOX.INFERENCE nms to export it."
+            )
+        return PixelReader(detector)
+    for kind, reader in ((PointDetector, PointReader), (PyramidDetector, PyramidReader)):
+        if isinstance(detector, kind) and type(detector).candidates is kind.candidates:
+            return reader(detector)
+    raise InputError(
+        f"MODEL.META_ARCHITECTURE {type(detector).__name__} cannot be exported: only RetinaNet, "
+        "IoU-aware RetinaNet, the point detectors and UnitBox can."
+    )
