@@ -107,9 +107,7 @@ class Detector:
         return np.ascontiguousarray(batch.transpose(2, 0, 1)[None], dtype=self.dtype)
 
 
-def _session(
-    path: str, threads: int | None, providers: list[str]
-) -> onnxruntime.InferenceSession:
+def _session(path: str, threads: int | None, providers: list[str]) -> onnxruntime.InferenceSession:
     if not Path(path).is_file():
         raise MissingFileError(f"There is no model {path}.")
     available = onnxruntime.get_available_providers()
@@ -134,7 +132,9 @@ def _session(
 def _require_image(image: np.ndarray) -> None:
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
         got = (
-            f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            f"{image.dtype} {image.shape}"
+            if isinstance(image, np.ndarray)
+            else type(image).__name__
         )
         raise InputError(f"An image is (H, W, 3) uint8 BGR, as OpenCV reads it, but got {got}.")
     if 0 in image.shape:

@@ -36,10 +36,14 @@ class Agreement(NamedTuple):
             max(self.scores, other.scores),
         )
 
-    def holds(self, pixels: float = 0.05, scores: float = 1e-4) -> bool:
+    def __str__(self) -> str:
         return (
-            not (self.missing or self.extra) and self.boxes <= pixels and self.scores <= scores
+            f"boxes within {self.boxes:.1e} px, scores within {self.scores:.1e}, {self.missing} "
+            f"missing, {self.extra} more"
         )
+
+    def holds(self, pixels: float = 0.05, scores: float = 1e-4) -> bool:
+        return not (self.missing or self.extra) and self.boxes <= pixels and self.scores <= scores
 
 
 NOTHING = Agreement(0, 0, 0, 0.0, 0.0)

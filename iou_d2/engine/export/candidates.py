@@ -7,7 +7,6 @@ none: no shape depends on what is found.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,38 +24,64 @@ class Candidates(NamedTuple):
     fields: dict[str, Tensor]  # whatever else detections carry, (N, M) each
 
 
-# (boxes (N, M, 4), scores (N, M), groups (N, M) int64 that never meet, number of groups, IoU) ->
-# (N, M) 1 where a candidate is kept and 0 where it is not, whose score is 0 among them.
-Suppress = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
-
-
 def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest of scores (N, M), each at least 0, and their indices: both (N, count).
+    """The `count` highest of scores (N, M), each at least 0, and their indices: both (N, count). Of
+    equal ones the first comes first.
 
     Where there are fewer, 0 and the index 0 stand for the others. `topk` alone would bake the M of
     the example into a graph.
     """
-    best, index = F.pad(scores, (0, count)).topk(count, dim=1)
+    scores = F.pad(scores, (0, count))
+    best, index = scores.topk(count, dim=1)
+    if not torch.onnx.is_in_onnx_export():  # ONNX's TopK settles ties itself, and torch's does not
+        index = index.sort(dim=1).values
+        best, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)
+        index = index.gather(1, order)
     return best, torch.where(best > 0, index, torch.zeros_like(index))
 
 
-def best(candidates: Candidates, count: int) -> dict[str, Tensor]:
-    """The outputs of a graph: the `count` best candidates by falling score, by name.
-
-    "boxes" (N, count, 4), "scores", "classes" and the fields (N, count), and "counts" (N,), how
-    many of them there are; behind these boxes, scores and fields are 0 and classes -1.
-    """
+def best(candidates: Candidates, count: int) -> Candidates:
+    """The `count` best of each image by falling score. Behind those that there are, boxes, scores
+    and fields are 0 and classes -1."""
     scores, index = top(candidates.scores, count)
     there = scores > 0
     boxes = candidates.boxes.gather(1, index[..., None].expand(-1, -1, 4))
-    outputs = {
-        "boxes": torch.where(there[..., None], boxes, torch.zeros_like(boxes)),
-        "scores": scores,
-        "classes": torch.where(there, candidates.classes.gather(1, index), -1),
-    }
-    for name, value in candidates.fields.items():
-        outputs[name] = torch.where(there, value.gather(1, index), torch.zeros_like(scores))
-    return {**outputs, "counts": there.sum(dim=1)}
+    return Candidates(
+        torch.where(there[..., None], boxes, torch.zeros_like(boxes)),
+        scores,
+        torch.where(there, candidates.classes.gather(1, index), -1),
+        {
+            name: torch.where(there, value.gather(1, index), torch.zeros_like(scores))
+            for name, value in candidates.fields.items()
+        },
+    )
+
+
+def outputs_of(candidates: Candidates) -> dict[str, Tensor]:
+    """What a graph puts out of what `best` gave, by name: "counts" (N,) says how many there are."""
+    boxes, scores, classes, fields = candidates
+    counts = (scores > 0).sum(dim=1)
+    return {"boxes": boxes, "scores": scores, "classes": classes, **fields, "counts": counts}
+
+
+def without_empty(candidates: Candidates) -> Candidates:
+    """Those whose box has an area; the others are made none."""
+    sides = candidates.boxes[..., 2:] - candidates.boxes[..., :2]
+    full = (sides > 0).all(dim=-1)
+    scores = torch.where(full, candidates.scores, torch.zeros_like(candidates.scores))
+    return candidates._replace(scores=scores)
+
+
+def clipped(candidates: Candidates, size: tuple[int, int]) -> Candidates:
+    """With the boxes cut at the edges of images of `size`, (height, width)."""
+    x1, y1, x2, y2 = candidates.boxes.unbind(dim=-1)
+    sides = [_clip(side, size[axis]) for side, axis in ((x1, 1), (y1, 0), (x2, 1), (y2, 0))]
+    return candidates._replace(boxes=torch.stack(sides, dim=-1))
+
+
+def _clip(x: Tensor, limit: int) -> Tensor:
+    # With a limit that a tracer follows, which `clamp` would make a constant.
+    return torch.minimum(x.clamp(min=0), torch.ones_like(x) * limit)
 
 
 def usable(candidates: Candidates) -> Candidates:
@@ -68,37 +93,47 @@ def usable(candidates: Candidates) -> Candidates:
     )
 
 
-def suppress_in_torch(
+def suppress(
     boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, threshold: float
 ) -> Tensor:
-    """A `Suppress` of torchvision's op, for TorchScript and torch.export.
+    """Non-maximum suppression of each image and group.
 
-    Groups and images are set side by side, in float64, which no coordinate is rounded in.
+    Args:
+        boxes: (N, M, 4), finite.
+        scores: (N, M); where one is 0 there is no box.
+        groups: (N, M), 0..num_groups - 1; those of different ones never meet.
+        threshold: an IoU over it suppresses.
+
+    Returns:
+        (N, M), 1 where a box is kept and 0 where it is not.
     """
-    number = torch.arange(len(boxes), device=boxes.device)[:, None] * num_groups + groups
+    nms = _onnx_nms if torch.onnx.is_in_onnx_export() else _torch_nms
+    kept = nms(boxes, scores, groups, num_groups, threshold)
+    mask = torch.zeros_like(scores).flatten()
+    return mask.scatter(0, kept, torch.ones_like(kept, dtype=scores.dtype)).view_as(scores)
+
+
+def _torch_nms(
+    boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, threshold: float
+) -> Tensor:
+    """Flat indices of the kept boxes, by torchvision's operator. Groups and images are set side by
+    side, in float64, which rounds no coordinate."""
+    number = torch.arange(boxes.shape[0], device=boxes.device)[:, None] * num_groups + groups
     room = boxes.max() - boxes.min() + 1
     apart = boxes.double() + (number * room)[..., None].double()
     (index,) = torch.nonzero(scores.flatten() > 0, as_tuple=True)
-    kept = torchvision.ops.nms(
-        apart.reshape(-1, 4)[index], scores.flatten()[index].double(), threshold
-    )
-    return _mask(scores, index[kept])
+    scores = scores.flatten()[index].double()
+    return index[torchvision.ops.nms(apart.reshape(-1, 4)[index], scores, threshold)]
 
 
-def suppress_in_onnx(
+def _onnx_nms(
     boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, threshold: float
 ) -> Tensor:
-    """A `Suppress` of ONNX's NonMaxSuppression, which knows images and classes itself."""
+    """The same by ONNX's NonMaxSuppression, which knows images and groups itself."""
     numbers = torch.arange(num_groups, device=boxes.device)[:, None]
     by_group = scores[:, None] * (groups[:, None] == numbers)  # (N, groups, M)
     found = _NonMaxSuppression.apply(boxes, by_group, threshold)
-    return _mask(scores, found[:, 0] * scores.shape[1] + found[:, 2])
-
-
-def _mask(scores: Tensor, kept: Tensor) -> Tensor:
-    """Flat indices of `scores` (N, M) -> (N, M), 1 at these and 0 elsewhere."""
-    mask = torch.zeros_like(scores).flatten()
-    return mask.scatter(0, kept, torch.ones_like(kept, dtype=scores.dtype)).view_as(scores)
+    return found[:, 0] * scores.shape[1] + found[:, 2]
 
 
 class _NonMaxSuppression(torch.autograd.Function):
@@ -111,7 +146,9 @@ class _NonMaxSuppression(torch.autograd.Function):
             for group, values in enumerate(groups):
                 (index,) = torch.nonzero(values > 0, as_tuple=True)
                 kept = index[torchvision.ops.nms(boxes[image, index], values[index], threshold)]
-                found.append(torch.tensor([image, group, 0]) + kept[:, None] * kept.new_tensor([0, 0, 1]))
+                found.append(
+                    torch.tensor([image, group, 0]) + kept[:, None] * kept.new_tensor([0, 0, 1])
+                )
         return torch.cat(found)
 
     @staticmethod

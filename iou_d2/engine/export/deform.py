@@ -1,4 +1,4 @@
-"""Deformable convolution in graphs: as GridSample, which every ONNX Runtime has, or as one operator.
+"""Deformable convolution in graphs: as GridSample, which is in every runtime, or as one operator.
 
 Shape letters: N images, C channels, H and W of the input, h and w of the output, G offset groups,
 T the taps of the kernel (9 of a 3x3), row-major.

@@ -8,10 +8,10 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from torch import nn
 
-from iou_d2 import __version__
 from iou_d2.detectors.iou_retinanet import IoUAwareRetinaNet
 from iou_d2.detectors.point_detector import PointDetector
 from iou_d2.detectors.unitbox import UnitBox
+from iou_d2.engine.compat import versions
 from iou_d2.ops.losses import focal_loss
 from iou_d2.runtime.description import Description, ShortestEdge
 
@@ -32,7 +32,7 @@ def describe(cfg: CfgNode, detector: nn.Module, outputs: str, weights: str = "")
         resize=ShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
         outputs=outputs,
         score=kind_of_score(detector),
-        version=__version__,
+        version=versions()["iou_d2"],
         weights_sha256=sha256_of(weights) if weights else "",
     )
 

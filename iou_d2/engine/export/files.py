@@ -6,11 +6,12 @@ Shape letters: N images, H and W of them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .graph import DetectorGraph
 # What the exporter that works on TorchScript writes at most; above it the file is converted.
 TRACED_OPSETS = range(17, 21)
 OPSETS = range(17, 23)
+FORMATS = ("onnx", "torchscript", "pt2")
 # The file that says in a TorchScript file or an archive what metadata say in ONNX.
 DESCRIPTION_FILE = "iou_d2.json"
 
@@ -44,10 +46,13 @@ class InputSpec:
     batch: int | None = None
     dtype: torch.dtype = torch.uint8
 
-    def example(self, divisor: int) -> Tensor:
+    def example(self, divisor: int, multiples: bool = False) -> Tensor:
         """Random images. Where any are taken their number is 2, for exporters make a constant of 1,
-        and no side is a multiple of `divisor`, so that the padding is part of the graph."""
+        and no side is a multiple of `divisor`, so that the padding is part of the graph; unless
+        they are to be `multiples`."""
         height, width = self.size or (4 * divisor + 1, 5 * divisor + 3)
+        if multiples and self.size is None:
+            height, width = 4 * divisor, 5 * divisor
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch or 2, 3, height, width)
         return torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(self.dtype)
@@ -63,7 +68,6 @@ def write_onnx(
 ) -> None:
     """
     Args:
-        graph: whose NMS is `suppress_in_onnx`.
         opset: one of OPSETS.
         deform_conv: what deformable convolutions become: "GridSample", or "DeformConv" from opset
             19 on.
@@ -79,11 +83,9 @@ def write_onnx(
             f"ONNX has DeformConv from opset {DEFORM_CONV_OPSET} on, but --opset is {opset}."
         )
     traced = min(opset, TRACED_OPSETS[-1])
-    example = spec.example(max(graph.detector.backbone.size_divisibility, 1))
+    example = spec.example(graph.divisor)
     sampling = SampledDeformConv() if deform_conv == "GridSample" else _deform_conv_operator()
     with _whole(path) as unfinished, sampling, _quiet():
-        # The exporter gives all parts the training flag of the graph.
-        graph.eval()(example)
         torch.onnx.export(
             graph,
             (example,),
@@ -107,35 +109,54 @@ def write_onnx(
 def write_torchscript(
     graph: DetectorGraph, path: str | os.PathLike, spec: InputSpec, description: Description
 ) -> None:
-    """`graph`, whose NMS is `suppress_in_torch`, as a file for `torch.jit.load`."""
-    example = spec.example(max(graph.detector.backbone.size_divisibility, 1))
+    """`graph` as a file for `torch.jit.load`."""
     with _whole(path) as unfinished, _quiet():
-        traced = torch.jit.trace(graph.eval(), (example,), check_trace=False)
+        traced = torch.jit.trace(graph, (spec.example(graph.divisor),), check_trace=False)
+        traced = torch.jit.freeze(traced)  # so that what it gives has no gradient
         torch.jit.save(traced, unfinished, _extra_files=_described(graph, description))
 
 
 def write_program(
     graph: DetectorGraph, path: str | os.PathLike, spec: InputSpec, description: Description
 ) -> None:
-    """`graph`, whose NMS is `suppress_in_torch`, as a file for `torch.export.load`.
+    """`graph` as a file for `torch.export.load`.
 
-    Raises InputError for sizes that torch.export cannot leave open.
+    Where it takes any size, that has to be a multiple of `graph.divisor`: padding is more than
+    torch.export can reason about.
     """
-    divisor = max(graph.detector.backbone.size_divisibility, 1)
-    example = spec.example(divisor)
+    example = spec.example(graph.divisor, multiples=True)
+    if spec.size is None:
+        graph = copy.copy(graph)
+        graph.pads = False
     shapes = {}
     if spec.batch is None:
         shapes[0] = torch.export.Dim("batch", min=1, max=1024)
     if spec.size is None:
-        # Padding to multiples of the divisor is more than it can reason about.
-        example = example[:, :, :1, :1].repeat(1, 1, 4 * divisor, 5 * divisor)
         for axis, name in ((2, "rows"), (3, "columns")):
-            shapes[axis] = divisor * torch.export.Dim(name, min=1, max=1024)
+            shapes[axis] = graph.divisor * torch.export.Dim(name, min=1, max=1024)
     with _whole(path) as unfinished, _quiet():
-        program = torch.export.export(
-            graph.eval(), (example,), dynamic_shapes=(shapes,), strict=False
-        )
+        program = torch.export.export(graph, (example,), dynamic_shapes=(shapes,), strict=False)
         torch.export.save(program, unfinished, extra_files=_described(graph, description))
+
+
+def write(
+    format: str,
+    graph: DetectorGraph,
+    path: str | os.PathLike,
+    spec: InputSpec,
+    description: Description,
+    opset: int = OPSETS[0],
+    deform_conv: str = "GridSample",
+) -> None:
+    """Write `graph` in one of FORMATS, whole or not at all; the last two are for ONNX."""
+    # The exporter of ONNX gives all parts the training flag of the graph.
+    graph.eval()(spec.example(graph.divisor))  # which makes its names
+    if format == "onnx":
+        write_onnx(graph, path, spec, description, opset, deform_conv)
+    else:
+        {"torchscript": write_torchscript, "pt2": write_program}[format](
+            graph, path, spec, description
+        )
 
 
 def _described(graph: DetectorGraph, description: Description) -> dict[str, str]:
@@ -199,6 +220,3 @@ def _whole(path: str | os.PathLike) -> Iterator[str]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-WRITERS: dict[str, Callable] = {"torchscript": write_torchscript, "pt2": write_program}

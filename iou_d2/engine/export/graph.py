@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from iou_d2.detectors.dense import DenseDetector
 
-from .candidates import Candidates, Suppress, best, usable
+from .candidates import (
+    Candidates,
+    best,
+    clipped,
+    outputs_of,
+    suppress,
+    usable,
+    without_empty,
+)
 from .readers import Reader
 
 OUTPUTS = ("raw", "candidates", "detections")
@@ -30,21 +38,24 @@ class DetectorGraph(nn.Module):
         reader: Reader,
         num_classes: int,
         outputs: str,
-        suppress: Suppress,
     ):
         """
         Args:
             detector, reader: it, and what reads its predictions.
             outputs: one of OUTPUTS: all points or anchors, what NMS is given, or what it leaves.
-            suppress: the NMS of the runtime.
         """
         super().__init__()
         self.detector = detector
         self.reader = reader
         self.num_classes = num_classes
         self.outputs = outputs
-        self.suppress = suppress
+        self.pads = True  # to a size that the backbone divides
         self.names: list[str] = []  # of the outputs of the last call
+
+    @property
+    def divisor(self) -> int:
+        """What the sides of an image are padded to multiples of."""
+        return max(self.detector.backbone.size_divisibility, 1)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -54,7 +65,7 @@ class DetectorGraph(nn.Module):
             outputs = self.reader.raw(predictions, size)
         else:
             candidates = usable(self.reader.candidates(predictions, size))
-            outputs = self.choose(candidates)
+            outputs = outputs_of(self.choose(candidates, size))
         self.names = list(outputs)
         return tuple(outputs.values())
 
@@ -62,24 +73,27 @@ class DetectorGraph(nn.Module):
         """As DenseDetector's `preprocess_image`, in arithmetic that a graph can hold."""
         detector = self.detector
         images = (images.float() - detector.pixel_mean) / detector.pixel_std
-        divisor = max(detector.backbone.size_divisibility, 1)
+        if not self.pads:
+            return images
         height, width = images.shape[-2:]
-        below, right = (-height) % divisor, (-width) % divisor
+        below, right = (-height) % self.divisor, (-width) % self.divisor
         return F.pad(images, (0, right, 0, below))
 
-    def choose(self, candidates: Candidates) -> dict[str, Tensor]:
-        """What the graph puts out of the candidates."""
+    def choose(self, candidates: Candidates, size: tuple[int, int]) -> Candidates:
+        """What the graph puts out of the candidates, best first."""
         count = candidates.scores.shape[1]
         if self.outputs == "candidates":
             return best(candidates, count)
         nms = self.reader.nms
         classes = candidates.classes
-        kept = self.suppress(
+        kept = suppress(
             candidates.boxes,
             candidates.scores,
             torch.zeros_like(classes) if nms.class_agnostic else classes,
             1 if nms.class_agnostic else self.num_classes,
             nms.nms_threshold,
         )
-        limit = nms.max_detections
-        return best(candidates._replace(scores=candidates.scores * kept), count if limit < 0 else limit)
+        limit = count if nms.max_detections < 0 else nms.max_detections
+        found = best(candidates._replace(scores=candidates.scores * kept), limit)
+        # As Detectron2's `detector_postprocess`, behind the limit.
+        return best(without_empty(clipped(found, size)), limit)

@@ -20,7 +20,7 @@ from iou_d2.detectors.unitbox import PixelPredictions, UnitBox
 from iou_d2.detectors.unitbox_inference import PixelNMS, boxes_of
 from iou_d2.errors import InputError
 
-from .candidates import Candidates, top
+from .candidates import Candidates, top, without_empty
 
 
 class Reader(ABC):
@@ -35,7 +35,7 @@ class Reader(ABC):
 
     @abstractmethod
     def raw(self, predictions: Any, size: tuple[int, int]) -> dict[str, Tensor]:
-        """"boxes" (N, R of all levels, 4) and "scores" (N, R of all levels, K), before any choice;
+        """ "boxes" (N, R of all levels, 4) and "scores" (N, R of all levels, K), before any choice;
         a score under the threshold may be 0. Other fields as the scores."""
 
     @abstractmethod
@@ -127,14 +127,6 @@ class PixelReader(Reader):
         sides = distances.flatten(2).gather(2, index).transpose(1, 2)
         numbers = torch.arange(classes).repeat_interleave(self.nms.topk).expand(count, -1)
         return without_empty(Candidates(boxes_of(points, sides), scores, numbers, {}))
-
-
-def without_empty(candidates: Candidates) -> Candidates:
-    """Those whose box has an area; the others are made none."""
-    sides = candidates.boxes[..., 2:] - candidates.boxes[..., :2]
-    full = (sides > 0).all(dim=-1)
-    scores = torch.where(full, candidates.scores, torch.zeros_like(candidates.scores))
-    return candidates._replace(scores=scores)
 
 
 def number_of_images(level: Any) -> int:
