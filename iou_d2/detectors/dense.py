@@ -178,8 +178,8 @@ class Selection(NamedTuple):
 
 
 def select_candidates(scores: Tensor, threshold: float, topk: int) -> Selection:
-    """The `topk` highest entries of `scores` (R, K) above `threshold`, best first, and of equal
-    ones the first."""
+    """The `topk` highest entries of `scores` (R, K) above `threshold`, best first; of equal ones
+    among these the first comes first."""
     above = scores > threshold
     anchors, classes = torch.nonzero(above, as_tuple=True)
     scores = scores[above]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 # By how much the score of a detection may differ that only one of both has, because the other put
 # it behind the last one or below the threshold.
 AT_THE_EDGE = 1e-4
+# Two boxes are one detection if no side is so many pixels apart, nor the scores by so much.
+SAME_BOX, SAME_SCORE = 0.5, 0.01
 
 
 class Agreement(NamedTuple):
@@ -122,8 +124,8 @@ def _distances(ours: dict, index: int, theirs: dict, free: np.ndarray) -> np.nda
     """How far each free detection of the same class and score is from one of ours, in pixels."""
     distance = np.abs(theirs["boxes"] - ours["boxes"][index]).max(axis=1, initial=0)
     same = theirs["classes"] == ours["classes"][index]
-    same &= np.abs(theirs["scores"] - ours["scores"][index]) < 0.01
-    return np.where(free & same & (distance < 1), distance, np.inf)
+    same &= np.abs(theirs["scores"] - ours["scores"][index]) < SAME_SCORE
+    return np.where(free & same & (distance < SAME_BOX), distance, np.inf)
 
 
 def _inner(scores: Sequence[float], edges: Sequence[float]) -> int:

@@ -26,7 +26,7 @@ class Candidates(NamedTuple):
 
 def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` highest of scores (N, M), each at least 0, and their indices: both (N, count). Of
-    equal ones the first comes first.
+    equal ones among these the first comes first.
 
     Where there are fewer, 0 and the index 0 stand for the others. `topk` alone would bake the M of
     the example into a graph.

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from .agreement import Agreement, agreement, detections_of_model, detections_of_outputs
-from .files import InputSpec
+from .files import InputSpec, program_example
 from .graph import DetectorGraph
 
 # Images (N, 3, H, W) -> the outputs of a file, in their order.
@@ -56,7 +56,8 @@ def check_file(
     except ImportError as error:
         print(f"It was not run: {error}.")
         return ""
-    images = spec.example(graph.divisor, multiples=format == "pt2")
+    is_program = format == "pt2"
+    images = program_example(graph, spec) if is_program else spec.example(graph.divisor)
     if graph.outputs != "detections":
         outputs = run(images)
         shapes = (f"{name} {x.shape}" for name, x in zip(graph.names, outputs))

@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,13 +46,10 @@ class InputSpec:
     batch: int | None = None
     dtype: torch.dtype = torch.uint8
 
-    def example(self, divisor: int, multiples: bool = False) -> Tensor:
+    def example(self, divisor: int) -> Tensor:
         """Random images. Where any are taken their number is 2, for exporters make a constant of 1,
-        and no side is a multiple of `divisor`, so that the padding is part of the graph; unless
-        they are to be `multiples`."""
+        and no side is a multiple of `divisor`, so that the padding is part of the graph."""
         height, width = self.size or (4 * divisor + 1, 5 * divisor + 3)
-        if multiples and self.size is None:
-            height, width = 4 * divisor, 5 * divisor
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch or 2, 3, height, width)
         return torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(self.dtype)
@@ -110,10 +107,16 @@ def write_torchscript(
     graph: DetectorGraph, path: str | os.PathLike, spec: InputSpec, description: Description
 ) -> None:
     """`graph` as a file for `torch.jit.load`."""
+    graph = copy.deepcopy(graph).requires_grad_(False)  # what `no_grad` does is not traced
     with _whole(path) as unfinished, _quiet():
         traced = torch.jit.trace(graph, (spec.example(graph.divisor),), check_trace=False)
-        traced = torch.jit.freeze(traced)  # so that what it gives has no gradient
         torch.jit.save(traced, unfinished, _extra_files=_described(graph, description))
+
+
+def program_example(graph: DetectorGraph, spec: InputSpec) -> Tensor:
+    """Random images of a size that `write_program` allows."""
+    size = spec.size or (2 * graph.coarsest, 3 * graph.coarsest)
+    return replace(spec, size=size).example(graph.divisor)
 
 
 def write_program(
@@ -121,10 +124,10 @@ def write_program(
 ) -> None:
     """`graph` as a file for `torch.export.load`.
 
-    Where it takes any size, that has to be a multiple of `graph.divisor`: padding is more than
-    torch.export can reason about.
+    Where it takes any size, that has to be a multiple of `graph.coarsest`: padding, and features
+    of odd sizes, are more than torch.export can reason about.
     """
-    example = spec.example(graph.divisor, multiples=True)
+    example = program_example(graph, spec)
     if spec.size is None:
         graph = copy.copy(graph)
         graph.pads = False
@@ -133,7 +136,7 @@ def write_program(
         shapes[0] = torch.export.Dim("batch", min=1, max=1024)
     if spec.size is None:
         for axis, name in ((2, "rows"), (3, "columns")):
-            shapes[axis] = graph.divisor * torch.export.Dim(name, min=1, max=1024)
+            shapes[axis] = graph.coarsest * torch.export.Dim(name, min=1, max=1024)
     with _whole(path) as unfinished, _quiet():
         program = torch.export.export(graph, (example,), dynamic_shapes=(shapes,), strict=False)
         torch.export.save(program, unfinished, extra_files=_described(graph, description))

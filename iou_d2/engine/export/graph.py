@@ -57,6 +57,12 @@ class DetectorGraph(nn.Module):
         """What the sides of an image are padded to multiples of."""
         return max(self.detector.backbone.size_divisibility, 1)
 
+    @property
+    def coarsest(self) -> int:
+        """The stride of the coarsest feature, or the divisor where that is larger."""
+        shapes = self.detector.backbone.output_shape().values()
+        return max(self.divisor, *(shape.stride for shape in shapes))
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         size = tuple(images.shape[-2:])
