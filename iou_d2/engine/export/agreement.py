@@ -44,8 +44,15 @@ class Agreement(NamedTuple):
             f"missing, {self.extra} more"
         )
 
-    def holds(self, pixels: float = 0.05, scores: float = 1e-4) -> bool:
-        return not (self.missing or self.extra) and self.boxes <= pixels and self.scores <= scores
+    def holds(self, doubtful: float = 0.0, pixels: float = 0.05, scores: float = 1e-4) -> bool:
+        """Whether all differences are within these, and no more than the share `doubtful` of the
+        detections are in one set alone."""
+        alone = self.missing + self.extra
+        return (
+            alone <= doubtful * (2 * self.pairs + alone)
+            and self.boxes <= pixels
+            and self.scores <= scores
+        )
 
 
 NOTHING = Agreement(0, 0, 0, 0.0, 0.0)

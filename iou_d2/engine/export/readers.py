@@ -24,14 +24,17 @@ from .candidates import Candidates, top, without_empty
 
 
 class Reader(ABC):
-    """What `predict` of a detector says, for a batch.
+    """What `predict` of a detector says, for a batch of images of one `size`, (height, width)
+    without padding.
 
     Attributes:
         nms: of the detector.
-        size: (height, width) of the images without padding, equal for all of a batch.
+        doubtful: share of the detections that may be others in another runtime, since equal scores
+            are the rule there.
     """
 
     nms: DenseNMS
+    doubtful = 0.0
 
     @abstractmethod
     def raw(self, predictions: Any, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -100,7 +103,13 @@ class PointReader(PyramidReader):
 
 
 class PixelReader(Reader):
-    """Of UnitBox with NMS: what PixelNMS does."""
+    """Of UnitBox with NMS: what PixelNMS does.
+
+    Half a stride of pixels at the edges of an image have the scores of their neighbours, but for
+    rounding, and which of them is a peak and suppresses the others is up to the runtime.
+    """
+
+    doubtful = 0.2
 
     def __init__(self, detector: UnitBox):
         self.nms = detector.extract.nms
