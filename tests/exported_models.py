@@ -31,7 +31,7 @@ def small_model(config_file: str, *overrides: str) -> tuple:
             parameter.data *= 0.3 if "box" in name and "pred" in name else 1.0
     for name, parameter in model.named_parameters():
         if "offset" in name:
-            nn.init.normal_(parameter, std=0.05)
+            nn.init.normal_(parameter, std=0.02)
     return cfg, model
 
 

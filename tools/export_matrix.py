@@ -1,10 +1,11 @@
 """Export every dense method in every format and write what works into docs/EXPORT.md.
 
-    python tools/export_matrix.py --output docs/EXPORT.md [--only onnx torchscript pt2]
+    python tools/export_matrix.py --output docs/EXPORT.md [--formats onnx torchscript pt2]
+        [--models vfnet unitbox]
 
 Each model is small and of random weights. Its file is run on random images of several sizes and
 numbers, and what it detects is matched with what the model detects. The rows between the two marks
-in the page are replaced; those of formats that were not run stay.
+in the page are replaced; those of what was not run stay.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from exported_models import noise, small_model, write_model  # noqa: E402
-
 from iou_d2.engine.export.agreement import NOTHING  # noqa: E402
 from iou_d2.engine.export.check import compare, load  # noqa: E402
 
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 QUICK = ("retinanet", "iou_retinanet", "atss", "atss_iou", "fcos", "vfnet_star", "vfnet", "unitbox")
 CASES = (
     *(Case(name, f"configs/quick/{name}_shapes.yaml") for name in QUICK),
-    Case("vfnet, ResNet-50 and towers DCN", "configs/vfnet_R_50_FPN_dcn_2x_ms.yaml"),
+    Case("vfnet_dcn", "configs/vfnet_R_50_FPN_dcn_2x_ms.yaml"),
 )
 VARIANTS = {
     "onnx": ((17, "GridSample"), (19, "DeformConv"), (22, "GridSample")),
@@ -71,11 +71,11 @@ def row(case: Case, format: str, opset: int, deform_conv: str, folder: Path) -> 
     return [case.name, label(format, opset, deform_conv), *numbers]
 
 
-def rows_of(formats: list[str]) -> list[list]:
+def rows_of(formats: list[str], models: list[str]) -> list[list]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for format in formats:
-            for case in CASES:
+            for case in (case for case in CASES if case.name in models):
                 for opset, deform_conv in VARIANTS[format]:
                     if deform_conv == "DeformConv" and not case.name.startswith("vfnet"):
                         continue
@@ -84,11 +84,13 @@ def rows_of(formats: list[str]) -> list[list]:
     return rows
 
 
-def kept_rows(table: str, formats: list[str]) -> list[list[str]]:
-    """The rows of a table in Markdown that are of other formats."""
+def kept_rows(table: str, formats: list[str], models: list[str]) -> list[list[str]]:
+    """The rows of a table in Markdown that are of other formats or models."""
     lines = [line for line in table.splitlines() if line.startswith("|")][2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [cells for cells in rows if cells[1].split(",")[0] not in formats]
+    return [
+        cells for cells in rows if cells[0] not in models or cells[1].split(",")[0] not in formats
+    ]
 
 
 def main() -> None:
@@ -96,13 +98,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, type=Path, metavar="PAGE")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--formats", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    names = [case.name for case in CASES]
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     torch.set_num_threads(1)
     page = args.output.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
     table, after = rest.split(END)
-    rows = sorted(kept_rows(table, args.only) + rows_of(args.only), key=lambda cells: cells[1])
+    chosen = args.formats, args.models
+    rows = sorted(kept_rows(table, *chosen) + rows_of(*chosen), key=lambda cells: cells[1])
     table = tabulate(rows, HEADERS, "github", disable_numparse=True)
     args.output.write_text(f"{before}{BEGIN}{table}\n{END}{after}", encoding="utf-8")
 
