@@ -103,11 +103,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    chosen = args.formats, args.models
+    rows = rows_of(*chosen)
     page = args.output.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
     table, after = rest.split(END)
-    chosen = args.formats, args.models
-    rows = sorted(kept_rows(table, *chosen) + rows_of(*chosen), key=lambda cells: cells[1])
+    rows = sorted(kept_rows(table, *chosen) + rows, key=lambda cells: cells[1])
     table = tabulate(rows, HEADERS, "github", disable_numparse=True)
     args.output.write_text(f"{before}{BEGIN}{table}\n{END}{after}", encoding="utf-8")
 
