@@ -52,7 +52,12 @@ class Detector:
                 f"{path} puts out {self.description.outputs}, before NMS: export it with "
                 "`--with detections`."
             )
-        (images,) = self.session.get_inputs()
+        images = self.session.get_inputs()[0]
+        if images.type not in TYPES:
+            raise InputError(
+                f"{path} takes {images.type}, which `iou-d2 export` does not write: images are "
+                f"{' or '.join(TYPES)}."
+            )
         self.dtype = TYPES[images.type]
         batch, _, *size = images.shape
         if isinstance(batch, int) and batch != 1:

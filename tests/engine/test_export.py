@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 from exported_models import noise, small_model, write_model
+from iou_d2 import get_config
 from iou_d2.detectors.dense import DenseNMS
+from iou_d2.engine.export import build_graph
 from iou_d2.engine.export.agreement import NOTHING
 from iou_d2.engine.export.check import compare, load
 from iou_d2.engine.export.files import InputSpec, program_example
+from iou_d2.engine.export.readers import reader_of
 from iou_d2.errors import InputError
 
 onnx = pytest.importorskip("onnx")
@@ -186,11 +190,6 @@ def test_a_file_for_one_size_and_batch_says_so(tmp_path):
     ],
 )
 def test_what_cannot_be_exported_names_the_key(tmp_path, config, overrides, sentence):
-    from detectron2.modeling import build_model
-
-    from iou_d2 import get_config
-    from iou_d2.engine.export import build_graph
-
     cfg = get_config(config_of(config), ["MODEL.DEVICE", "cpu", *overrides])
     with pytest.raises(InputError, match=sentence):
         build_graph(cfg, build_model(cfg))
@@ -210,10 +209,15 @@ def test_an_opset_that_there_is_not_leaves_no_file(tmp_path, arguments, sentence
     assert not list(tmp_path.iterdir())
 
 
-def test_another_way_of_choosing_candidates_is_not_exported_as_this_one():
-    from iou_d2.engine.export.readers import reader_of
+def test_another_nms_is_not_exported_as_the_usual_one():
+    _, model = small_model(config_of("retinanet"))
+    model.nms = type("SoftNMS", (), {})()
+    with pytest.raises(InputError, match="SoftNMS is a loop that no graph can hold"):
+        reader_of(model)
 
-    cfg, model = small_model(config_of("retinanet"))
+
+def test_another_way_of_choosing_candidates_is_not_exported_as_this_one():
+    _, model = small_model(config_of("retinanet"))
     model.__class__ = type("Own", (type(model),), {"candidates": lambda self, *x: None})
     with pytest.raises(InputError, match="MODEL.META_ARCHITECTURE Own cannot be exported"):
         reader_of(model)

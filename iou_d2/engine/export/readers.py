@@ -179,6 +179,12 @@ def _as_one_image(part: Any, count: int) -> Any:
 
 def reader_of(detector: DenseDetector) -> Reader:
     """The reader of a detector. Raises InputError where there is none."""
+    nms = getattr(detector, "nms", None)
+    if nms is not None and not isinstance(nms, DenseNMS):
+        raise InputError(
+            f"{type(nms).__name__} is a loop that no graph can hold: set the key that chooses it "
+            "to hard NMS to export this detector."
+        )
     if isinstance(detector, UnitBox):
         if not isinstance(detector.extract, PixelNMS):
             raise InputError(
