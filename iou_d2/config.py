@@ -1,4 +1,4 @@
-"""Every config key that iou_d2 adds to Detectron2, and the config of a run."""
+"""The config of a run."""
 
 from __future__ import annotations
 
@@ -10,188 +10,15 @@ from detectron2.config import CfgNode, get_cfg
 
 from . import backbones, detectors  # noqa: F401  (for what they register)
 from .config_files import find_config
+from .config_keys import add_keys
 from .config_merging import merge_file, merge_overrides
 from .old_keys import register_old_keys
 
 
 def add_iou_config(cfg: CfgNode) -> None:
-    """Add the keys of iou_d2 to `cfg`, in place."""
-    # Names of the classes, in the order of the model's outputs. Training fills them in from its
-    # data, so that a saved config names what its model predicts (ours).
-    cfg.MODEL.CLASS_NAMES = []
-
-    # What a user insists on where data look wrong (ours): boxes that look like corners (XYXY) or
-    # fractions of the image are taken as XYWH in pixels; images outside the image folder are read;
-    # classes of a test set that the model does not know are left out of it.
-    cfg.DATASETS.TRUST_BOXES = False
-    cfg.DATASETS.TRUST_PATHS = False
-    cfg.DATASETS.TRUST_CLASSES = False
-
-    # "SGD" as in Detectron2 and the papers, or "AdamW" (ours, for small models from scratch).
-    cfg.SOLVER.OPTIMIZER = "SGD"
-
-    # IoU-aware RetinaNet, arXiv 1912.05992.
-    cfg.MODEL.IOU_RETINANET = CfgNode()
-    # Confidence = p^ALPHA * IoU^(1 - ALPHA), in [0, 1]. 1 is plain RetinaNet, 0 ranks by the
-    # predicted IoU alone. The authors' code has 0.5.
-    cfg.MODEL.IOU_RETINANET.ALPHA = 0.5
-    # Loss between the predicted and the true IoU of a positive anchor: "bce" (the authors' code),
-    # "l1" or "l2" after a sigmoid.
-    cfg.MODEL.IOU_RETINANET.IOU_LOSS_TYPE = "bce"
-    # Factor of that loss in the total; 1 in the authors' code.
-    cfg.MODEL.IOU_RETINANET.IOU_LOSS_WEIGHT = 1.0
-    # Whether the gradient of the target, the IoU of the decoded box, reaches the box branch
-    # (Eqn. 5). True in the authors' code and in the best row of their Table 4.
-    cfg.MODEL.IOU_RETINANET.IOU_TARGET_GRADIENT = True
-
-    _add_mobilenet_v2(cfg)
-    _add_box_losses(cfg)
-    _add_iou_net(cfg)
-    _add_point_detector(cfg)
-    _add_unitbox(cfg)
+    """Add the keys of iou_d2 to `cfg`, in place: see config_keys.py."""
+    add_keys(cfg)
     register_old_keys(cfg)
-
-
-def _add_mobilenet_v2(cfg: CfgNode) -> None:
-    """MobileNetV2, arXiv 1801.04381. MODEL.BACKBONE.FREEZE_AT counts its stages as a ResNet's: 1 is
-    the stem, 2 to 5 end with res2 to res5.
-
-    MODEL.WEIGHTS may be "torchvision://mobilenet_v2", or resnet18, resnet34, resnet50, resnet101,
-    resnet152 or vgg16 in its place: ImageNet weights, which take RGB (iou_d2/engine/pretrained.py).
-    """
-    cfg.MODEL.MOBILENET_V2 = node = CfgNode()
-    # Features: "res2" to "res5" at strides 4 to 32.
-    node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    # Factor of all numbers of channels; torchvision has weights for 1 alone.
-    node.WIDTH = 1.0
-    # "FrozenBN" keeps the statistics of the weights, "BN" and "SyncBN" learn them anew.
-    node.NORM = "FrozenBN"
-
-
-def _add_box_losses(cfg: CfgNode) -> None:
-    """The losses of boxes. They are chosen by Detectron2's keys BBOX_REG_LOSS_TYPE of
-    MODEL.RETINANET (BoxLossRetinaNet, IoUAwareRetinaNet), MODEL.RPN (BoxLossRPN) and
-    MODEL.ROI_BOX_HEAD (BoxLossROIHeads, BoxLossCascadeROIHeads, IoU-Net): "smooth_l1", "l2" (of the
-    deltas), "iou" (1 - IoU), "unitbox" (-ln IoU), "giou", "diou" or "ciou".
-    """
-    # Factor of that loss in RetinaNet, as Detectron2's BBOX_REG_LOSS_WEIGHT of the other two. With
-    # the IoU losses 2 is usual here (ATSS); for the box head 10, and 12 for "ciou" (mmdetection).
-    cfg.MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
-
-
-def _add_iou_net(cfg: CfgNode) -> None:
-    """IoU-Net, arXiv 1807.11590. `MMI` is its reproduction, thisisi3/OpenMMLab-IoUNet."""
-    cfg.MODEL.IOU_NET = node = CfgNode()
-    # Loss of the IoU branch: "smooth_l1" on 2 * IoU - 1 (the authors), "bce" on the IoU (MMI).
-    node.LOSS_TYPE = "smooth_l1"
-    # Factor of that loss, a mean over RoIs. The paper gives none; 5 in MMI.
-    node.LOSS_WEIGHT = 5.0
-    # One IoU for all classes in place of one a class (the authors).
-    node.CLASS_AGNOSTIC = False
-    # Jittered training RoIs around a ground truth, and at most in an image. The paper gives none;
-    # those of MMI, which found 150 to 250 and 1000 alike.
-    node.ROIS_PER_GT = 250
-    node.ROIS_PER_IMAGE = 1000
-    # "guided" is IoU-guided NMS (Algorithm 1), "plain" Detectron2's; "soft_linear" and
-    # "soft_gaussian" are Soft-NMS. All use MODEL.ROI_HEADS.NMS_THRESH_TEST, which the paper does
-    # not give ("e.g. 0.5", an author); the Gaussian uses none.
-    node.NMS = "guided"
-    # What ranks boxes in guided NMS: "iou" (Algorithm 1), "score" (of the class), "product" (MMI).
-    node.RANK_BY = "iou"
-    # "ascent" on the predicted IoU (Algorithm 2) or, as its rival, "regression" by the box head.
-    node.REFINE_BY = "ascent"
-    # Steps of it, T of Algorithm 2, where it is 5; 0 switches refinement off.
-    node.REFINE_STEPS = 5
-    # lambda of Algorithm 2, 0.5 there: the step in units of gradient times box size. MMI found 2
-    # best.
-    node.REFINE_STEP_SIZE = 0.5
-    # Omega_1 and Omega_2 of Algorithm 2, 0.001 and -0.01 there: a box stops when its predicted IoU
-    # changes by less than the first or by less than the second, which is negative.
-    node.REFINE_EARLY_STOP = 0.001
-    node.REFINE_MAX_DROP = -0.01
-    # Undo a step that lowered the predicted IoU; Algorithm 2 keeps it.
-    node.REFINE_ROLL_BACK = False
-    # Multiply the final score by the predicted IoU, which the paper does not do and MMI does.
-    node.SCORE_TIMES_IOU = False
-
-
-def _add_point_detector(cfg: CfgNode) -> None:
-    """VarifocalNet, arXiv 2008.13367, and its rivals ATSS (1912.02424) and FCOS (1904.01355).
-
-    What every dense detector has is read from MODEL.RETINANET: IN_FEATURES, NUM_CLASSES, NUM_CONVS,
-    PRIOR_PROB, SCORE_THRESH_TEST, TOPK_CANDIDATES_TEST, NMS_THRESH_TEST.
-    """
-    cfg.MODEL.POINT_DETECTOR = node = CfgNode()
-    # "VFNetHead"; without refinement "StarHead"; without star convolutions "PointHead" (rows of
-    # VarifocalNet's ablation) and, with a quality branch, "QualityHead" (ATSS, FCOS).
-    node.HEAD = "VFNetHead"
-    # Groups of the towers' GroupNorm, 32 in all their code, and whether their last convolution is a
-    # deformable one (VarifocalNet's DCN rows).
-    node.NUM_GROUPS = 32
-    node.DEFORMABLE_TOWER = False
-    # Which points learn an object: "atss" (1912.02424, VarifocalNet) or "fcos" (1904.01355).
-    node.ASSIGNER = "atss"
-    # Where a cell has its point, in cells: 0 the top left corner, 0.5 the centre. None is 0 for
-    # ATSS and 0.5 for FCOS, as in all published weights.
-    node.POINT_OFFSET = None
-    # ATSS: side of a point's anchor in strides, 8 in all papers.
-    node.ANCHOR_SCALE = 8.0
-    # FCOS: positive points lie within so many strides of an object's centre (1.5 in its authors'
-    # later code), or anywhere in it with 0 (the paper, VarifocalNet's code).
-    node.CENTER_SAMPLING_RADIUS = 0.0
-    # FCOS: the longest distance that each level learns, in pixels, those of the paper; the last one
-    # learns all longer ones, too.
-    node.MAX_DISTANCES = [64, 128, 256, 512, 1024]
-    # Pixels that a predicted distance of 1 means, for each level (VarifocalNet's code).
-    node.DISTANCE_UNITS = [64, 128, 256, 512, 1024]
-    # Loss of the classes: "varifocal" (2008.13367), "quality_focal" (2006.04388) or "focal" (ATSS,
-    # FCOS).
-    node.CLS_LOSS = "varifocal"
-    # What weighs the box losses and is learnt by class scores or by a quality branch: "iou" of the
-    # predicted box with its object, or the "centerness" of a point in its object (ATSS, FCOS).
-    node.QUALITY = "iou"
-    # Loss of the boxes: "giou" in the code of all three, "iou", "unitbox", "diou", "ciou";
-    # "smooth_l1" and "l2" are those of the distances in strides, with
-    # MODEL.RETINANET.SMOOTH_L1_LOSS_BETA (ours).
-    node.BOX_LOSS = "giou"
-    # Factors of the losses of the initial and of the final box. A head that does not refine has
-    # the final box only. Authors' code; 2 in ATSS.
-    node.BOX_LOSS_WEIGHTS = [1.5, 2.0]
-    # Whether NMS suppresses boxes of other classes too (ours; no paper does).
-    node.CLASS_AGNOSTIC_NMS = False
-
-
-def _add_unitbox(cfg: CfgNode) -> None:
-    """UnitBox, arXiv 1608.01471, and the backbone of the paper.
-
-    What every dense detector has is read from MODEL.RETINANET: NUM_CLASSES, SCORE_THRESH_TEST,
-    TOPK_CANDIDATES_TEST (pixels a class), NMS_THRESH_TEST. Each class has a confidence map of its
-    own; the paper has faces alone.
-    """
-    cfg.MODEL.VGG = CfgNode()
-    # Features of VGG-16, at first those that UnitBox reads: "conv1" to "conv5" at strides 1 to 16,
-    # "pool1" to "pool5" at 2 to 32.
-    cfg.MODEL.VGG.OUT_FEATURES = ["conv4", "conv5"]
-
-    cfg.MODEL.UNITBOX = node = CfgNode()
-    # Features that the branches read: "after stage 4" and "after stage 5", of which the paper does
-    # not say whether that is before pooling.
-    node.CONFIDENCE_FEATURE = "conv4"
-    node.BOX_FEATURE = "conv5"
-    # Positive pixels: those in the "box" of an object (Algorithm 1) or in the "ellipse" inscribed
-    # in it (the confidence of Fig. 2).
-    node.REGION = "ellipse"
-    # "unitbox" is -ln IoU, "l2" its rival in the paper; also "iou", "giou", "diou", "ciou",
-    # "smooth_l1". Distances are in pixels.
-    node.BOX_LOSS = "unitbox"
-    # Factors of the losses, means over pixels. The paper gives none.
-    node.BOX_LOSS_WEIGHT = 1.0
-    node.CONFIDENCE_LOSS_WEIGHT = 1.0
-    # "nms" over the pixels whose confidence peaks (ours, the better one on faces and on shapes), or
-    # "ellipses" fitted to the regions of confident pixels (the paper).
-    node.INFERENCE = "nms"
-    # Of "ellipses": confidence over which a pixel belongs to a region. The paper gives none.
-    node.REGION_THRESH_TEST = 0.5
 
 
 def get_config(config_file: str | os.PathLike = "", overrides: Sequence[str] = ()) -> CfgNode:

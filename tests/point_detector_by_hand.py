@@ -6,9 +6,11 @@ import math
 
 import torch
 
-NAMES = ("vfnet", "vfnet_star", "vfnet_vfl", "vfnet_raw", "atss", "atss_iou", "fcos")
-
-
+NAMES = (
+    *("vfnet", "vfnet_star", "vfnet_vfl", "vfnet_raw"),
+    *("atss", "atss_iou", "atss_points", "fcos"),
+)
+WITH_QUALITY = ("atss", "atss_iou", "atss_points", "fcos")
 CONFIGS = {name: f"configs/{name}_R_50_FPN_1x.yaml" for name in NAMES}
 
 
@@ -47,7 +49,7 @@ def cells(prediction, points):
 
 
 def class_loss(name: str, p: float, q: float) -> float:
-    if name in ("atss", "atss_iou", "fcos", "vfnet_raw"):
+    if name in (*WITH_QUALITY, "vfnet_raw"):
         return -0.25 * (1 - p) ** 2 * math.log(p) if q > 0 else -0.75 * p**2 * math.log(1 - p)
     if q > 0:
         return -q * (q * math.log(p) + (1 - q) * math.log(1 - p))
@@ -61,10 +63,13 @@ def box_loss(kind: str, box: list[float], gt: list[float], stride: int) -> float
     if kind == "smooth_l1":
         return sum(e * e / 0.4 if e < 0.2 else e - 0.1 for e in errors)
     iou, giou = iou_and_giou(box, gt)
+    if kind == "unitbox":
+        return -math.log(max(iou, 1e-6))
     return 1 - giou if kind == "giou" else 1 - iou
 
 
-def losses_by_hand(name: str, model, batch, kind: str = "giou") -> dict[str, float]:
+def losses_by_hand(name: str, model, batch, kind: str | None = None) -> dict[str, float]:
+    kind = kind or ("unitbox" if name == "fcos" else "giou")
     predictions, points = predict(model, batch)
     stages = len(predictions[0].distances)
     box, weights = [0.0] * stages, [0.0] * stages
@@ -79,7 +84,7 @@ def losses_by_hand(name: str, model, batch, kind: str = "giou") -> dict[str, flo
                 for stage in range(stages if gt else 0):
                     decoded = decode(prediction, stage, image, cell, point)
                     q = max(iou_and_giou(decoded, gt)[0], 1e-6)
-                    if name in ("atss", "fcos"):
+                    if name in ("atss", "atss_points", "fcos"):
                         x, y = point.tolist()
                         sides = [x - gt[0], gt[2] - x], [y - gt[1], gt[3] - y]
                         q = math.sqrt(math.prod(min(s) / max(s) for s in sides))
@@ -94,9 +99,10 @@ def losses_by_hand(name: str, model, batch, kind: str = "giou") -> dict[str, flo
                     quality_loss += math.log(1 + math.exp(-logit)) + (1 - q) * logit
             matches = matches[len(level) :]
     assert positives > 5
-    losses = {"loss_box": 2 * box[-1] / weights[-1], "loss_cls": cls / positives}
+    factor = 1 if name == "fcos" else 2
+    losses = {"loss_box": factor * box[-1] / weights[-1], "loss_cls": cls / positives}
     if stages == 2:
         losses["loss_box_initial"] = 1.5 * box[0] / weights[0]
-    if name in ("atss", "atss_iou", "fcos"):
+    if name in WITH_QUALITY:
         losses["loss_quality"] = quality_loss / positives
     return losses

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-BASELINES = ("retinanet_", "faster_rcnn_", "atss_", "fcos_")
-METHODS = ("iou_retinanet_", "iou_net_", "vfnet_", "unitbox_")
+BASELINES = ("retinanet_", "faster_rcnn_", "atss_", "fcos_", "ssd")
+METHODS = ("iou_retinanet_", "iou_net_", "vfnet_", "unitbox_", "refinedet_")
 FILES = sorted(Path("configs").rglob("*.yaml"))
 
 

@@ -38,6 +38,8 @@ ROOF = (
     "config",
     "config_arithmetic",
     "config_files",
+    "config_keys",
+    "config_keys_dense",
     "config_merging",
     "config_reading",
     "old_keys",

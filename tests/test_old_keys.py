@@ -48,6 +48,14 @@ def test_a_saved_iou_net_pools_as_it_was_trained(tmp_path):
     assert load(tmp_path, later).MODEL.ROI_BOX_HEAD.POOLER_TYPE == "ROIAlignV2"
 
 
+def test_a_saved_atss_decodes_and_ranks_as_it_did(tmp_path):
+    text = "MODEL: {POINT_DETECTOR: {HEAD: QualityHead, CLS_LOSS: focal, QUALITY: centerness}}"
+    node = load(tmp_path, text).MODEL.POINT_DETECTOR
+    assert (node.BOX_CODEC, node.QUALITY_TOWER, node.LEVEL_SCALES) == ("exp", "box", True)
+    assert (node.INFERENCE, node.BOX_LOSS_MEAN, node.MIN_QUALITY_SUM) == ("authors", "weighted", 1)
+    assert not node.TOWER_BIAS and not node.OPEN_RANGES
+
+
 @pytest.mark.parametrize("key", ["MODEL.VFNET.HEAD", "MODEL.UNITBOX.NUM_CLASSES"])
 def test_detectron2s_own_merging_says_what_took_the_place_of_an_old_key(tmp_path, key):
     cfg = get_cfg()

@@ -1,3 +1,11 @@
 """Backbones, which register themselves by name."""
 
-from . import deformable_resnet, mobilenet_v2, resnet10, vgg  # noqa: F401
+from . import (  # noqa: F401
+    deformable_resnet,
+    mobilenet_v2,
+    resnet10,
+    retinanet_fpn,
+    ssd_vgg,
+    torchvision_resnet,
+    vgg,
+)

@@ -14,6 +14,8 @@ from torch import Tensor
 from iou_d2.errors import InputError
 from iou_d2.layers.deform_conv import deform_conv, geometry, offset_conv, split_offsets
 
+from .retinanet_fpn import LinearP6P7
+
 BLOCKS_PER_STAGE = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -97,12 +99,22 @@ def build_deformable_resnet_fpn_p6p7_backbone(cfg, input_shape) -> FPN:
     The FPN of VarifocalNet and FCOS (arXiv 2008.13367); RetinaNet's makes p6 of res5. Without a
     deformable stage it is an ordinary ResNet, of any depth.
     """
+    return _build_fpn(cfg, input_shape, LastLevelP6P7)
+
+
+@BACKBONE_REGISTRY.register()
+def build_deformable_resnet_fpn_linear_p7_backbone(cfg, input_shape) -> FPN:
+    """The same without the ReLU between p6 and p7: the FPN of mmdetection's ATSS."""
+    return _build_fpn(cfg, input_shape, LinearP6P7)
+
+
+def _build_fpn(cfg, input_shape, top_block: type[LastLevelP6P7]) -> FPN:
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     return FPN(
         bottom_up=build_deformable_resnet_backbone(cfg, input_shape),
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=channels,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
+        top_block=top_block(channels, channels, in_feature="p5"),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )

@@ -25,12 +25,13 @@ class VGG16(Backbone):
     that after max-pooling, at stride 2^i. Parameters have torchvision's names: "features.0.weight".
     """
 
-    def __init__(self, out_features: list[str], freeze_at: int = 0):
+    def __init__(self, out_features: list[str], freeze_at: int = 0, ceil_mode: bool = False):
         """
         Args:
             out_features: names of the features, such as ["conv4", "conv5"]. Stages after the last
                 of them are not built.
             freeze_at: so many of the first stages keep their weights.
+            ceil_mode: let pooling round sizes up, as Caffe does, in place of down.
 
         Raises:
             InputError: a feature that VGG-16 does not have, or none at all.
@@ -49,6 +50,7 @@ class VGG16(Backbone):
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 stage += 1
+                layer.ceil_mode = ceil_mode
             if isinstance(layer, nn.Conv2d):
                 # As torchvision does outside of make_layers.
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

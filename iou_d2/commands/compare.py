@@ -63,6 +63,11 @@ def detect_at_side(
     cfg: CfgNode, truth: dict, side: int, folder: Path, trust: bool = False
 ) -> list[dict]:
     """The detections with the shorter side of the images resized to `side`, kept in `folder`."""
+    if "square" in cfg.INPUT.AUGMENTATIONS:
+        raise InputError(
+            'INPUT.AUGMENTATIONS has "square", so there are no other sides than '
+            f"INPUT.SQUARE_SIZE {cfg.INPUT.SQUARE_SIZE}."
+        )
     cfg = cfg.clone()
     cfg.INPUT.MIN_SIZE_TEST = side
     cfg.INPUT.MAX_SIZE_TEST = 100 * side  # keeps the aspect ratio of any image

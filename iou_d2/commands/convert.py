@@ -5,81 +5,58 @@
     iou-d2 convert resnext101_64x4d.pth X_101.pkl \\
         --from torchvision --to detectron2
 
-VFNet is converted whole; of any other model the ResNet or ResNeXt and the FPN. Prints which tensors
-are left over and what the config has to say of pixels. Nothing that is in a file is run without
---trust-weights.
+The detectors of docs/WEIGHTS.md are converted whole, of any other one the ResNet or ResNeXt and the
+FPN. Prints which tensors are left over and what the config has to say. Nothing that is in a file is
+run without --trust-weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import pickle
 import re
-from collections import Counter, OrderedDict
-from typing import NamedTuple
+from collections import Counter
 
-import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from iou_d2 import get_config
+from iou_d2.commands.convert_files import (
+    COUNTER,
+    Checkpoint,
+    check_paths,
+    pack,
+    read_checkpoint,
+    write_file,
+)
+from iou_d2.commands.convert_pixels import (
+    change_of_pixels,
+    is_caffe,
+    pixel_format_of_config,
+    pixel_format_of_source,
+    print_settings,
+)
 from iou_d2.commands.errors import ending_in_a_sentence
 from iou_d2.commands.trained import add_trust_argument
+from iou_d2.engine.class_rows import classes_of_model
 from iou_d2.engine.config_checks import check_config
 from iou_d2.engine.convert import (
     LAYOUTS,
-    PixelFormat,
     Translated,
     backbone_prefix,
-    pixel_format_of_mmdet,
+    has_linear_p7,
+    settings_of_mmdet,
     swap_red_and_blue,
     translate,
     translate_tensors,
 )
-from iou_d2.engine.safe_load import read_checkpoint_file
+from iou_d2.engine.convert.coco_classes import (
+    COCO_NAMES,
+    count_classes,
+    keep_used_classes,
+    names_of_rows,
+)
 from iou_d2.errors import InputError
-
-COUNTER = "num_batches_tracked"  # of BatchNorm; Detectron2's FrozenBatchNorm2d has none
-
-
-class Checkpoint(NamedTuple):
-    """Tensors by name, what else its state dict holds, the names of the classes that it knows, and
-    the text of its mmdetection config."""
-
-    tensors: dict[str, Tensor]
-    other: list[str]
-    class_names: list[str]
-    config_text: str
-
-
-def entry(node: dict, *keys: str) -> dict:
-    """The first of the dicts that `node` has under `keys`, or an empty one."""
-    return next((node[key] for key in keys if isinstance(node.get(key), dict)), {})
-
-
-def read_checkpoint(path: str, trust: bool = False) -> Checkpoint:
-    """The state dict in `path`, which may lie in the "state_dict" of mmdetection or the "model" of
-    Detectron2."""
-    content = read_checkpoint_file(path, trust)
-    state = entry(content, "state_dict", "model")
-    state = {**state, **entry(content, COUNTER)} if state else content
-    tensors, other = {}, []
-    for name, value in state.items():
-        if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiub":
-            value = torch.from_numpy(np.array(value))
-        if isinstance(value, Tensor):
-            tensors[str(name).removeprefix("module.")] = value.detach()
-        else:
-            other.append(str(name))
-
-    meta = entry(content, "meta")
-    known = {**content, **entry(meta, "dataset_meta"), **meta}
-    names = known.get("CLASSES") or known.get("classes") or known.get("class_names")
-    names = [str(name) for name in names] if isinstance(names, (list, tuple)) else []
-    return Checkpoint(tensors, other, names, str(meta.get("cfg") or meta.get("config") or ""))
 
 
 def convert_tensors(path: str, tensors: dict, source: str, target: str) -> Translated:
@@ -99,17 +76,41 @@ def read_config(config_file: str, overrides: list[str]) -> CfgNode:
     return cfg
 
 
-def pixel_format_of_config(cfg: CfgNode) -> PixelFormat:
-    mean, std = tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD)
-    return PixelFormat(cfg.INPUT.FORMAT, mean, std, cfg.MODEL.RESNETS.STRIDE_IN_1X1)
+def check_units(cfg: CfgNode, config_file: str) -> None:
+    """Raise an InputError for a quality head whose distances are in units that are ours alone."""
+    node = cfg.MODEL.POINT_DETECTOR
+    is_ours = (cfg.MODEL.META_ARCHITECTURE, node.HEAD) == ("PointDetector", "QualityHead")
+    if is_ours and node.BOX_CODEC == "exp" and set(node.DISTANCE_UNITS) != {1}:
+        raise InputError(
+            f"The distances of {config_file} are in MODEL.POINT_DETECTOR.DISTANCE_UNITS "
+            f"{list(node.DISTANCE_UNITS)}, and no other code has such an ATSS or FCOS."
+        )
 
 
-def compare_with_model(tensors: dict[str, Tensor], cfg: CfgNode) -> tuple[list[str], list[str]]:
-    """Names in the model of `cfg` that are not in `tensors`, and the other way round.
+def with_coco_classes(
+    tensors: dict[str, Tensor], model: nn.Module, cfg: CfgNode
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Tensors of a detector of torchvision, the names of its classes, and what changed: `model` of
+    80 classes gets those rows alone."""
+    classes = classes_of_model(model, cfg)
+    names = names_of_rows(count_classes(tensors, classes) or 0)
+    if len(names) <= len(COCO_NAMES) or count_classes(model.state_dict(), classes) != len(
+        COCO_NAMES
+    ):
+        return tensors, names, []
+    told = (
+        f"of {len(names)} rows of classes the {len(COCO_NAMES)} that COCO uses are kept; a softmax "
+        "is then over these and the background"
+    )
+    return keep_used_classes(tensors, names, classes), COCO_NAMES, [told]
+
+
+def compare_with_model(tensors: dict[str, Tensor], model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names in `model` that are not in `tensors`, and the other way round.
 
     Raises InputError where a tensor has another shape than the model's.
     """
-    state = build_model(cfg).state_dict()
+    state = model.state_dict()
     if not backbone_prefix(tensors):  # a ResNet alone, which Detectron2 finds without the prefix
         tensors = {backbone_prefix(state) + name: x for name, x in tensors.items()}
     conflicts = [
@@ -127,63 +128,6 @@ def compare_with_model(tensors: dict[str, Tensor], cfg: CfgNode) -> tuple[list[s
     return missing, unused
 
 
-def pack(tensors: dict[str, Tensor], class_names: list[str], target: str, path: str) -> dict:
-    """What is written to `path`, in the layout `target`."""
-    if target == "torchvision":
-        return OrderedDict(tensors)
-    if target == "mmdet":
-        meta = {"CLASSES": tuple(class_names)} if class_names else {}
-        return {"meta": meta, "state_dict": OrderedDict(tensors)}
-    # The counters are kept for the way back only.
-    counters = {name: x for name, x in tensors.items() if name.endswith(COUNTER)}
-    model = {name: x for name, x in tensors.items() if name not in counters}
-    if path.endswith(".pkl"):
-        model, counters = to_numpy(model), to_numpy(counters)
-    return {
-        "model": model,
-        COUNTER: counters,
-        "class_names": class_names,
-        "matching_heuristics": not backbone_prefix(tensors),
-        "__author__": "iou_d2",
-    }
-
-
-def to_numpy(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    try:
-        return {name: x.numpy() for name, x in tensors.items()}
-    except TypeError as error:
-        raise InputError("NumPy has no bfloat16, so OUT can only be a .pth.") from error
-
-
-def write_file(content: dict, path: str) -> None:
-    """Write `path` whole or not at all."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    unfinished = f"{path}.{os.getpid()}.part"
-    try:
-        with open(unfinished, "wb") as file:
-            if path.endswith(".pkl"):
-                pickle.dump(content, file, protocol=4)
-            else:
-                torch.save(content, file)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
-
-
-def check_paths(args: argparse.Namespace) -> None:
-    if os.path.isdir(args.output):
-        raise InputError(f"OUT is the folder {args.output}; give the name of a file.")
-    if args.output.endswith(".pkl") and args.target != "detectron2":
-        raise InputError(f"OUT is {args.output}, but only Detectron2 reads .pkl files.")
-    if not os.path.exists(args.output):
-        return
-    if os.path.exists(args.input) and os.path.samefile(args.input, args.output):
-        raise InputError(f"IN and OUT are the same file, {args.input}.")
-    if not args.force:
-        raise InputError(f"{args.output} is there already; --force overwrites it.")
-
-
 def print_names(title: str, names: list[str]) -> None:
     """Print `names`, those that differ by numbers only on one line."""
     alike = Counter(re.sub(r"\d+", "#", name) for name in names)
@@ -195,55 +139,53 @@ def print_names(title: str, names: list[str]) -> None:
             print(f"  {name}" + (f" and {count - 1} like it" if count > 1 else ""))
 
 
-def print_settings(pixels: PixelFormat, target: str) -> None:
-    """Print what a config of `target` has to say for the weights to be right."""
-    mean, std = list(pixels.mean), list(pixels.std)
-    if target == "detectron2":
+def print_assumptions(
+    args: argparse.Namespace, cfg: CfgNode | None, checkpoint: Checkpoint, swapped: bool
+) -> None:
+    """Print what is taken for granted of an mmdetection checkpoint and may not be so."""
+    if args.source != "mmdet":
+        return
+    config_text = checkpoint.config_text
+    if not config_text and (swapped or (cfg and is_caffe(cfg))):
+        order = pixel_format_of_source(args, cfg, checkpoint).order
+        change = "red and blue changed places" if swapped else "red and blue stay"
+        print(f"{args.input} holds no config. It is taken to be of {order}, so {change}.")
+    if cfg and has_linear_p7(config_text) and "linear_p7" not in cfg.MODEL.BACKBONE.NAME:
         print(
-            f"The config needs: INPUT.FORMAT {pixels.order} MODEL.PIXEL_MEAN {mean} "
-            f"MODEL.PIXEL_STD {std} MODEL.RESNETS.STRIDE_IN_1X1 {pixels.stride_in_1x1}"
+            f"{args.input} has no ReLU between p6 and p7, but {args.config_file} has one: its "
+            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, see those with linear_p7."
         )
-    else:
-        style = "caffe" if pixels.stride_in_1x1 else "pytorch"
-        print(f"The model takes {pixels.order}, mean={mean}, std={std}; its style is {style!r}.")
-
-
-def change_of_pixels(
-    args: argparse.Namespace, cfg: CfgNode | None, config_text: str
-) -> tuple[bool, PixelFormat | None]:
-    """Whether red and blue change places, and what the model of OUT takes, where that is known."""
-    order = args.format or (cfg and cfg.INPUT.FORMAT)
-    if cfg and order != cfg.INPUT.FORMAT:
-        raise InputError(
-            f"--format is {order}, but INPUT.FORMAT in {args.config_file} is {cfg.INPUT.FORMAT}."
-        )
-    if args.source != "detectron2":
-        pixels = pixel_format_of_mmdet(config_text)
-        return order not in (None, pixels.order), pixels.in_order(order or pixels.order)
-    if cfg and cfg.MODEL.RESNETS.STRIDE_IN_1X1 and args.target == "torchvision":
-        raise InputError("MODEL.RESNETS.STRIDE_IN_1X1 is on, which no ResNet of torchvision has.")
-    return order == "BGR", pixel_format_of_config(cfg).in_order("RGB") if cfg else None
+    for key, value in settings_of_mmdet(config_text).items():
+        if cfg and cfg.MODEL.POINT_DETECTOR[key] != value:
+            print(f"The config needs: MODEL.POINT_DETECTOR.{key} {value}")
 
 
 def convert(args: argparse.Namespace) -> None:
     """Read IN, convert, compare with the config, write OUT, and print what is left over."""
     check_paths(args)
     cfg = read_config(args.config_file, args.opts) if args.config_file else None
+    if cfg:
+        check_units(cfg, args.config_file)
     checkpoint = read_checkpoint(args.input, args.trust_weights)
     tensors, names, told = convert_tensors(args.input, checkpoint.tensors, args.source, args.target)
-    swap, pixels = change_of_pixels(args, cfg, checkpoint.config_text)
+    swap, pixels = change_of_pixels(args, cfg, checkpoint)
     if swap:
         tensors = swap_red_and_blue(tensors)
 
-    missing, unused = [], []
+    missing, unused, class_names = [], [], checkpoint.class_names
     if cfg:
+        model = build_model(cfg)
+        if args.source == "torchvision":
+            tensors, class_names, picked = with_coco_classes(tensors, model, cfg)
+            told = [*told, *picked]
         ours = checkpoint.tensors if args.source == "detectron2" else tensors
-        missing, unused = compare_with_model(ours, cfg)
-    write_file(pack(tensors, checkpoint.class_names, args.target, args.output), args.output)
+        missing, unused = compare_with_model(ours, model)
+    write_file(pack(tensors, class_names, args.target, args.output), args.output)
 
     print(f"{args.output} has {len(tensors)} of {len(checkpoint.tensors)} tensors of {args.input}.")
     for change in told:
         print(f"Changed beside names: {change}.")
+    print_assumptions(args, cfg, checkpoint, swap)
     left = [name for name in checkpoint.tensors if name not in names]
     print_names("Left over, without a counterpart", left + checkpoint.other)
     print_names(f"In the model of {args.config_file}, but not filled", missing)

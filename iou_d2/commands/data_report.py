@@ -14,7 +14,7 @@ from iou_d2 import get_config
 from iou_d2.config_files import config_names
 from iou_d2.data import statistics
 from iou_d2.data.classes import difference
-from iou_d2.data.coverage import Matching, Resize, matching_of, resize_of, resized
+from iou_d2.data.coverage import Matching, Resize, SquareResize, matching_of, resize_of, resized
 from iou_d2.data.statistics import Objects
 from iou_d2.errors import InputError
 
@@ -180,7 +180,7 @@ def _coverage(objects: Objects, configs: dict[str, CfgNode]) -> str:
 
 def _grouped(
     configs: dict[str, CfgNode],
-) -> tuple[dict[tuple[Resize, Matching], list[str]], dict[str, str]]:
+) -> tuple[dict[tuple[Resize | SquareResize, Matching], list[str]], dict[str, str]]:
     """Names of configs by how they resize and match; and why others cannot be judged."""
     groups: dict[tuple, list[str]] = {}
     unjudged = {}
@@ -204,7 +204,9 @@ def _sampled(objects: Objects) -> tuple[Objects, str]:
     return sample, f"\nOf the {number} objects {_SAMPLE} were drawn at random for this."
 
 
-def _judge(objects: Objects, names: list[str], resize: Resize, matching: Matching) -> Judged:
+def _judge(
+    objects: Objects, names: list[str], resize: Resize | SquareResize, matching: Matching
+) -> Judged:
     boxes, sizes = resized(objects, resize)
     sides = boxes[:, 2:] - boxes[:, :2]
     measured = matching.measure(boxes, sizes)

@@ -23,7 +23,6 @@ import cv2
 import numpy as np
 import tqdm
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
 from iou_d2 import get_config
@@ -34,6 +33,7 @@ from iou_d2.commands.pictures import picture_names, read_picture, write_picture
 from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
 from iou_d2.config import set_class_names
 from iou_d2.detectors.visualize import detection_label, draw_boxes
+from iou_d2.engine.checkpoint import untrained_predictor
 from iou_d2.engine.config_checks import check_config
 from iou_d2.errors import InputError, MissingFileError
 from iou_d2.evaluation.coco import OPTIONAL_FIELDS
@@ -73,10 +73,7 @@ class Demo:
             checkpoint: what `read_weights` read of MODEL.WEIGHTS.
             threshold: detections with a lower score are left out of pictures and JSON.
         """
-        untrained = cfg.clone()
-        untrained.defrost()
-        untrained.MODEL.WEIGHTS = ""
-        self.predictor = DefaultPredictor(untrained)
+        self.predictor = untrained_predictor(cfg)
         fill(self.predictor.model, cfg, checkpoint)
         self.class_names = cfg.MODEL.CLASS_NAMES
         self.threshold = threshold

@@ -59,7 +59,7 @@ def use_datasets(cfg: CfgNode, start: Start, eval_only: bool, resume: bool) -> N
     set_class_names(cfg, classes)
     for name in used:
         ensure_shapes(name)
-    require_measurable(cfg)
+    require_measurable(cfg, eval_only)
     check_own_data(cfg, used, clean_dir, eval_only)
 
 
@@ -87,8 +87,19 @@ def use_test_set(cfg: CfgNode, clean_dir: str | os.PathLike) -> str:
     return name
 
 
-def require_measurable(cfg: CfgNode) -> None:
-    """Raise an InputError where TEST.EXPECTED_RESULTS wait for the AP of a set that gives none."""
+def require_measurable(cfg: CfgNode, eval_only: bool = False) -> None:
+    """Raise an InputError where TEST.EXPECTED_RESULTS, or SOLVER.PATIENCE of a training, wait for
+    the AP of a set that gives none."""
+    first = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST and not eval_only else None
+    if (
+        first
+        and cfg.SOLVER.PATIENCE
+        and not MetadataCatalog.get(first).get("has_annotations", True)
+    ):
+        raise InputError(
+            f"SOLVER.PATIENCE waits for a better AP on '{first}', which has no annotations: set it "
+            "to 0."
+        )
     for name in cfg.DATASETS.TEST:
         if cfg.TEST.EXPECTED_RESULTS and not MetadataCatalog.get(name).get("has_annotations", True):
             raise InputError(

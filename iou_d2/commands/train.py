@@ -99,15 +99,26 @@ def run(args: argparse.Namespace) -> None:
 def train(cfg: CfgNode, resume: bool, trust_weights: bool, record: dict) -> None:
     trainer = Trainer(cfg, trust_weights)
     trainer.resume_or_load(resume=resume)
-    mismatch = trainer.checkpointer.mismatch
-    if mismatch is not None and not mismatch.is_whole:
-        logging.getLogger(__name__).warning(
-            f"What the weights do not fill starts anew: {mismatch.sentence()}"
-        )
+    warn_of_what_starts_anew(trainer)
     try:
         trainer.train()
     finally:  # results that are not the expected ones end the run, and are to be recorded too
         record["results"] = trainer.results
+        if trainer.best is not None:
+            record.update(trainer.best.record())
+
+
+def warn_of_what_starts_anew(trainer: Trainer) -> None:
+    logger = logging.getLogger(__name__)
+    mismatch = trainer.checkpointer.mismatch
+    if mismatch is not None and not mismatch.is_whole:
+        logger.warning(f"What the weights do not fill starts anew: {mismatch.sentence()}")
+    anew = trainer.frozen_anew()
+    if anew:
+        logger.warning(
+            f"SOLVER.FREEZE keeps {len(anew)} parameters as they were drawn at random, for no "
+            f"weights were loaded into them, such as {anew[0]}."
+        )
 
 
 def evaluate(cfg: CfgNode, trust_weights: bool, record: dict) -> None:

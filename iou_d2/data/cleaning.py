@@ -28,7 +28,7 @@ OVERSHOOT = 1.0
 
 @dataclass(frozen=True)
 class Trust:
-    """What a user insists on: see DATASETS.TRUST_* in iou_d2/config.py."""
+    """What a user insists on: see DATASETS.TRUST_* in iou_d2/config_keys.py."""
 
     boxes: bool = False
     paths: bool = False

@@ -14,10 +14,11 @@ import numpy as np
 
 from iou_d2.errors import InputError
 
+from .matching import PADDING, Anchors, NearestPoints, Pixels, RangePoints
 from .statistics import Objects
 
-PADDING = 32  # images are padded to a multiple of this: the coarsest stride of a ResNet with FPN
-_ATSS_INSIDE = 0.01  # pixels by which ATSS wants a point inside of an object
+# Strides of what RefineDet's VGG-16 puts out.
+_REFINEDET_STRIDES = {"conv4_3": 8, "conv5_3": 16, "fc7": 32, "conv6_2": 64}
 
 
 @dataclass(frozen=True)
@@ -41,153 +42,20 @@ class Resize:
 
 
 @dataclass(frozen=True)
-class Anchors:
-    """The IoU of an object with its best anchor; from `threshold` on an anchor learns it.
+class SquareResize:
+    """To squares of `side` pixels, as INPUT.AUGMENTATIONS "square" does."""
 
-    levels: stride, sizes and ratios (height / width) of each. offset: of a centre in its cell.
-    """
+    side: int
 
-    levels: tuple[tuple[int, tuple[float, ...], tuple[float, ...]], ...]
-    offset: float
-    threshold: float
-
-    @property
-    def title(self) -> str:
-        return (
-            f"IoU of an object with its best anchor. All anchors from {self.threshold:g} on learn "
-            "it; where there is none,\nits best one alone does"
-        )
-
-    @property
-    def reached(self) -> str:
-        return f"IoU >= {self.threshold:g}"
-
-    def measure(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Of boxes (G, 4) in images of (width, height) `sizes` (G, 2) the highest IoU: (G,).
-
-        Of anchors of one shape the one whose centre is nearest, along both axes, is the best.
-        """
-        sides, centers = boxes[:, 2:] - boxes[:, :2], (boxes[:, :2] + boxes[:, 2:]) / 2
-        areas, best = sides.prod(axis=1), np.zeros(len(boxes))
-        for stride, anchor_sizes, ratios in self.levels:
-            index = np.round(centers / stride - self.offset)
-            index = np.clip(index, 0, cells(sizes, stride) - 1)
-            reach = sides / 2 - np.abs((index + self.offset) * stride - centers)
-            for size in anchor_sizes:
-                for ratio in ratios:
-                    anchor = np.array([size / ratio**0.5, size * ratio**0.5])
-                    overlap = np.minimum(reach + anchor / 2, np.minimum(sides, anchor))
-                    common = np.maximum(overlap, 0).prod(axis=1)
-                    np.maximum(best, common / (areas + anchor.prod() - common), out=best)
-        return best
-
-
-@dataclass(frozen=True)
-class RangePoints:
-    """FCOS: the number of points inside an object at whose level its size is learnt.
-
-    levels: stride, shortest and longest distance from a point to the farthest side of its object.
-    offset: of a point in its cell. radius: of the centre region, in strides, or 0.
-    """
-
-    levels: tuple[tuple[int, float, float], ...]
-    offset: float
-    radius: float = 0.0
-    threshold: float = 1.0
-
-    title = "FCOS: points that can learn an object, inside of it and on the level of its size"
-    reached = ">= 1 point"
-
-    def measure(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Boxes (G, 4) in images of (width, height) `sizes` (G, 2) -> (G,) float64."""
-        middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-        total = np.zeros(len(boxes))
-        for stride, low, high in self.levels:
-            reach = np.minimum(half, self.radius * stride) if self.radius else half
-            inside = points_inside(middle - reach, middle + reach, sizes, stride, self.offset)
-            # The farthest side is at |distance to the middle| + half, of the larger axis.
-            near = np.ceil((middle - (high - half)) / stride - self.offset)
-            far = np.floor((middle + (high - half)) / stride - self.offset)
-            first, last = np.maximum(inside[0], near), np.minimum(inside[1], far)
-            too_near = np.floor((middle - (low - half)) / stride - self.offset) + 1
-            too_far = np.ceil((middle + (low - half)) / stride - self.offset) - 1
-            total += _number(first, last)
-            total -= _number(np.maximum(first, too_near), np.minimum(last, too_far))
-        return total
-
-
-@dataclass(frozen=True)
-class NearestPoints:
-    """ATSS: the number of points inside an object, of the 3 x 3 around its centre on each level.
-
-    ATSS takes the 9 nearest, which are these but for ties and grids of one or two rows. Those of
-    them whose anchors fit better than the others then learn the object.
-    """
-
-    strides: tuple[int, ...]
-    offset: float
-    threshold: float = 1.0
-
-    title = "ATSS: candidate points inside of an object; the better ones of them learn it"
-    reached = ">= 1 point"
-
-    def measure(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Boxes (G, 4) in images of (width, height) `sizes` (G, 2) -> (G,) float64."""
-        low, high = boxes[:, :2] + _ATSS_INSIDE, boxes[:, 2:] - _ATSS_INSIDE
-        total = np.zeros(len(boxes))
-        for stride in self.strides:
-            first, last = points_inside(low, high, sizes, stride, self.offset)
-            nearest = np.round((low + high) / 2 / stride - self.offset)
-            nearest = np.clip(nearest, 1, np.maximum(cells(sizes, stride) - 2, 1))
-            total += _number(np.maximum(first, nearest - 1), np.minimum(last, nearest + 1))
-        return total
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """The shorter side of an object in cells of UnitBox's confidence feature.
-
-    Every object of a pixel has positive pixels; but those of one cell can hardly differ.
-    """
-
-    stride: int
-    threshold: float = 1.0
-
-    @property
-    def title(self) -> str:
-        return f"UnitBox: the shorter side of an object, in cells of {self.stride} pixels"
-
-    reached = ">= 1 cell"
-
-    def measure(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Boxes (G, 4) in images of (width, height) `sizes` (G, 2) -> (G,)."""
-        return (boxes[:, 2:] - boxes[:, :2]).min(axis=1) / self.stride
+    def __call__(self, sizes: np.ndarray) -> np.ndarray:
+        """Widths and heights (I, 2) -> factors (I, 2) by which the axes grow."""
+        return self.side / sizes
 
 
 Matching = Anchors | RangePoints | NearestPoints | Pixels
 
 
-def cells(sizes: np.ndarray, stride: int) -> np.ndarray:
-    """Columns and rows (G, 2) of a level for images of (width, height) `sizes` (G, 2), padded."""
-    return np.ceil(np.ceil(sizes / PADDING) * PADDING / stride)
-
-
-def points_inside(
-    low: np.ndarray, high: np.ndarray, sizes: np.ndarray, stride: int, offset: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """First and last column and row (G, 2) of points between the corners `low` and `high` (G, 2),
-    which are not inside themselves. The last is lower than the first where there is none."""
-    first = np.floor(low / stride - offset) + 1
-    last = np.ceil(high / stride - offset) - 1
-    return np.maximum(first, 0), np.minimum(last, cells(sizes, stride) - 1)
-
-
-def _number(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Points of each block from column and row `first` to `last` (G, 2): (G,)."""
-    return np.maximum(last - first + 1, 0).prod(axis=1)
-
-
-def resized(objects: Objects, resize: Resize) -> tuple[np.ndarray, np.ndarray]:
+def resized(objects: Objects, resize: Resize | SquareResize) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (G, 4) of the network input, and width and height (G, 2) of their images there.
 
     With a crop they are those of the whole image, resized as the crop is: what the crop cuts off
@@ -197,9 +65,11 @@ def resized(objects: Objects, resize: Resize) -> tuple[np.ndarray, np.ndarray]:
     return objects.boxes * np.tile(scale, 2), objects.sizes[objects.images] * scale
 
 
-def resize_of(cfg) -> Resize:
+def resize_of(cfg) -> Resize | SquareResize:
     """The resize of training that `cfg` asks for. Raises InputError for an unknown crop."""
     node = cfg.INPUT
+    if "square" in node.AUGMENTATIONS:
+        return SquareResize(node.SQUARE_SIZE)
     sizes = sorted(np.atleast_1d(node.MIN_SIZE_TRAIN).tolist())
     if not sizes:
         raise InputError("INPUT.MIN_SIZE_TRAIN is empty.")
@@ -227,6 +97,10 @@ def matching_of(cfg) -> Matching:
         return _points(cfg)
     if name == "UnitBox":
         return Pixels(stride_of(cfg.MODEL.UNITBOX.CONFIDENCE_FEATURE))
+    if name in ("SSD", "IoUAwareSSD"):
+        return _default_boxes(cfg)
+    if name == "RefineDet":
+        return _refinedet_anchors(cfg)
     if name in ("GeneralizedRCNN", "ProposalNetwork"):
         proposals, node = cfg.MODEL.PROPOSAL_GENERATOR.NAME, cfg.MODEL.RPN
         if proposals not in ("RPN", "BoxLossRPN"):
@@ -245,17 +119,59 @@ def stride_of(feature: str) -> int:
 
 
 def _anchors(cfg, features, thresholds, labels) -> Anchors:
-    node = cfg.MODEL.ANCHOR_GENERATOR
-    if node.NAME != "DefaultAnchorGenerator":
-        raise InputError(f"Anchors of MODEL.ANCHOR_GENERATOR.NAME {node.NAME} are not known.")
-    strides = [stride_of(feature) for feature in features]
-    sizes = _of_levels(node.SIZES, len(strides), "SIZES")
-    ratios = _of_levels(node.ASPECT_RATIOS, len(strides), "ASPECT_RATIOS")
-    if 1 not in labels or not all(sizes) or not all(ratios):
+    levels = _generated_levels(cfg, [stride_of(feature) for feature in features])
+    if 1 not in labels:
         raise InputError("No anchor of this config can learn an object.")
     # Labels are those between the thresholds: the first positive one begins at the one before it.
     threshold = thresholds[list(labels).index(1) - 1]
-    return Anchors(tuple(zip(strides, sizes, ratios)), node.OFFSET, threshold)
+    return Anchors(levels, cfg.MODEL.ANCHOR_GENERATOR.OFFSET, threshold)
+
+
+def _generated_levels(cfg, strides: list[int]) -> tuple:
+    """The levels of Anchors that Detectron2's generator makes."""
+    node = cfg.MODEL.ANCHOR_GENERATOR
+    if node.NAME != "DefaultAnchorGenerator":
+        raise InputError(f"Anchors of MODEL.ANCHOR_GENERATOR.NAME {node.NAME} are not known.")
+    sizes = _of_levels(node.SIZES, len(strides), "SIZES")
+    ratios = _of_levels(node.ASPECT_RATIOS, len(strides), "ASPECT_RATIOS")
+    if not all(sizes) or not all(ratios):
+        raise InputError("No anchor of this config can learn an object.")
+    return tuple(zip(strides, sizes, ratios))
+
+
+def _refinedet_anchors(cfg) -> Anchors:
+    """The anchors of RefineDet's first step, which the second one moves."""
+    features = cfg.MODEL.RETINANET.IN_FEATURES
+    strides = [_REFINEDET_STRIDES.get(name) or stride_of(name) for name in features]
+    threshold = cfg.MODEL.REFINEDET.ARM_IOU_THRESHOLDS[1]
+    levels = _generated_levels(cfg, strides)
+    return Anchors(levels, cfg.MODEL.ANCHOR_GENERATOR.OFFSET, threshold, _padding(cfg))
+
+
+def _default_boxes(cfg) -> Anchors:
+    """SSD's default boxes: of each level those of the smaller size, and the larger square."""
+    node, names = cfg.MODEL.SSD, cfg.MODEL.RETINANET.IN_FEATURES
+    if node.CLIP != "none":
+        raise InputError(f"Boxes of MODEL.SSD.CLIP {node.CLIP} are not looked at, none is.")
+    strides = node.STEPS or [stride_of(name) for name in names]
+    if not len(strides) == len(node.ASPECT_RATIOS) == len(names):
+        raise InputError("MODEL.SSD has other levels than MODEL.RETINANET.IN_FEATURES.")
+    rise = (node.MAX_RATIO - node.MIN_RATIO) // max(len(names) - 2, 1)
+    percents = [node.FIRST_RATIO, *(node.MIN_RATIO + i * rise for i in range(len(names)))]
+    sizes = [cfg.INPUT.SQUARE_SIZE * percent / 100 for percent in percents]
+    if node.TRUNCATE_SIZES:
+        sizes = [float(int(size)) for size in sizes]
+    levels = []
+    for stride, small, large, ratios in zip(strides, sizes, sizes[1:], node.ASPECT_RATIOS):
+        both = [1.0, *(x for ratio in ratios for x in (ratio, 1 / ratio))]
+        levels += [(stride, (small,), tuple(both)), (stride, ((small * large) ** 0.5,), (1.0,))]
+    threshold = cfg.MODEL.MULTIBOX.IOU_THRESHOLDS[1]
+    return Anchors(tuple(levels), 0.5, threshold, _padding(cfg))
+
+
+def _padding(cfg) -> int:
+    """The VGG-16 of SSD and RefineDet rounds the sizes of its maps up and pads no image."""
+    return 1 if cfg.MODEL.BACKBONE.NAME.endswith("_vgg16_backbone") else PADDING
 
 
 def _of_levels(values, levels: int, key: str) -> tuple[tuple[float, ...], ...]:

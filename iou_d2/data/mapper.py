@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
+import numpy as np
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode
 
 from iou_d2.errors import InputError
 
+from .augmentation import build_augmentations
 from .images import size_fault, usable_header
 
 
@@ -17,7 +23,8 @@ class CheckedDatasetMapper(DatasetMapper):
 
     Built as DatasetMapper is: `CheckedDatasetMapper(cfg, is_train=True)`. Grey, palette, CMYK and
     alpha images become 8-bit channels as INPUT.FORMAT says (alpha is left out) and are turned as
-    EXIF says; damaged EXIF data is left out.
+    EXIF says; damaged EXIF data is left out. What INPUT.AUGMENTATIONS names takes the place of
+    Detectron2's resize and flip, and sees the boxes of the image.
 
     Raises:
         InputError: the file cannot be read, does not decode, has more than 8 bits a channel, too
@@ -25,14 +32,27 @@ class CheckedDatasetMapper(DatasetMapper):
         RuntimeError: anything else that fails on an image.
     """
 
+    @classmethod
+    def from_config(cls, cfg, is_train: bool = True):
+        arguments = super().from_config(cfg, is_train)
+        if cfg.INPUT.get("AUGMENTATIONS"):  # which a config of Detectron2 alone has not
+            arguments["augmentations"] = build_augmentations(cfg, is_train)
+        return arguments
+
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         self._require_usable(dataset_dict)
         try:
-            return super().__call__(dataset_dict)
+            return DatasetMapper.__call__(self._seeing(boxes_of(dataset_dict)), dataset_dict)
         except Exception as error:
             self._require_decodable(dataset_dict)
             message = f"{_name(dataset_dict)}: {type(error).__name__}: {error}"
             raise RuntimeError(message) from error
+
+    def _seeing(self, boxes: np.ndarray) -> CheckedDatasetMapper:
+        """This mapper with augmentations that know `boxes` (G, 4); Detectron2 shows them none."""
+        mapper = copy.copy(self)
+        mapper.augmentations = functools.partial(_augment, self.augmentations, boxes)
+        return mapper
 
     def _require_usable(self, dataset_dict: dict[str, Any]) -> None:
         """Reads the header only."""
@@ -54,6 +74,21 @@ class CheckedDatasetMapper(DatasetMapper):
             raise InputError(
                 f"{_name(dataset_dict)} cannot be used: {type(error).__name__}: {error}"
             ) from error
+
+
+def boxes_of(dataset_dict: dict[str, Any]) -> np.ndarray:
+    """The boxes of an image without those of crowds: (G, 4) XYXY; (0, 4) without annotations."""
+    boxes = [
+        BoxMode.convert(list(x["bbox"]), x["bbox_mode"], BoxMode.XYXY_ABS)
+        for x in dataset_dict.get("annotations", [])
+        if x.get("iscrowd", 0) == 0
+    ]
+    return np.array(boxes, dtype=float).reshape(-1, 4)
+
+
+def _augment(augmentations: T.AugmentationList, boxes: np.ndarray, image: T.AugInput):
+    image.boxes = boxes
+    return augmentations(image)
 
 
 def _name(dataset_dict: dict[str, Any]) -> str:

@@ -4,11 +4,15 @@ of which configs build them."""
 from iou_d2 import backbones  # noqa: F401
 
 from . import (  # noqa: F401
+    anchors,
+    cascade_masks,
     faster_rcnn,
     iou_net,
     iou_retinanet,
     point_detector,
+    refinedet,
     retinanet,
+    ssd,
     unitbox,
     vfnet,
 )

@@ -1,13 +1,17 @@
 """Faster R-CNN and Cascade R-CNN with any of the box losses of ops/box_losses.py, and any pooler.
 
 Detectron2 0.5 has smooth L1 and GIoU, main DIoU and CIoU too. Names of parameters, initial weights
-and normalisers are Detectron2's.
+and normalisers are Detectron2's. What else the heads take is for weights of torchvision and
+mmdetection.
 
 Shape letters: N images, R proposals of the batch or anchors of an image (HWA; of all levels where
 it says so), K classes, L levels. `deltas` are the (dx, dy, dw, dh) of Box2BoxTransform.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +23,14 @@ from detectron2.modeling.roi_heads import (
     FastRCNNOutputLayers,
     StandardROIHeads,
 )
-from detectron2.structures import Boxes
+from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from iou_d2.ops.box_losses import BoxDeltas, BoxLoss, build_box_loss
 
+from .dense import part_named
 from .pooler import AnyPooler
 
 
@@ -45,6 +51,7 @@ class BoxLossRPN(RPN):
     @classmethod
     def from_config(cls, cfg, input_shape):
         arguments = super().from_config(cfg, input_shape)
+        arguments["min_box_size"] = max(arguments["min_box_size"], cfg.MODEL.RPN.MIN_SIZE)
         return _with_box_loss_part(arguments, "MODEL.RPN.BBOX_REG_LOSS_TYPE")
 
     def losses(
@@ -87,20 +94,24 @@ class BoxLossOutputLayers(FastRCNNOutputLayers):
     MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE names."""
 
     @configurable
-    def __init__(self, input_shape, *, box_loss: BoxLoss, **kwargs):
+    def __init__(self, input_shape, *, box_loss: BoxLoss, min_size_test: float = 0.0, **kwargs):
         """
         Args:
             input_shape: ShapeSpec of the features, or their number of channels.
             box_loss: of the deltas of proposals that match an object.
+            min_size_test: sides of a detected box are at least that, in pixels of the network
+                input, after clipping.
             kwargs: those of Detectron2's class.
         """
         super().__init__(input_shape, **kwargs)
         self.box_loss = box_loss
+        self.min_size_test = min_size_test
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         arguments = super().from_config(cfg, input_shape)
-        return _with_box_loss_part(arguments, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE")
+        arguments = _with_box_loss_part(arguments, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE")
+        return {**arguments, "min_size_test": cfg.MODEL.ROI_HEADS.MIN_SIZE_TEST}
 
     def box_reg_loss(
         self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor
@@ -125,6 +136,46 @@ class BoxLossOutputLayers(FastRCNNOutputLayers):
         )
         return self.box_loss.of_deltas(predicted, gt_boxes[objects]) / max(len(gt_classes), 1)
 
+    def inference(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> tuple[list[Instances], list[Tensor]]:
+        """The detections of N images, and which proposals they come from."""
+        boxes = self.predict_boxes(predictions, proposals)
+        probabilities = self.predict_probs(predictions, proposals)
+        return self.select(boxes, probabilities, [x.image_size for x in proposals])
+
+    def select(
+        self,
+        boxes: Sequence[Tensor],
+        probabilities: Sequence[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> tuple[list[Instances], list[Tensor]]:
+        """As `inference`, from N boxes (R, 4 or 4K) and class probabilities (R, K + 1)."""
+        if self.min_size_test > 0:
+            probabilities = [
+                _without_small(*of_image, self.min_size_test)
+                for of_image in zip(boxes, probabilities, image_sizes)
+            ]
+        return fast_rcnn_inference(
+            list(boxes),
+            list(probabilities),
+            image_sizes,
+            self.test_score_thresh,
+            self.test_nms_thresh,
+            self.test_topk_per_image,
+        )
+
+
+def _without_small(
+    boxes: Tensor, probabilities: Tensor, image_size: tuple[int, int], min_size: float
+) -> Tensor:
+    """`probabilities` (R, K + 1), with 0 where a box (R, 4 or 4K) has a side under `min_size`."""
+    clipped = Boxes(boxes.detach().reshape(-1, 4).clone())
+    clipped.clip(image_size)
+    sides = clipped.tensor[:, 2:] - clipped.tensor[:, :2]
+    large = (sides >= min_size).all(dim=1).view(len(boxes), boxes.shape[1] // 4)  # (R, 1 or K)
+    return torch.cat([probabilities[:, :-1] * large, probabilities[:, -1:]], dim=1)
+
 
 @ROI_HEADS_REGISTRY.register()
 class BoxLossROIHeads(AnyPooler, StandardROIHeads):
@@ -136,10 +187,66 @@ class BoxLossROIHeads(AnyPooler, StandardROIHeads):
         parts["box_predictor"] = _with_box_loss(cfg, parts["box_head"], parts["box_predictor"])
         return parts
 
+    def regress(
+        self, features: dict[str, Tensor], proposals: list[Instances]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """N boxes (R, 4 or 4K) and N class probabilities (R, K + 1) of the `proposal_boxes`."""
+        levels = [features[name] for name in self.box_in_features]
+        pooled = self.box_pooler(levels, [x.proposal_boxes for x in proposals])
+        predictions = self.box_predictor(self.box_head(pooled))
+        return (
+            self.box_predictor.predict_boxes(predictions, proposals),
+            self.box_predictor.predict_probs(predictions, proposals),
+        )
+
+
+class Stage(NamedTuple):
+    """What a stage of a cascade says of N proposals."""
+
+    predictor: FastRCNNOutputLayers
+    predictions: tuple[Tensor, Tensor]  # logits (R, K + 1), deltas (R, 4)
+    proposals: list[Instances]
+
+
+# All stages -> N class probabilities (R, K + 1).
+ScoreMean = Callable[[Sequence[Stage]], Sequence[Tensor]]
+
+
+def mean_of_probabilities(stages: Sequence[Stage]) -> Sequence[Tensor]:
+    """Detectron2, and the authors of Cascade R-CNN."""
+    probabilities = [x.predictor.predict_probs(x.predictions, x.proposals) for x in stages]
+    return [sum(of_image) * (1.0 / len(stages)) for of_image in zip(*probabilities)]
+
+
+def probabilities_of_mean(stages: Sequence[Stage]) -> Sequence[Tensor]:
+    """mmdetection."""
+    logits = sum(stage.predictions[0] for stage in stages) / len(stages)
+    last = stages[-1]
+    return last.predictor.predict_probs((logits, last.predictions[1]), last.proposals)
+
+
+SCORE_MEANS = {"probabilities": mean_of_probabilities, "logits": probabilities_of_mean}
+
 
 @ROI_HEADS_REGISTRY.register()
 class BoxLossCascadeROIHeads(AnyPooler, CascadeROIHeads):
     """CascadeROIHeads with BoxLossOutputLayers and any pooler."""
+
+    @configurable
+    def __init__(self, *, score_mean: ScoreMean = mean_of_probabilities, **kwargs):
+        """
+        Args:
+            score_mean: how the class scores of the stages become one.
+            kwargs: those of Detectron2's class.
+        """
+        super().__init__(**kwargs)
+        self.score_mean = score_mean
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        key = "MODEL.ROI_BOX_CASCADE_HEAD.SCORE_MEAN"
+        mean = part_named(SCORE_MEANS, cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_MEAN, key)
+        return {**super().from_config(cfg, input_shape), "score_mean": mean}
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
@@ -147,6 +254,28 @@ class BoxLossCascadeROIHeads(AnyPooler, CascadeROIHeads):
         stages = zip(parts["box_heads"], parts["box_predictors"])
         parts["box_predictors"] = [_with_box_loss(cfg, *stage) for stage in stages]
         return parts
+
+    def regress(
+        self, features: dict[str, Tensor], proposals: list[Instances]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """N boxes (R, 4) of the last stage, and N class probabilities (R, K + 1) of all."""
+        levels = [features[name] for name in self.box_in_features]
+        image_sizes = [x.image_size for x in proposals]
+        boxes, stages = [], []
+        for index, predictor in enumerate(self.box_predictor):
+            if index > 0:
+                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
+            predictions = self._run_stage(levels, proposals, index)
+            boxes = predictor.predict_boxes(predictions, proposals)
+            stages.append(Stage(predictor, predictions, proposals))
+        return boxes, self.score_mean(stages)
+
+    def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances], targets=None):
+        if self.training:
+            return super()._forward_box(features, proposals, targets)
+        boxes, probabilities = self.regress(features, proposals)
+        image_sizes = [x.image_size for x in proposals]
+        return self.box_predictor[-1].select(boxes, probabilities, image_sizes)[0]
 
 
 def _with_box_loss(cfg, box_head, predictor: FastRCNNOutputLayers) -> BoxLossOutputLayers:

@@ -10,8 +10,7 @@ pixels of the network input.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from detectron2.config import configurable
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from iou_d2.errors import InputError
 
+from .dense import part_named
 from .faster_rcnn import BoxLossCascadeROIHeads, BoxLossROIHeads
 from .iou_branch import IoUBranch
 from .iou_net_inference import (
@@ -32,9 +32,30 @@ from .iou_net_inference import (
 )
 from .pooler import PrRoIPooler
 
+# Boxes (R, 4 or 4K) and class probabilities (R, K + 1) -> boxes (R, 4 or 4K), one for all classes
+# or one for each.
+BoxChoice = Callable[[Tensor, Tensor], Tensor]
 
-class _IoUNetHeads(ABC):
-    """What both kinds of IoU-Net heads share; it stands before Detectron2's class."""
+
+def box_of_each_class(boxes: Tensor, probabilities: Tensor) -> Tensor:
+    """Detectron2."""
+    return boxes
+
+
+def box_of_best_class(boxes: Tensor, probabilities: Tensor) -> Tensor:
+    """thisisi3/OpenMMLab-IoUNet."""
+    if boxes.shape[1] == 4:
+        return boxes
+    best = probabilities[:, :-1].argmax(dim=1)
+    of_class = boxes.view(len(boxes), boxes.shape[1] // 4, 4)
+    return of_class[torch.arange(len(boxes), device=best.device), best]
+
+
+BOX_CHOICES = {"each_class": box_of_each_class, "best_class": box_of_best_class}
+
+
+class _IoUNetHeads:
+    """What both kinds of IoU-Net heads share; it stands before a class that has `regress`."""
 
     @configurable
     def __init__(
@@ -43,18 +64,21 @@ class _IoUNetHeads(ABC):
         iou_branch: IoUBranch,
         postprocessor: Postprocessor,
         score_threshold: float,
+        box_choice: BoxChoice = box_of_each_class,
         **kwargs,
     ):
         """
         Args:
             iou_branch, postprocessor: the parts of IoU-Net.
             score_threshold: class score over which a box goes on to NMS.
-            kwargs: those of Detectron2's class.
+            box_choice: which of the boxes of a proposal.
+            kwargs: those of the class behind this one.
         """
         super().__init__(**kwargs)
         self.iou_branch = iou_branch
         self.postprocessor = postprocessor
         self.score_threshold = score_threshold
+        self.box_choice = box_choice
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -73,6 +97,7 @@ class _IoUNetHeads(ABC):
             "iou_branch": IoUBranch(cfg, pooler, channels),
             "postprocessor": postprocessor,
             "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+            "box_choice": part_named(BOX_CHOICES, cfg.MODEL.IOU_NET.BOX_OF, "MODEL.IOU_NET.BOX_OF"),
         }
 
     def forward(self, images, features: dict[str, Tensor], proposals, targets=None):
@@ -86,17 +111,12 @@ class _IoUNetHeads(ABC):
         """The features that the box head and the IoU branch pool from, by level."""
         return [features[name] for name in self.box_in_features]
 
-    @abstractmethod
-    def regress(
-        self, features: dict[str, Tensor], proposals: list[Instances]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """N boxes (R, 4 or 4K) and N class probabilities (R, K + 1) of the `proposal_boxes`."""
-
     def candidates(
         self, features: dict[str, Tensor], proposals: list[Instances]
     ) -> list[Instances]:
         """What N images send to NMS: see `select_boxes`."""
         boxes, probabilities = self.regress(features, proposals)
+        boxes = [self.box_choice(*of_image) for of_image in zip(boxes, probabilities)]
         return [
             select_boxes(*of_image, proposal.image_size, self.score_threshold)
             for *of_image, proposal in zip(boxes, probabilities, proposals)
@@ -125,35 +145,10 @@ class _IoUNetHeads(ABC):
 class IoUNetROIHeads(_IoUNetHeads, BoxLossROIHeads):
     """StandardROIHeads with an IoU branch; masks and keypoints are those of the refined boxes."""
 
-    def regress(
-        self, features: dict[str, Tensor], proposals: list[Instances]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        pooled = self.box_pooler(self.levels(features), [x.proposal_boxes for x in proposals])
-        predictions = self.box_predictor(self.box_head(pooled))
-        return (
-            self.box_predictor.predict_boxes(predictions, proposals),
-            self.box_predictor.predict_probs(predictions, proposals),
-        )
-
 
 @ROI_HEADS_REGISTRY.register()
 class IoUNetCascadeROIHeads(_IoUNetHeads, BoxLossCascadeROIHeads):
     """CascadeROIHeads with an IoU branch."""
-
-    def regress(
-        self, features: dict[str, Tensor], proposals: list[Instances]
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The boxes (R, 4) of the last stage, and the mean class probabilities of all."""
-        image_sizes = [x.image_size for x in proposals]
-        boxes, probabilities = [], []
-        for stage, predictor in enumerate(self.box_predictor):
-            if stage > 0:
-                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
-            predictions = self._run_stage(self.levels(features), proposals, stage)
-            boxes = predictor.predict_boxes(predictions, proposals)
-            probabilities.append(predictor.predict_probs(predictions, proposals))
-        mean = [sum(stages) * (1.0 / len(stages)) for stages in zip(*probabilities)]
-        return boxes, mean
 
 
 @META_ARCH_REGISTRY.register()

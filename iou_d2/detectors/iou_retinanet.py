@@ -23,6 +23,7 @@ from iou_d2.ops.boxes import aligned_iou
 
 from .dense import part_named, reduce_mean
 from .retinanet import AnchorPrediction, BoxLossRetinaNet, Positives
+from .retinanet_parts import Share, build_head
 
 
 def confidence(probability: Tensor, iou: Tensor, alpha: float) -> Tensor:
@@ -118,7 +119,7 @@ class IoUAwareRetinaNet(BoxLossRetinaNet):
         shapes = [shapes[name] for name in arguments["head_in_features"]]
         return {
             **arguments,
-            "head": IoUAwareRetinaNetHead(cfg, shapes),
+            "head": build_head(IoUAwareRetinaNetHead, cfg, shapes),
             "alpha": node.ALPHA,
             "iou_loss": part_named(IOU_LOSSES, node.IOU_LOSS_TYPE, f"{key}.IOU_LOSS_TYPE"),
             "iou_loss_weight": node.IOU_LOSS_WEIGHT,
@@ -126,11 +127,11 @@ class IoUAwareRetinaNet(BoxLossRetinaNet):
         }
 
     def positive_losses(
-        self, predictions: list[AnchorPrediction], positives: Positives
+        self, predictions: list[AnchorPrediction], positives: Positives, shares: list[Share]
     ) -> dict[str, Tensor]:
         """Those of BoxLossRetinaNet and "loss_iou", which is divided by the number of positive
         anchors: the mean over processes, at least 1."""
-        losses = super().positive_losses(predictions, positives)
+        losses = super().positive_losses(predictions, positives, shares)
         target = aligned_iou(positives.predicted.boxes, positives.gt_boxes)
         if not self.iou_target_gradient:
             target = target.detach()

@@ -24,8 +24,6 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
-from iou_d2.errors import InputError
-from iou_d2.ops.assign import ATSSAssigner, FCOSAssigner
 from iou_d2.ops.box_losses import BoxLoss, build_box_loss
 from iou_d2.ops.boxes import aligned_iou, boxes_around, centerness
 from iou_d2.ops.losses import focal_loss, quality_focal_loss, varifocal_loss
@@ -33,9 +31,15 @@ from iou_d2.ops.points import PointGrid
 
 from .dense import PyramidDetector, build_dense_nms, part_named, reduce_mean
 from .point_heads import POINT_HEAD_REGISTRY, PointPrediction
-
-# (points, strides, boxes) -> ground truth of each point: see ops/assign.py.
-Assigner = Callable[[Sequence[Tensor], Sequence[int], Tensor], Tensor]
+from .point_inference import INFERENCES, PointInference
+from .point_parts import (
+    Assigner,
+    BoxLossMean,
+    build_assigner,
+    build_box_loss_mean,
+    point_offset,
+    weights_of_stages,
+)
 
 CLASS_LOSSES = {
     "varifocal": varifocal_loss,
@@ -78,7 +82,7 @@ class PointDetector(PyramidDetector):
     """A dense detector of one box a point. Its predictions are L PointPredictions.
 
     Detections carry `scores`; those of a head with a quality branch also `cls_scores` (p) and
-    `pred_ious` or `pred_centernesses` (q), and their score is sqrt(p * q).
+    `pred_ious` or `pred_centernesses` (q), and their score is sqrt(p * q) or p * q.
     """
 
     @configurable
@@ -92,6 +96,8 @@ class PointDetector(PyramidDetector):
         quality: Quality,
         box_loss: BoxLoss,
         box_loss_weights: Sequence[float],
+        box_loss_mean: BoxLossMean,
+        inference: PointInference,
         **kwargs,
     ):
         """
@@ -102,6 +108,8 @@ class PointDetector(PyramidDetector):
             quality: what weighs box losses and is learnt by class scores or a quality branch.
             box_loss: of the sides of the boxes, whose unit is the stride of their level.
             box_loss_weights: a factor of the box loss for each stage of the head.
+            box_loss_mean: what becomes of the losses of the positive boxes.
+            inference: how class scores and qualities choose and rank the candidates of NMS.
             kwargs: those of PyramidDetector; `head` makes L PointPredictions of L features.
         """
         super().__init__(**kwargs)
@@ -112,6 +120,8 @@ class PointDetector(PyramidDetector):
         self.quality = quality
         self.box_loss = box_loss
         self.box_loss_weights = tuple(box_loss_weights)
+        self.box_loss_mean = box_loss_mean
+        self.inference = inference
 
     @classmethod
     def from_config(cls, cfg):
@@ -133,7 +143,9 @@ class PointDetector(PyramidDetector):
             "cls_loss": part_named(CLASS_LOSSES, node.CLS_LOSS, f"{key}.CLS_LOSS"),
             "quality": part_named(QUALITIES, node.QUALITY, f"{key}.QUALITY"),
             "box_loss": build_box_loss(node.BOX_LOSS, dense.SMOOTH_L1_LOSS_BETA, f"{key}.BOX_LOSS"),
-            "box_loss_weights": _weights_of_stages(node.BOX_LOSS_WEIGHTS, head.num_stages),
+            "box_loss_weights": weights_of_stages(node.BOX_LOSS_WEIGHTS, head.num_stages),
+            "box_loss_mean": build_box_loss_mean(cfg),
+            "inference": part_named(INFERENCES, node.INFERENCE, f"{key}.INFERENCE"),
         }
 
     def predict(self, images: Tensor) -> list[PointPrediction]:
@@ -154,8 +166,7 @@ class PointDetector(PyramidDetector):
         and "loss_quality" where the head has that branch.
 
         The class loss and that of the quality branch are sums divided by the number of positive
-        points, the box losses are weighted by the quality of each box and divided by its sum; the
-        divisors are means over processes and at least 1.
+        points, a mean over processes and at least 1; `box_loss_mean` divides the box losses.
         """
         points = [prediction.points for prediction in predictions]
         matches = self.match(points, image_sizes, gt_instances)  # (N * R of all levels,)
@@ -175,8 +186,7 @@ class PointDetector(PyramidDetector):
             quality = self.quality.measure(centers, boxes, gt_boxes).clamp(min=1e-6)
             loss = self.box_loss.of_sides(boxes, gt_boxes, strides)
             name = "loss_box_initial" if len(losses) + 1 < len(stages) else "loss_box"
-            divisor = reduce_mean(quality.sum()).clamp(min=1)
-            losses[name] = weight * (quality * loss).sum() / divisor
+            losses[name] = weight * self.box_loss_mean(loss, quality)
 
         count = reduce_mean(positive.sum().float()).clamp(min=1)
         logits = _flatten([x.logits for x in predictions], self.num_classes)
@@ -217,13 +227,12 @@ class PointDetector(PyramidDetector):
 
     def rank(self, prediction: PointPrediction, image: int) -> dict[str, Tensor]:
         probability = _of_image(prediction.logits, image)  # (R, K)
-        # The threshold is one of class scores, also in FCOS and ATSS.
-        scores = probability * (probability > self.nms.score_threshold)
+        threshold = self.nms.score_threshold
         if prediction.quality_logits is None:
-            return {"scores": scores}
+            return {"scores": probability * (probability > threshold)}
         quality = _of_image(prediction.quality_logits, image)  # (R, 1)
         return {
-            "scores": (scores * quality).sqrt(),
+            "scores": self.inference.order(probability, quality, threshold),
             "cls_scores": probability,
             self.quality.field: quality.expand_as(probability),
         }
@@ -233,52 +242,17 @@ class PointDetector(PyramidDetector):
     ) -> Tensor:
         distances = _flatten([prediction.distances[-1][image : image + 1]], 4)
         boxes = boxes_around(prediction.points[index], distances[index])
-        return clip_boxes_to_image(boxes, image_size)
+        return clip_boxes_to_image(boxes, image_size) if self.inference.clip else boxes
 
     def candidates(
         self, prediction: PointPrediction, image: int, image_size: tuple[int, int]
     ) -> Instances:
-        """What one level of one image sends to NMS. A box in the padding is none."""
+        """What one level of one image sends to NMS."""
         found = super().candidates(prediction, image, image_size)
-        return found[found.pred_boxes.nonempty()]
-
-
-def point_offset(cfg) -> float:
-    """Where a cell has its point: MODEL.POINT_DETECTOR.POINT_OFFSET, or that of the method."""
-    node = cfg.MODEL.POINT_DETECTOR
-    if node.POINT_OFFSET is not None:
-        return node.POINT_OFFSET
-    return 0.5 if node.ASSIGNER == "fcos" else 0.0
-
-
-def build_assigner(cfg) -> Assigner:
-    """The assigner that MODEL.POINT_DETECTOR.ASSIGNER names."""
-    node = cfg.MODEL.POINT_DETECTOR
-    builders = {"atss": _build_atss, "fcos": _build_fcos}
-    return part_named(builders, node.ASSIGNER, "MODEL.POINT_DETECTOR.ASSIGNER")(node)
-
-
-def _build_atss(node) -> ATSSAssigner:
-    return ATSSAssigner(anchor_scale=node.ANCHOR_SCALE)
-
-
-def _build_fcos(node) -> FCOSAssigner:
-    lowest = [-1, *node.MAX_DISTANCES[:-1]]
-    highest = [*node.MAX_DISTANCES[:-1], 1e8]
-    return FCOSAssigner(
-        ranges=tuple(zip(lowest, highest)),
-        center_sampling_radius=node.CENTER_SAMPLING_RADIUS or None,
-    )
-
-
-def _weights_of_stages(weights: Sequence[float], stages: int) -> Sequence[float]:
-    """The weights of the last `stages` stages."""
-    if len(weights) < stages:
-        raise InputError(
-            f"MODEL.POINT_DETECTOR.BOX_LOSS_WEIGHTS is {list(weights)}, but the head has boxes of "
-            f"{stages} stages."
-        )
-    return weights[-stages:]
+        if prediction.quality_logits is not None:
+            found.scores = self.inference.score(found.cls_scores, found.get(self.quality.field))
+        # A box in the padding is none.
+        return found[found.pred_boxes.nonempty()] if self.inference.drop_empty else found
 
 
 def _of_image(level: Tensor, image: int) -> Tensor:

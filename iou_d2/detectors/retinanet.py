@@ -1,6 +1,7 @@
 """RetinaNet (arXiv 1708.02002) with any loss of its boxes.
 
-Names of parameters, losses and their normalisers are those of Detectron2's RetinaNet.
+Names of parameters are those of Detectron2's RetinaNet; losses and detections too, but with the
+parts that do as torchvision or mmdetection does.
 
 Shape letters: N images, K classes, A anchors a cell, L levels, R the anchors of one level (HWA; of
 all levels where it says so), P positive anchors of the batch. Boxes are XYXY in pixels of the
@@ -18,7 +19,6 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead, permute_to_N_HWA_K
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
@@ -27,7 +27,21 @@ from torch import Tensor, nn
 
 from iou_d2.ops.box_losses import BoxDeltas, BoxLoss, build_box_loss
 
-from .dense import PyramidDetector, build_dense_nms
+from .anchors import cell_corners, round_up
+from .dense import PyramidDetector, build_dense_nms, part_named
+from .retinanet_parts import (
+    ALL,
+    ASSIGNERS,
+    BEFORE_NMS,
+    NORMALIZERS,
+    AnchorMatcher,
+    BeforeNMS,
+    Normalizer,
+    Share,
+    as_predicted,
+    build_head,
+    by_running_mean,
+)
 
 # Of the running mean of the number of positive anchors, as Detectron2's RetinaNet has it.
 FIRST_NORMALIZER, NORMALIZER_MOMENTUM = 100.0, 0.9
@@ -49,6 +63,17 @@ class Positives(NamedTuple):
     predicted: BoxDeltas  # P
     gt_boxes: Tensor  # (P, 4)
 
+    def of(self, images: slice) -> Positives:
+        """Those of some of the images."""
+        if images == ALL:
+            return self
+        image = self.mask.nonzero()[:, 0]
+        chosen = (image >= images.start) & (image < images.stop)
+        predicted = BoxDeltas(
+            self.predicted.deltas[chosen], self.predicted.anchors[chosen], self.predicted.transform
+        )
+        return Positives(self.mask[images], predicted, self.gt_boxes[chosen])
+
 
 @META_ARCH_REGISTRY.register()
 class BoxLossRetinaNet(PyramidDetector):
@@ -64,20 +89,28 @@ class BoxLossRetinaNet(PyramidDetector):
         num_classes: int,
         anchor_generator: nn.Module,
         box2box_transform: Box2BoxTransform,
-        anchor_matcher: Matcher,
+        anchor_matcher: AnchorMatcher,
+        padding_is_background: bool = True,
         focal_loss_alpha: float = 0.25,
         focal_loss_gamma: float = 2.0,
         box_loss: BoxLoss,
         box_loss_weight: float = 1.0,
+        normalizer: Normalizer = by_running_mean,
+        before_nms: BeforeNMS = as_predicted,
         **kwargs,
     ):
         """
         Args:
             anchor_generator: L features -> L Boxes of R anchors.
             box2box_transform: from deltas to boxes and back.
-            anchor_matcher: which ground truth an anchor learns, if any.
+            anchor_matcher: which ground truth an anchor learns, if any: Detectron2's Matcher, or
+                what has its arguments and results.
+            padding_is_background: whether the anchors in the padding that larger images of the
+                batch bring learn that they are background, or nothing.
             focal_loss_alpha, focal_loss_gamma: of the class loss, arXiv 1708.02002.
             box_loss, box_loss_weight: of the boxes of positive anchors; factor of it.
+            normalizer: one of NORMALIZERS, for the losses of classes and boxes.
+            before_nms: one of BEFORE_NMS.
             kwargs: those of PyramidDetector; `head` makes L logits and L deltas of L features.
         """
         super().__init__(**kwargs)
@@ -89,6 +122,9 @@ class BoxLossRetinaNet(PyramidDetector):
         self.focal_loss_gamma = focal_loss_gamma
         self.box_loss = box_loss
         self.box_loss_weight = box_loss_weight
+        self.padding_is_background = padding_is_background
+        self.normalizer = normalizer
+        self.before_nms = before_nms
         self.loss_normalizer = FIRST_NORMALIZER
 
     @classmethod
@@ -96,25 +132,26 @@ class BoxLossRetinaNet(PyramidDetector):
         arguments, node = super().from_config(cfg), cfg.MODEL.RETINANET
         shapes = arguments["backbone"].output_shape()
         shapes = [shapes[name] for name in node.IN_FEATURES]
+        key = "MODEL.RETINANET"
         return {
             **arguments,
-            "head": RetinaNetHead(cfg, shapes),
+            "head": build_head(RetinaNetHead, cfg, shapes),
             "head_in_features": node.IN_FEATURES,
             "nms": build_dense_nms(cfg),
             "num_classes": node.NUM_CLASSES,
             "anchor_generator": build_anchor_generator(cfg, shapes),
             "box2box_transform": Box2BoxTransform(weights=node.BBOX_REG_WEIGHTS),
-            "anchor_matcher": Matcher(
-                node.IOU_THRESHOLDS, node.IOU_LABELS, allow_low_quality_matches=True
-            ),
+            **part_named(ASSIGNERS, node.ASSIGNER, f"{key}.ASSIGNER")(node),
             "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
             "box_loss": build_box_loss(
                 node.BBOX_REG_LOSS_TYPE,
                 node.SMOOTH_L1_LOSS_BETA,
-                "MODEL.RETINANET.BBOX_REG_LOSS_TYPE",
+                f"{key}.BBOX_REG_LOSS_TYPE",
             ),
             "box_loss_weight": node.BBOX_REG_LOSS_WEIGHT,
+            "normalizer": part_named(NORMALIZERS, node.NORMALIZER, f"{key}.NORMALIZER"),
+            "before_nms": part_named(BEFORE_NMS, node.BEFORE_NMS, f"{key}.BEFORE_NMS"),
         }
 
     def predict(self, images: Tensor) -> list[AnchorPrediction]:
@@ -134,13 +171,15 @@ class BoxLossRetinaNet(PyramidDetector):
         image_sizes: list[tuple[int, int]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """The losses "loss_cls" and "loss_box_reg", both divided by a running mean of the number of
-        positive anchors."""
+        """The losses "loss_cls" and "loss_box_reg", both divided as the normaliser says."""
         anchors = Boxes.cat([level.anchors for level in predictions])
-        labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        if self.padding_is_background:
+            labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        else:
+            labels, gt_boxes = self._label_inside(predictions, image_sizes, gt_instances)
         mask = (labels >= 0) & (labels != self.num_classes)  # (N, R)
-        self._update_normalizer(mask)
-        losses = {"loss_cls": self.class_loss(predictions, labels)}
+        shares = self._shares(mask)
+        losses = {"loss_cls": self.class_loss(predictions, labels, shares)}
         positives = Positives(
             mask,
             BoxDeltas(
@@ -150,29 +189,39 @@ class BoxLossRetinaNet(PyramidDetector):
             ),
             gt_boxes[mask],
         )
-        losses.update(self.positive_losses(predictions, positives))
+        losses.update(self.positive_losses(predictions, positives, shares))
         return losses
 
-    def class_loss(self, predictions: list[AnchorPrediction], labels: Tensor) -> Tensor:
+    def class_loss(
+        self, predictions: list[AnchorPrediction], labels: Tensor, shares: list[Share]
+    ) -> Tensor:
         """Focal loss of the anchors that are labelled, with `labels` (N, R of all levels)."""
+        logits = torch.cat([level.logits for level in predictions], dim=1)
+        return sum(
+            self._focal_loss(logits[images], labels[images]) / divisor for images, divisor in shares
+        )
+
+    def _focal_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         labelled = labels >= 0
         targets = F.one_hot(labels[labelled], num_classes=self.num_classes + 1)[:, :-1]
-        logits = torch.cat([level.logits for level in predictions], dim=1)[labelled]
-        loss = sigmoid_focal_loss_jit(
-            logits,
+        return sigmoid_focal_loss_jit(
+            logits[labelled],
             targets.to(logits.dtype),
             alpha=self.focal_loss_alpha,
             gamma=self.focal_loss_gamma,
             reduction="sum",
         )
-        return loss / self.loss_normalizer
 
     def positive_losses(
-        self, predictions: list[AnchorPrediction], positives: Positives
+        self, predictions: list[AnchorPrediction], positives: Positives, shares: list[Share]
     ) -> dict[str, Tensor]:
         """The losses of positive anchors by name."""
-        loss = self.box_loss.of_deltas(positives.predicted, positives.gt_boxes)
-        return {"loss_box_reg": self.box_loss_weight * loss / self.loss_normalizer}
+        total = 0
+        for images, divisor in shares:
+            chosen = positives.of(images)
+            loss = self.box_loss.of_deltas(chosen.predicted, chosen.gt_boxes)
+            total = total + self.box_loss_weight * loss / divisor
+        return {"loss_box_reg": total}
 
     @torch.no_grad()
     def label_anchors(self, anchors: Boxes, gt_instances: list[Instances]) -> tuple[Tensor, Tensor]:
@@ -182,26 +231,56 @@ class BoxLossRetinaNet(PyramidDetector):
             labels: (N, R of all levels), a class, K for background, -1 for neither.
             gt_boxes: (N, R of all levels, 4), undefined where the label is no class.
         """
-        labels, gt_boxes = [], []
-        for truth in gt_instances:
-            matches, match_labels = self.anchor_matcher(pairwise_iou(truth.gt_boxes, anchors))
-            if len(truth) == 0:
-                labels.append(torch.full_like(matches, self.num_classes))
-                gt_boxes.append(torch.zeros_like(anchors.tensor))
-                continue
-            classes = truth.gt_classes[matches]
-            classes[match_labels == 0] = self.num_classes
-            classes[match_labels == -1] = -1
-            labels.append(classes)
-            gt_boxes.append(truth.gt_boxes.tensor[matches])
+        labels, gt_boxes = zip(*(self._label(anchors, truth) for truth in gt_instances))
         return torch.stack(labels), torch.stack(gt_boxes)
 
-    def _update_normalizer(self, positive: Tensor) -> None:
-        count = positive.sum().item()
-        get_event_storage().put_scalar("num_pos_anchors", count / len(positive))
+    @torch.no_grad()
+    def _label_inside(
+        self,
+        predictions: list[AnchorPrediction],
+        image_sizes: list[tuple[int, int]],
+        gt_instances: list[Instances],
+    ) -> tuple[Tensor, Tensor]:
+        """As `label_anchors`, with -1 for the cells that an image would not have if it were alone:
+        those in the padding that larger images of the batch bring."""
+        anchors = Boxes.cat([level.anchors for level in predictions])
+        counts = self.anchor_generator.num_cell_anchors
+        corners = torch.cat(
+            [cell_corners(level.anchors, count) for level, count in zip(predictions, counts)]
+        )
+        labels = torch.full((len(gt_instances), len(anchors)), -1, device=anchors.device)
+        gt_boxes = anchors.tensor.new_zeros(*labels.shape, 4)
+        multiple = max(self.backbone.size_divisibility, 1)
+        for image, ((height, width), truth) in enumerate(zip(image_sizes, gt_instances)):
+            size = corners.new_tensor([round_up(width, multiple), round_up(height, multiple)])
+            inside = (corners < size).all(dim=1)
+            labels[image, inside], gt_boxes[image, inside] = self._label(anchors[inside], truth)
+        return labels, gt_boxes
+
+    def _label(self, anchors: Boxes, truth: Instances) -> tuple[Tensor, Tensor]:
+        """Of one image: (R,) and (R, 4)."""
+        if len(truth) == 0:
+            background = torch.full((len(anchors),), self.num_classes, device=anchors.device)
+            return background, torch.zeros_like(anchors.tensor)
+        matches, match_labels = self.anchor_matcher(pairwise_iou(truth.gt_boxes, anchors))
+        classes = truth.gt_classes[matches]
+        classes[match_labels == 0] = self.num_classes
+        classes[match_labels == -1] = -1
+        return classes, truth.gt_boxes.tensor[matches]
+
+    def _shares(self, positive: Tensor) -> list[Share]:
+        """Of the batch with these positive anchors (N, R); updates the running mean."""
+        counts = positive.sum(dim=1).tolist()
+        get_event_storage().put_scalar("num_pos_anchors", sum(counts) / len(counts))
         self.loss_normalizer = NORMALIZER_MOMENTUM * self.loss_normalizer + (
             1 - NORMALIZER_MOMENTUM
-        ) * max(count, 1)
+        ) * max(sum(counts), 1)
+        return self.normalizer(counts, self.loss_normalizer)
+
+    def candidates(
+        self, prediction: AnchorPrediction, image: int, image_size: tuple[int, int]
+    ) -> Instances:
+        return self.before_nms(super().candidates(prediction, image, image_size))
 
     def rank(self, prediction: AnchorPrediction, image: int) -> dict[str, Tensor]:
         probability = prediction.logits[image].float().sigmoid()  # (R, K)

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from iou_d2.layers.deform_conv import deform_conv
+from iou_d2.ops.box_codec import exp_distances
 
 from .point_heads import (
     POINT_HEAD_REGISTRY,
@@ -25,7 +27,7 @@ from .point_heads import (
     TwoTowerHead,
     conv3x3,
     conv_norm_relu,
-    exp_distances,
+    distance_units,
     level_scales,
 )
 
@@ -99,12 +101,31 @@ class StarHead(TwoTowerHead):
     """VarifocalNet without refinement: the class is seen through the star of the box."""
 
     @configurable
-    def __init__(self, *, channels: int, strides: Sequence[int], num_groups: int, **kwargs):
+    def __init__(
+        self,
+        *,
+        channels: int,
+        strides: Sequence[int],
+        units: Sequence[float],
+        num_groups: int,
+        **kwargs,
+    ):
+        """
+        Args:
+            units: pixels that a distance of 1 means, for each level.
+            kwargs: those of TwoTowerHead.
+        """
         super().__init__(channels=channels, strides=strides, num_groups=num_groups, **kwargs)
+        self.units = list(units)
         self.initial_conv = conv_norm_relu(channels, num_groups)
         self.initial_pred = conv3x3(channels, 4)
         self.initial_scales = level_scales(len(strides))
         self.cls_star = StarConv(channels)
+
+    @classmethod
+    def from_config(cls, cfg, input_shapes: list[ShapeSpec]):
+        units = distance_units(cfg, len(input_shapes))
+        return {**super().from_config(cfg, input_shapes), "units": units}
 
     def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
         initial = exp_distances(

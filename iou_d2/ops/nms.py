@@ -161,6 +161,7 @@ def soft_nms(
     threshold: float = 0.3,
     sigma: float = 0.5,
     min_score: float = 0.001,
+    max_kept: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Soft-NMS (arXiv 1704.04503): boxes that overlap a better one lose score instead of vanishing.
 
@@ -175,6 +176,7 @@ def soft_nms(
             exp(-IoU^2 / sigma).
         threshold, sigma: see `method`; the values of the paper.
         min_score: boxes that fall to it or below are dropped.
+        max_kept: stop after so many; negative for all.
 
     Returns:
         keep: (S,) indices by falling new score; (0,) for no boxes.
@@ -191,7 +193,7 @@ def soft_nms(
     boxes = boxes.float()
     final = torch.zeros_like(scores)
     picks = []
-    for _ in range(len(scores)):
+    for _ in range(len(scores) if max_kept < 0 else min(max_kept, len(scores))):
         pick = scores.argmax()
         if not scores[pick] > min_score:
             break

@@ -119,3 +119,9 @@ def test_weights_that_would_run_code_are_read_where_one_trusts_them(runs, tmp_pa
         compare_runs.main(arguments)
     compare_runs.main([*arguments, "--trust-weights"])
     assert (tmp_path / "ap_by_side.png").is_file()
+
+
+def test_a_model_of_one_size_has_no_other_sides(tmp_path):
+    cfg = get_config("quick/ssd_shapes", ["MODEL.DEVICE", "cpu"])
+    with pytest.raises(InputError, match='has "square", so there are .* INPUT.SQUARE_SIZE 128'):
+        compare_runs.detect_at_side(cfg, {}, 96, tmp_path)

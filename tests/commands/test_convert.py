@@ -124,7 +124,7 @@ def test_what_a_model_of_mmdetection_has_to_be_told(tmp_path, capsys):
         ),
         (
             ["--config-file", "configs/retinanet_R_50_FPN_1x.yaml", "--opts", *SMALL[:2]],
-            "RGB, mean=[123.675, 116.28, 103.53], std=[1.0, 1.0, 1.0]; its style is 'caffe'",
+            "BGR, mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0]; its style is 'caffe'",
         ),
     ):
         convert(arguments + more)

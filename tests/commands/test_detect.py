@@ -79,7 +79,7 @@ CONFIG = "configs/quick/retinanet_shapes.yaml"
 def state():
     """The weights of a RetinaNet of three classes."""
     torch.manual_seed(0)
-    return detect.DefaultPredictor(get_config(CONFIG, SMALL)).model.state_dict()
+    return detect.untrained_predictor(get_config(CONFIG, SMALL)).model.state_dict()
 
 
 def write(path, content) -> str:
@@ -111,7 +111,7 @@ def test_one_read_of_the_checkpoint_gives_names_and_weights(tmp_path, monkeypatc
 def test_classes_without_names_are_called_by_their_number(tmp_path):
     config, overrides = "configs/quick/unitbox_shapes.yaml", ["MODEL.DEVICE", "cpu"]
     torch.manual_seed(0)
-    model = detect.DefaultPredictor(get_config(config, overrides)).model
+    model = detect.untrained_predictor(get_config(config, overrides)).model
     weights = write(tmp_path / "model.pth", {"model": model.state_dict()})
     cfg, checkpoint = detect.setup(config, [*overrides, "MODEL.WEIGHTS", weights])
     demo = detect.Demo(cfg, checkpoint, 0.0)

@@ -63,3 +63,7 @@ def test_expected_results_wait_for_no_ap_of_a_set_without_annotations(cfg, tmp_p
         require_measurable(cfg)
     cfg.TEST.EXPECTED_RESULTS = []
     require_measurable(cfg)
+    cfg.SOLVER.PATIENCE = 2
+    require_measurable(cfg, eval_only=True)
+    with pytest.raises(InputError, match="SOLVER.PATIENCE waits .* which has no annotations"):
+        require_measurable(cfg)

@@ -11,7 +11,10 @@ from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.structures import Boxes, pairwise_iou
 
 from iou_d2 import get_config
-from iou_d2.data.coverage import Pixels, Resize, matching_of, resize_of
+from iou_d2.data.coverage import Resize, SquareResize, matching_of, resize_of, resized
+from iou_d2.data.matching import Pixels
+from iou_d2.data.statistics import Objects
+from iou_d2.detectors.default_boxes import build_default_boxes
 from iou_d2.detectors.point_detector import build_assigner, point_offset
 from iou_d2.errors import InputError
 from iou_d2.ops.points import PointGrid
@@ -25,6 +28,45 @@ def random_boxes(count: int = 60) -> torch.Tensor:
     corners = torch.rand(count, 2, generator=generator) * scale * 0.98
     sides = 1 + torch.rand(count, 2, generator=generator) ** 2 * (scale - 1)
     return torch.cat([corners, torch.minimum(corners + sides, scale)], dim=1).double()
+
+
+def ssd_boxes(config: str, maps: list[int]) -> Boxes:
+    cfg = get_config(config, ["MODEL.DEVICE", "cpu"])
+    strides = [8, 16, 32, 64, 128, 256, 512][: len(maps)]
+    return build_default_boxes(cfg, strides)([torch.zeros(1, 1, x, x) for x in maps])
+
+
+@pytest.mark.parametrize(
+    ("config", "maps"),
+    [
+        ("ssd300_VGG16_voc", [38, 19, 10, 5, 3, 1]),
+        ("ssd512_VGG16_coco", [64, 32, 16, 8, 4, 2, 1]),
+        ("quick/ssd_own_data", [40, 20, 10, 5, 3]),
+        ("quick/ssd_shapes", [16, 8, 4, 2]),
+    ],
+)
+def test_the_best_default_box_is_that_of_all(config, maps):
+    cfg = get_config(config)
+    side = cfg.INPUT.SQUARE_SIZE
+    assert resize_of(cfg) == SquareResize(side)
+    boxes = random_boxes(200) / torch.tensor([WIDTH, HEIGHT] * 2) * side
+    expected = pairwise_iou(Boxes(boxes.float()), ssd_boxes(config, maps)).amax(dim=1).numpy()
+    matching = matching_of(cfg)
+    found = matching.measure(boxes.numpy(), np.full((200, 2), float(side)))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert matching.threshold == 0.5 and 0 < (found >= 0.5).sum() < 200
+
+
+def test_a_square_is_not_as_wide_as_the_image():
+    objects = Objects(
+        np.array([[30.0, 20, 60, 40]]),
+        np.zeros(1),
+        np.zeros(1, dtype=int),
+        np.array([[90.0, 60]]),
+        0,
+    )
+    boxes, sizes = resized(objects, SquareResize(180))
+    assert boxes.tolist() == [[60, 60, 120, 120]] and sizes.tolist() == [[180, 180]]
 
 
 def feature_maps(strides: list[int]) -> list[torch.Tensor]:
@@ -106,7 +148,7 @@ def test_the_resize_is_detectron2s(size):
 
 
 def test_the_middle_of_the_training_sizes_and_the_crop_are_taken():
-    assert resize_of(get_config("quick/retinanet_own_data")) == Resize(240, 512)
+    assert resize_of(get_config("quick/retinanet_own_data")) == Resize(320, 640)
     assert resize_of(get_config("quick/retinanet_small_objects")) == Resize(256, 320, (128, 128))
 
 
@@ -138,3 +180,28 @@ def test_no_objects_are_covered_by_anything():
 def test_what_cannot_be_judged_is_named(key, value, sentence):
     with pytest.raises(InputError, match=sentence):
         matching_of(get_config("quick/faster_rcnn_own_data", [key, value]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (("MODEL.SSD.CLIP", "sides"), "CLIP sides are not looked at"),
+        (("MODEL.SSD.ASPECT_RATIOS", "[[2]]"), "other levels"),
+        (("MODEL.SSD.STEPS", "[]"), "stride of the feature conv4_3"),
+    ],
+)
+def test_what_cannot_be_judged_of_ssd_is_named(overrides, sentence):
+    with pytest.raises(InputError, match=sentence):
+        matching_of(get_config("ssd300_VGG16_voc", overrides))
+
+
+def test_the_best_anchor_of_refinedet_is_that_of_all():
+    cfg = get_config("refinedet320_VGG16_voc")
+    generator = build_anchor_generator(cfg, [ShapeSpec(stride=x) for x in (8, 16, 32, 64)])
+    anchors = Boxes.cat(generator([torch.zeros(1, 1, x, x) for x in (40, 20, 10, 5)]))
+    boxes = random_boxes(200) / torch.tensor([WIDTH, HEIGHT] * 2) * 320
+    expected = pairwise_iou(Boxes(boxes.float()), anchors).amax(dim=1).numpy()
+    matching = matching_of(cfg)
+    found = matching.measure(boxes.numpy(), np.full((200, 2), 320.0))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert matching.threshold == 0.5

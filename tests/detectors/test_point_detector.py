@@ -9,7 +9,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from iou_d2.detectors.point_detector import centerness_quality, iou_quality
-from iou_d2.detectors.point_heads import exp_distances
+from iou_d2.detectors.point_inference import INFERENCES
+from iou_d2.detectors.point_parts import BoxLossMean
+from iou_d2.ops.box_codec import exp_distances
 from iou_d2.ops.box_losses import KINDS
 from point_detector_by_hand import (
     CONFIGS,
@@ -71,7 +73,7 @@ def suppress(boxes: list, threshold: float, class_wise: bool) -> list:
 
 
 @pytest.mark.parametrize("class_wise", [True, False])
-@pytest.mark.parametrize("name", ["vfnet", "vfnet_star", "atss_iou", "fcos"])
+@pytest.mark.parametrize("name", ["vfnet", "vfnet_star", "atss_iou", "atss_points", "fcos"])
 def test_detections_equal_loops(name, class_wise, build, make_batch):
     topk, threshold = 30, 0.35
     model = build(
@@ -93,11 +95,13 @@ def test_detections_equal_loops(name, class_wise, build, make_batch):
                 quality = prediction.quality_logits
                 quality = 1 if quality is None else quality[(image, 0, *cell)].sigmoid().item()
                 for k, p in enumerate(prediction.logits[(image, slice(None), *cell)].sigmoid()):
-                    score = p.item() if quality == 1 else math.sqrt(p.item() * quality)
+                    score = p.item() * quality
+                    score = math.sqrt(score) if name == "atss_points" else score
                     if p > threshold:
-                        in_level.append((score, k, box))
-            candidates += sorted(in_level, key=lambda x: -x[0])[:topk]
-        expected = suppress(candidates, 0.6, class_wise)[:100]
+                        order = score if name == "atss_points" else p.item()
+                        in_level.append((score, k, box, order))
+            candidates += sorted(in_level, key=lambda x: -x[3])[:topk]
+        expected = suppress(candidates, model.nms.nms_threshold, class_wise)[:100]
         assert len(expected) < len(candidates) and len(expected) > 5
         assert found.scores.tolist() == pytest.approx([x[0] for x in expected], abs=1e-5)
         assert found.pred_classes.tolist() == [x[1] for x in expected]
@@ -108,7 +112,7 @@ def test_detections_equal_loops(name, class_wise, build, make_batch):
 def test_what_detections_carry(build, make_batch):
     with torch.no_grad():
         plain = build("vfnet").eval()(make_batch([0]))[0]["instances"]
-        ranked = build("atss").eval()(make_batch([0]))[0]["instances"]
+        ranked = build("atss_points").eval()(make_batch([0]))[0]["instances"]
         iou_aware = build("atss_iou").eval()(make_batch([0]))[0]["instances"]
     assert set(plain.get_fields()) == {"pred_boxes", "scores", "pred_classes"}
     assert len(ranked) > 5
@@ -259,11 +263,26 @@ def test_an_image_is_matched_as_if_it_were_alone(name, build):
         ("QUALITY", "giou", "'iou' or 'centerness', .* is 'giou'"),
         ("ASSIGNER", "max_iou", "'atss' or 'fcos', but it is 'max_iou'"),
         ("DISTANCE_UNITS", "[64, 128]", "has 2 entries for 5 levels"),
+        ("BOX_LOSS_MEAN", "mean", "'weighted' or 'plain', but it is 'mean'"),
+        ("INFERENCE", "mmdet", "one of authors, mmdetection, .*, but it is 'mmdet'"),
     ],
 )
 def test_wrong_settings_are_named(build, key, value, sentence):
     with pytest.raises(ValueError, match=f"MODEL.POINT_DETECTOR.{key} .*{sentence}"):
         build("vfnet", f"MODEL.POINT_DETECTOR.{key}", value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("BOX_CODEC", "linear", "one of exp, relu, deltas, but it is 'linear'"),
+        ("QUALITY_TOWER", "cls", "'box' or 'class', but it is 'cls'"),
+        ("DISTANCE_UNITS", "[64, 128]", "has 2 entries for 5 levels"),
+    ],
+)
+def test_wrong_settings_of_other_heads_are_named(build, key, value, sentence):
+    with pytest.raises(ValueError, match=f"MODEL.POINT_DETECTOR.{key} .*{sentence}"):
+        build("fcos", f"MODEL.POINT_DETECTOR.{key}", value)
 
 
 def test_a_weight_for_each_stage_is_asked_for(build, make_batch):
@@ -306,12 +325,65 @@ def test_the_assigner_of_a_config(build):
     atss, fcos = atss.assigner, fcos.assigner
     assert (atss.topk, atss.anchor_scale) == (9, 3.0)
     assert fcos.ranges == ((-1, 16), (16, 32), (32, 64), (64, 128), (128, 1e8))
-    assert fcos.center_sampling_radius == 1.5
+    assert fcos.center_sampling_radius is None
     overrides = (
         "MODEL.POINT_DETECTOR.POINT_OFFSET",
         "0.25",
         "MODEL.POINT_DETECTOR.CENTER_SAMPLING_RADIUS",
-        "0.0",
+        "1.5",
     )
     fcos = build("fcos", *overrides)
-    assert (fcos.assigner.center_sampling_radius, fcos.grid.offset) == (None, 0.25)
+    assert (fcos.assigner.center_sampling_radius, fcos.grid.offset) == (1.5, 0.25)
+
+
+def test_ranges_without_their_limits(build):
+    ranges = build("fcos", "MODEL.POINT_DETECTOR.OPEN_RANGES", "True").assigner.ranges
+    (low, high), (next_low, _) = ranges[:2]
+    assert low < 0 and ranges[-1][1] > 9e7
+    assert high < 16 < next_low
+    between = torch.tensor([high, 16.0, next_low], dtype=torch.float32)
+    assert torch.equal(torch.nextafter(between[:2], between[1:]), between[1:])
+
+
+@pytest.mark.parametrize("codec", ["exp", "relu", "deltas"])
+def test_the_codec_says_what_a_checkpoint_holds(codec, build, make_batch):
+    model = build("fcos", "MODEL.POINT_DETECTOR.BOX_CODEC", codec).train()
+    names = {name for name, _ in model.head.named_parameters() if "scales" in name}
+    scales = "delta_scales" if codec == "deltas" else "box_scales"
+    assert names == {f"{scales}.{level}" for level in range(5)}
+    losses = model(make_batch([3, 0]))
+    sum(losses.values()).backward()
+    assert all(x.grad is not None for x in model.head.parameters())
+
+
+def test_a_head_without_scales(build, make_batch):
+    model = build("fcos", "MODEL.POINT_DETECTOR.LEVEL_SCALES", "False").train()
+    assert not any("scales" in name for name in model.state_dict())
+    assert all(torch.isfinite(x) for x in model(make_batch([3])).values())
+
+
+def test_a_plain_mean_of_box_losses():
+    losses, quality = torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.3])
+    assert BoxLossMean(False)(losses, quality).item() == 2
+    assert BoxLossMean(True, 1e-6)(losses, quality).item() == pytest.approx(2.5)
+    assert BoxLossMean(True, 1.0)(losses, quality).item() == pytest.approx(1.0)
+    nothing = torch.zeros(0, requires_grad=True)
+    for mean in (BoxLossMean(False), BoxLossMean(True, 1e-6)):
+        mean(nothing, torch.zeros(0)).backward()
+        assert mean(nothing, torch.zeros(0)).item() == 0
+
+
+@pytest.mark.parametrize("name", INFERENCES)
+def test_inferences_differ_in_what_they_say(name):
+    inference = INFERENCES[name]
+    p, q = torch.tensor([[0.5, 0.2], [0.3, 0.9]]), torch.tensor([[0.9], [0.1]])
+    order = inference.order(p, q, 0.25)
+    score = (p * q).sqrt() if name != "mmdetection" else p * q
+    torch.testing.assert_close(inference.score(p, q), score)
+    above = {
+        "torchvision": [[True, True], [False, True]],
+        "detectron2": [[True, True], [False, True]],
+    }.get(name, [[True, False], [True, True]])
+    assert (order > 0).tolist() == above
+    best = order.flatten().argmax().item()
+    assert best == (3 if name == "mmdetection" else 0)

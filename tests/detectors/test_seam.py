@@ -15,6 +15,9 @@ DENSE = [
     "atss_shapes",
     "fcos_shapes",
     "unitbox_shapes",
+    "ssd_shapes",
+    "ssd_iou_shapes",
+    "refinedet_shapes",
 ]
 # So that random weights detect something.
 EVERYTHING = (

@@ -14,7 +14,7 @@ from iou_d2.errors import DivergedError, InputError
 
 CONFIGS = (
     "retinanet_shapes iou_retinanet_shapes vfnet_shapes atss_shapes fcos_shapes unitbox_shapes "
-    "faster_rcnn_shapes iou_net_shapes"
+    "ssd_shapes ssd_iou_shapes refinedet_shapes faster_rcnn_shapes iou_net_shapes"
 ).split()
 
 

@@ -6,6 +6,7 @@ import pickle
 import resource
 import signal
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -13,7 +14,12 @@ from torch import nn
 
 from iou_d2 import get_config
 from iou_d2.engine import checkpoint
-from iou_d2.engine.checkpoint import SafeCheckpointer, build_predictor, remove_unfinished
+from iou_d2.engine.checkpoint import (
+    SafeCheckpointer,
+    build_predictor,
+    remove_unfinished,
+    untrained_predictor,
+)
 from iou_d2.errors import InputError, MissingFileError
 
 
@@ -186,3 +192,12 @@ def test_a_tensor_with_two_names_is_not_missing(tmp_path):
     checkpointer.model.add_module("again", checkpointer.model[0])
     checkpointer.load(str(tmp_path / "a.pth"))
     assert checkpointer.mismatch.is_whole
+
+
+def test_the_predictor_resizes_as_the_mapper_of_tests_does():
+    cfg = get_config("quick/ssd_shapes", ["MODEL.DEVICE", "cpu"])
+    predictor = untrained_predictor(cfg)
+    image = np.zeros((40, 90, 3), dtype=np.uint8)
+    assert predictor.aug.get_transform(image).apply_image(image).shape == (128, 128, 3)
+    found = predictor(image)["instances"]
+    assert found.image_size == (40, 90)

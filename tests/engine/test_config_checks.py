@@ -67,6 +67,60 @@ def test_what_no_training_can_follow_is_named(key, value):
         check_training(cfg)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("FREEZE", [3]),
+        ("FREEZE", [""]),
+        ("FREEZE", [["backbone"]]),
+        ("FREEZE", "backbone"),
+        ("LR_FACTORS", ["backbone", 0.1]),
+        ("LR_FACTORS", [["backbone"]]),
+        ("LR_FACTORS", [[0.1, "backbone"]]),
+        ("LR_FACTORS", [["", 0.1]]),
+        ("LR_FACTORS", [["backbone", "0.1"]]),
+        ("LR_FACTORS", [["backbone", 0]]),
+        ("LR_FACTORS", [["backbone", -1.0]]),
+        ("LR_FACTORS", [["backbone", True]]),
+        ("LR_FACTORS", [["backbone", float("nan")]]),
+        ("LR_FACTORS", [["backbone", float("inf")]]),
+        ("LR_FACTORS", [["backbone", 10**400]]),
+        ("LR_FACTORS", [["backbone", None]]),
+        ("LR_FACTORS", [["a", 0.1], ["a", 0.2]]),
+        ("LR_FACTORS", {"backbone": 0.1}),
+        ("EMA_DECAY", 1.0),
+        ("EMA_DECAY", -0.1),
+        ("EMA_DECAY", float("nan")),
+        ("EMA_DECAY", 10**400),
+        ("PATIENCE", -1),
+        ("PATIENCE", 3),  # without evaluations
+    ],
+)
+def test_what_no_fine_tuning_can_follow_is_named(key, value):
+    cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.DEVICE", "cpu", *DATA])
+    cfg.TEST.EVAL_PERIOD = 0
+    cfg.SOLVER[key] = value
+    with pytest.raises(InputError, match=f"SOLVER.{key}") as error:
+        check_training(cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_precise_statistics_are_not_those_of_an_average():
+    cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.DEVICE", "cpu", *DATA])
+    cfg.SOLVER.EMA_DECAY, cfg.TEST.PRECISE_BN.ENABLED = 0.9, True
+    with pytest.raises(InputError, match="SOLVER.EMA_DECAY is 0.9 and TEST.PRECISE_BN"):
+        check_training(cfg)
+
+
+def test_patience_needs_evaluations_of_a_set():
+    cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.DEVICE", "cpu", *DATA])
+    cfg.SOLVER.PATIENCE, cfg.TEST.EVAL_PERIOD = 2, 10
+    check_training(cfg)
+    cfg.DATASETS.TEST = ()
+    with pytest.raises(InputError, match="SOLVER.PATIENCE is 2, but nothing is evaluated"):
+        check_training(cfg)
+
+
 def test_processes_share_the_batch(monkeypatch):
     monkeypatch.setattr("iou_d2.engine.config_checks.comm.get_world_size", lambda: 3)
     cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.DEVICE", "cpu", *DATA])

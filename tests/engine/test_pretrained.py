@@ -147,6 +147,30 @@ def test_the_vgg_of_torchvision_loads(publish, monkeypatch):
     torch.testing.assert_close(backbone(images)["conv5"], features[:30](images))
 
 
+def test_the_vgg_of_torchvision_loads_into_that_of_ssd(publish, monkeypatch):
+    features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    small = nn.ModuleDict({"features": features})
+    # Rows and columns of the full size, each of one number, so that the file is small.
+    fc6 = torch.randn(4096, 1).expand(4096, 25088)
+    fc7 = torch.randn(4096, 1).expand(4096, 4096)
+    classifier = {"0.weight": fc6, "0.bias": fc6[:, 0], "3.weight": fc7, "3.bias": fc7[:, 0]}
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: small)
+    publish("vgg16")
+    read = pretrained.read_checkpoint_file
+    heads = {f"classifier.{name}": value for name, value in classifier.items()}
+    monkeypatch.setattr(pretrained, "read_checkpoint_file", lambda path: {**read(path), **heads})
+    cfg = get_config("ssd300_VGG16_voc")
+    check_pretrained(cfg)
+    backbone = build_backbone(cfg, IMAGE)
+    extra = backbone.extra["conv6_2"][0].weight.clone()
+    load_pretrained(backbone, "torchvision://vgg16")
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(backbone.vgg(images)["conv5"], features[:30](images))
+    assert torch.equal(backbone.fc6.weight[:, 7, 2, 0], fc6[::4, 0])
+    assert torch.equal(backbone.fc7.bias, fc7[::4, 0])
+    assert torch.equal(backbone.extra["conv6_2"][0].weight, extra)
+
+
 @pytest.mark.parametrize("config_file", OWN_DATA)
 def test_every_own_data_config_trains_from_the_backbone(
     publish, config_file, make_batch, event_storage
@@ -169,7 +193,8 @@ def test_every_own_data_config_trains_from_the_backbone(
 def test_every_method_has_a_config_for_own_data():
     methods = {Path(path).name.removesuffix("_own_data.yaml") for path in OWN_DATA}
     assert methods >= {
-        *("retinanet", "iou_retinanet", "atss", "vfnet", "faster_rcnn", "iou_net", "unitbox")
+        *("retinanet", "iou_retinanet", "atss", "vfnet", "faster_rcnn", "iou_net", "unitbox"),
+        "ssd",
     }
 
 

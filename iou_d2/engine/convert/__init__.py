@@ -5,17 +5,30 @@ layouts are translated into one another through Detectron2's names. A network is
 `NETWORKS` lists them.
 """
 
-from .layouts import LAYOUTS, PixelFormat, pixel_format_of_mmdet, swap_red_and_blue
+from .fcos import settings_of_mmdet
+from .layouts import (
+    DETECTRON2_PIXELS,
+    LAYOUTS,
+    WITH_DETECTRON2_PIXELS,
+    PixelFormat,
+    has_linear_p7,
+    pixel_format_of_mmdet,
+    swap_red_and_blue,
+)
 from .resnet import backbone_prefix
 from .translate import Translated, recognise, translate, translate_tensors
 
 __all__ = [
+    "DETECTRON2_PIXELS",
     "LAYOUTS",
+    "WITH_DETECTRON2_PIXELS",
     "PixelFormat",
     "Translated",
     "backbone_prefix",
+    "has_linear_p7",
     "pixel_format_of_mmdet",
     "recognise",
+    "settings_of_mmdet",
     "swap_red_and_blue",
     "translate",
     "translate_tensors",

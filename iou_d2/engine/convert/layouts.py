@@ -13,11 +13,23 @@ from iou_d2.errors import InputError
 FIRST_CONV = re.compile(
     r"(?:.*\.)?stem\.conv1\.weight"  # detectron2, adelaidet, detectron2_main
     r"|(?:backbone\.(?:body\.)?)?conv1\.weight"  # mmdet, torchvision
+    r"|(?:backbone\.)?(?:vgg\.)?(?:features\.)?0\.weight"  # SSD of all layouts
 )
 
 # "adelaidet" is that of aim-uofa/AdelaiDet, "detectron2_main" that of the FCOS which only the main
 # branch of Detectron2 has.
-LAYOUTS = ("mmdet", "torchvision", "detectron2", "adelaidet", "detectron2_main")
+# "amdegroot" is amdegroot/ssd.pytorch, "lufficc" is lufficc/SSD.
+LAYOUTS = (
+    "mmdet",
+    "torchvision",
+    "detectron2",
+    "adelaidet",
+    "detectron2_main",
+    "amdegroot",
+    "lufficc",
+)
+# Their configs are Detectron2's and say what pixels are; the other layouts are written for RGB.
+WITH_DETECTRON2_PIXELS = ("detectron2", "adelaidet", "detectron2_main")
 
 
 def swap_red_and_blue(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,9 +58,14 @@ class PixelFormat(NamedTuple):
         return self._replace(order=order, mean=self.mean[::-1], std=self.std[::-1])
 
 
-def pixel_format_of_mmdet(config: str) -> PixelFormat:
-    """Read off the text of an mmdetection config; what it does not say is as in torchvision."""
-    found = PixelFormat()
+# Of Detectron2's ResNets, by default.
+DETECTRON2_PIXELS = PixelFormat("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), True)
+
+
+def pixel_format_of_mmdet(config: str, otherwise: PixelFormat | None = None) -> PixelFormat:
+    """Read off the text of an mmdetection config; what it does not say is as `otherwise`, or as in
+    torchvision."""
+    found = otherwise or PixelFormat()
     order = re.search(r"to_rgb\s*=\s*(True|False)", config)
     if order:
         found = found._replace(order="RGB" if order[1] == "True" else "BGR")
@@ -58,3 +75,10 @@ def pixel_format_of_mmdet(config: str) -> PixelFormat:
             numbers = tuple(float(x) for x in values[1].split(",") if x.strip())
             found = found._replace(**{name: numbers})
     return found._replace(stride_in_1x1=bool(re.search(r"\bstyle\s*=\s*['\"]caffe", config)))
+
+
+def has_linear_p7(config: str) -> bool:
+    """Whether the text of an mmdetection config makes p7 of p6 without a ReLU between: what it does
+    where it does not say `relu_before_extra_convs`."""
+    extra = re.search(r"add_extra_convs\s*=\s*(?!False)", config)
+    return bool(extra) and not re.search(r"relu_before_extra_convs\s*=\s*True", config)

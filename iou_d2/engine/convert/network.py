@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from .layouts import PixelFormat
 from .rows import Row
 
 
@@ -17,8 +18,10 @@ class Network:
         signs: layout -> regular expression of a name that no other network has there; also for
             "detectron2", where it is searched in Detectron2's names.
         rows: layout -> rows of the head, of all layouts but "detectron2".
+        pixels: layout -> what its models take, where that is not what ResNets of torchvision do.
     """
 
     title: str
     signs: Mapping[str, str]
     rows: Mapping[str, Callable[[], list[Row]]] = field(default_factory=dict)
+    pixels: Mapping[str, PixelFormat] = field(default_factory=dict)

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from iou_d2.errors import InputError
 
+from .atss import ATSS
+from .fcos import FCOS, FCOS_DEFORMABLE
+from .iou_net import IOU_NET
 from .network import Network
+from .rcnn import RCNN, RCNN_V2
 from .resnet import (
     BOTTOM_UP,
     backbone_prefix,
@@ -20,10 +24,23 @@ from .resnet import (
     same_rows,
     torchvision_fpn_rows,
 )
+from .retinanet import RETINANET, RETINANET_WITH_NORM
 from .rows import Change, Match, Row, find_rows, has_name
+from .ssd import SSD
 from .vfnet import VFNET
 
-NETWORKS: tuple[Network, ...] = (VFNET,)
+NETWORKS: tuple[Network, ...] = (
+    VFNET,
+    ATSS,
+    FCOS_DEFORMABLE,
+    FCOS,
+    RETINANET_WITH_NORM,
+    RETINANET,
+    IOU_NET,
+    RCNN_V2,
+    RCNN,
+    SSD,
+)
 UNSUPPORTED = {
     r"layer\d\.\d+\.convs\.\d": "a Res2Net",
     r"backbone\.stem\.\d": "a ResNet with a deep stem (V1c, V1d)",

@@ -1,0 +1,273 @@
+"""RefineDet (Zhang et al., arXiv 1711.06897).
+
+A first step, the anchor refinement module (ARM), tells objects from background and moves anchors to
+them. A second one, the object detection module (ODM), reads features that transfer connection
+blocks make of the same levels, and classifies and moves the refined anchors.
+
+Shape letters and words are those of multibox.py. The ARM has one class: `arm_logits` (N, R, 2) are
+object and background, in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.anchor_generator import build_anchor_generator
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from iou_d2.errors import InputError
+
+from .dense import DenseDetector, DenseNMS
+from .multibox import (
+    IGNORED,
+    Assignment,
+    LevelConvs,
+    MultiBoxLoss,
+    MultiBoxTerms,
+    build_matcher,
+    build_multibox_loss,
+    shapes_of,
+)
+from .multibox_inference import SoftNMS, build_multibox_nms, candidates_of, class_scores
+
+
+class RefineDetPrediction(NamedTuple):
+    """What RefineDet says of the anchors of all levels."""
+
+    anchors: Boxes  # R
+    arm_logits: Tensor  # (N, R, 2)
+    arm_deltas: Tensor  # (N, R, 4), from the anchors
+    logits: Tensor  # (N, R, K + 1), the background last
+    deltas: Tensor  # (N, R, 4), from the refined anchors
+
+
+class TransferBlock(nn.Module):
+    """From a feature of the backbone, and the finished one of the next coarser level, to a feature
+    that the ODM reads."""
+
+    def __init__(self, in_channels: int, channels: int, is_coarsest: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv3 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.up = None if is_coarsest else nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        for layer in self.children():
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, coarser: Tensor | None) -> Tensor:
+        """(N, C, H, W), and (N, channels, h, w) of at least half of H and W -> (N, channels, H, W).
+
+        What the coarser level has beyond H and W is cut off: maps are rounded up.
+        """
+        x = self.conv2(F.relu(self.conv1(x)))
+        if self.up is not None:
+            x = x + self.up(coarser)[..., : x.shape[-2], : x.shape[-1]]
+        return F.relu(self.conv3(F.relu(x)))
+
+
+class RefineDetHead(nn.Module):
+    """The convolutions of ARM and ODM, and the transfer connection blocks between them."""
+
+    def __init__(
+        self,
+        shapes: Sequence[ShapeSpec],
+        num_cell_anchors: Sequence[int],
+        num_classes: int,
+        channels: int = 256,
+    ):
+        """
+        Args:
+            shapes: of the L features; each has half of the resolution of the one before.
+            num_cell_anchors: anchors of a cell of each.
+            channels: of the features that the ODM reads.
+        """
+        super().__init__()
+        self.arm_score = LevelConvs(shapes, num_cell_anchors, 2)
+        self.arm_bbox = LevelConvs(shapes, num_cell_anchors, 4)
+        last = len(shapes) - 1
+        self.transfer = nn.ModuleList(
+            TransferBlock(shape.channels, channels, is_coarsest=level == last)
+            for level, shape in enumerate(shapes)
+        )
+        transferred = [ShapeSpec(channels=channels)] * len(shapes)
+        self.odm_score = LevelConvs(transferred, num_cell_anchors, num_classes + 1)
+        self.odm_bbox = LevelConvs(transferred, num_cell_anchors, 4)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """L features (N, C, H, W) -> the tensors of a RefineDetPrediction."""
+        transferred, coarser = [], None
+        for block, feature in zip(reversed(self.transfer), reversed(features)):
+            coarser = block(feature, coarser)
+            transferred.insert(0, coarser)
+        return (
+            self.arm_score(features),
+            self.arm_bbox(features),
+            self.odm_score(transferred),
+            self.odm_bbox(transferred),
+        )
+
+
+@META_ARCH_REGISTRY.register()
+class RefineDet(DenseDetector):
+    """A dense detector of two steps; its predictions are a RefineDetPrediction."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        head: nn.Module,
+        head_in_features: Sequence[str],
+        anchor_generator: nn.Module,
+        arm_loss: MultiBoxLoss,
+        odm_loss: MultiBoxLoss,
+        box_loss_weight: float = 1.0,
+        min_objectness: float = 0.01,
+        nms: DenseNMS | SoftNMS,
+        clip_before_nms: bool = False,
+        **kwargs,
+    ):
+        """
+        Args:
+            head: from L features to the tensors of a RefineDetPrediction.
+            head_in_features: names of these features.
+            anchor_generator: L features -> L Boxes.
+            arm_loss, odm_loss: of the first and the second step.
+            box_loss_weight: factor of the box losses of both.
+            min_objectness: anchors with less are no negatives of the ODM and no detections.
+            nms, clip_before_nms: as those of SSD.
+            kwargs: those of DenseDetector.
+        """
+        super().__init__(**kwargs)
+        self.head = head
+        self.head_in_features = list(head_in_features)
+        self.anchor_generator = anchor_generator
+        self.arm_loss = arm_loss
+        self.odm_loss = odm_loss
+        self.box_loss_weight = box_loss_weight
+        self.min_objectness = min_objectness
+        self.nms = nms
+        self.clip_before_nms = clip_before_nms
+
+    @classmethod
+    def from_config(cls, cfg):
+        arguments = super().from_config(cfg)
+        dense, shared, node = cfg.MODEL.RETINANET, cfg.MODEL.MULTIBOX, cfg.MODEL.REFINEDET
+        if not 0 <= node.MIN_OBJECTNESS <= 1:
+            raise InputError(
+                f"MODEL.REFINEDET.MIN_OBJECTNESS lies in [0, 1], but it is {node.MIN_OBJECTNESS}."
+            )
+        shapes = shapes_of(cfg, arguments["backbone"].output_shape())
+        anchors = build_anchor_generator(cfg, shapes)
+        key = "MODEL.REFINEDET.ARM_IOU_THRESHOLDS"
+        arm_matcher = build_matcher(node.ARM_IOU_THRESHOLDS, key)
+        odm_matcher = build_matcher(shared.IOU_THRESHOLDS, "MODEL.MULTIBOX.IOU_THRESHOLDS")
+        return {
+            **arguments,
+            "head": RefineDetHead(shapes, anchors.num_anchors, dense.NUM_CLASSES, node.CHANNELS),
+            "head_in_features": dense.IN_FEATURES,
+            "anchor_generator": anchors,
+            "arm_loss": build_multibox_loss(cfg, arm_matcher),
+            "odm_loss": build_multibox_loss(cfg, odm_matcher),
+            "box_loss_weight": shared.BOX_LOSS_WEIGHT,
+            "min_objectness": node.MIN_OBJECTNESS,
+            "nms": build_multibox_nms(cfg),
+            "clip_before_nms": shared.CLIP_BEFORE_NMS,
+        }
+
+    def predict(self, images: Tensor) -> RefineDetPrediction:
+        """Images (N, 3, H, W) -> what both steps say of each of their anchors."""
+        features = self.backbone(images)
+        features = [features[name] for name in self.head_in_features]
+        return RefineDetPrediction(Boxes.cat(self.anchor_generator(features)), *self.head(features))
+
+    def losses(
+        self,
+        predictions: RefineDetPrediction,
+        image_sizes: list[tuple[int, int]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """The losses "loss_arm_cls", "loss_arm_box", "loss_odm_cls" and "loss_odm_box", those of a
+        step divided by the number of its positive anchors: the mean over processes, at least 1.
+
+        No gradient of the second step reaches what the first one says; they share the backbone.
+        """
+        num_classes = predictions.logits.shape[-1] - 1
+        refined = self.refined_anchors(predictions)
+        assignment = self.odm_loss.assign(refined, gt_instances, num_classes)
+        assignment = self.without_easy_negatives(assignment, predictions)
+        odm = self.odm_loss(refined, predictions.logits, predictions.deltas, assignment)
+
+        anchors = predictions.anchors.tensor.expand_as(refined)
+        assignment = self.arm_loss.assign(anchors, [_of_one_class(x) for x in gt_instances], 1)
+        arm = self.arm_loss(anchors, predictions.arm_logits, predictions.arm_deltas, assignment)
+        return {**self._divided("arm", arm), **self._divided("odm", odm)}
+
+    def _divided(self, step: str, terms: MultiBoxTerms) -> dict[str, Tensor]:
+        return {
+            f"loss_{step}_cls": terms.cls / terms.count,
+            f"loss_{step}_box": self.box_loss_weight * terms.box / terms.count,
+        }
+
+    @torch.no_grad()
+    def refined_anchors(self, predictions: RefineDetPrediction) -> Tensor:
+        """Where the first step moves the anchors of all images, without gradient: (N, R, 4)."""
+        deltas = predictions.arm_deltas
+        anchors = predictions.anchors.tensor.repeat(len(deltas), 1)
+        moved = self.arm_loss.transform.apply_deltas(deltas.flatten(0, 1), anchors)
+        return moved.view(deltas.shape)
+
+    @torch.no_grad()
+    def without_easy_negatives(
+        self, assignment: Assignment, predictions: RefineDetPrediction
+    ) -> Assignment:
+        """`assignment` whose background is no anchor of low objectness; an object is learnt all the
+        same (the authors' code, where other ports do the reverse)."""
+        objectness = class_scores(predictions.arm_logits).squeeze(-1)  # (N, R)
+        background = predictions.logits.shape[-1] - 1
+        easy = (assignment.labels == background) & (objectness < self.min_objectness)
+        return assignment._replace(labels=assignment.labels.masked_fill(easy, IGNORED))
+
+    @torch.no_grad()
+    def detect(
+        self, predictions: RefineDetPrediction, image_sizes: list[tuple[int, int]]
+    ) -> list[Instances]:
+        refined = self.refined_anchors(predictions)
+        return [
+            self.nms([self.candidates(predictions, refined[image], image, size)])
+            for image, size in enumerate(image_sizes)
+        ]
+
+    def candidates(
+        self,
+        predictions: RefineDetPrediction,
+        refined: Tensor,
+        image: int,
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """What an image with the anchors `refined` (R, 4) sends to NMS: its best of each class."""
+
+        def boxes(index: Tensor) -> Tensor:
+            return self.odm_loss.transform.apply_deltas(
+                predictions.deltas[image, index], refined[index]
+            )
+
+        objectness = class_scores(predictions.arm_logits[image])  # (R, 1)
+        scores = class_scores(predictions.logits[image])
+        ranked = {"scores": scores * (objectness >= self.min_objectness)}
+        return candidates_of(ranked, boxes, self.nms, image_size, self.clip_before_nms)
+
+
+def _of_one_class(truth: Instances) -> Instances:
+    return Instances(
+        truth.image_size,
+        gt_boxes=truth.gt_boxes,
+        gt_classes=torch.zeros_like(truth.gt_classes),
+    )

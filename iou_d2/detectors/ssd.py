@@ -1,0 +1,260 @@
+"""SSD (Liu et al., arXiv 1512.02325), with any loss of its boxes, and IoU-aware SSD.
+
+Shape letters and words are those of multibox.py; A are the boxes of a cell of a level. `iou_logits`
+are predicted IoUs before the sigmoid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from iou_d2.errors import InputError
+from iou_d2.ops.boxes import aligned_iou
+
+from .default_boxes import DefaultBoxes, build_default_boxes
+from .dense import DenseDetector, DenseNMS, part_named
+from .iou_retinanet import IOU_LOSSES, IoULoss, confidence, cross_entropy
+from .multibox import (
+    LevelConvs,
+    MultiBoxLoss,
+    MultiBoxTerms,
+    build_matcher,
+    build_multibox_loss,
+    shapes_of,
+)
+from .multibox_inference import SoftNMS, build_multibox_nms, candidates_of, class_scores
+
+
+class SSDPrediction(NamedTuple):
+    """What SSD says of the default boxes of all levels."""
+
+    anchors: Boxes  # R
+    logits: Tensor  # (N, R, K + 1), the background last
+    deltas: Tensor  # (N, R, 4)
+    iou_logits: Tensor | None = None  # (N, R, 1)
+
+
+class SSDHead(nn.Module):
+    """Class scores and deltas of every default box."""
+
+    def __init__(
+        self, shapes: Sequence[ShapeSpec], num_cell_boxes: Sequence[int], num_classes: int
+    ):
+        """Takes the channels of the L features, the boxes of a cell of each, and K."""
+        super().__init__()
+        self.cls_score = LevelConvs(shapes, num_cell_boxes, num_classes + 1)
+        self.bbox_pred = LevelConvs(shapes, num_cell_boxes, 4)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """L features (N, C, H, W) -> logits (N, R, K + 1), deltas (N, R, 4)."""
+        return self.cls_score(features), self.bbox_pred(features)
+
+
+class IoUAwareSSDHead(SSDHead):
+    """SSDHead and, as IoU-aware RetinaNet (arXiv 1912.05992), one more conv: the predicted IoU."""
+
+    def __init__(
+        self, shapes: Sequence[ShapeSpec], num_cell_boxes: Sequence[int], num_classes: int
+    ):
+        super().__init__(shapes, num_cell_boxes, num_classes)
+        self.iou_pred = LevelConvs(shapes, num_cell_boxes, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """L features -> those of SSDHead and iou_logits (N, R, 1)."""
+        return (*super().forward(features), self.iou_pred(features))
+
+
+@META_ARCH_REGISTRY.register()
+class SSD(DenseDetector):
+    """A backbone and a head; its predictions are an SSDPrediction.
+
+    Images of any size are taken, but sizes of default boxes are those for INPUT.SQUARE_SIZE: the
+    augmentation "square" brings images to it.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        head: nn.Module,
+        head_in_features: Sequence[str],
+        default_boxes: DefaultBoxes,
+        loss: MultiBoxLoss,
+        box_loss_weight: float = 1.0,
+        nms: DenseNMS | SoftNMS,
+        clip_before_nms: bool = False,
+        **kwargs,
+    ):
+        """
+        Args:
+            head: from L features to the tensors of an SSDPrediction.
+            head_in_features: names of these features.
+            loss, box_loss_weight: of classes and boxes; factor of the latter.
+            nms: from the candidates of an image, its `topk` best of each class, to detections.
+            clip_before_nms: cut boxes at the image before NMS compares them.
+            kwargs: those of DenseDetector.
+        """
+        super().__init__(**kwargs)
+        self.head = head
+        self.head_in_features = list(head_in_features)
+        self.default_boxes = default_boxes
+        self.loss = loss
+        self.box_loss_weight = box_loss_weight
+        self.nms = nms
+        self.clip_before_nms = clip_before_nms
+
+    @classmethod
+    def from_config(cls, cfg):
+        arguments = super().from_config(cfg)
+        shapes = shapes_of(cfg, arguments["backbone"].output_shape())
+        boxes = build_default_boxes(cfg, [shape.stride for shape in shapes])
+        return {
+            **arguments,
+            "head": cls.build_head(shapes, boxes.num_cell_boxes, cfg.MODEL.RETINANET.NUM_CLASSES),
+            "head_in_features": cfg.MODEL.RETINANET.IN_FEATURES,
+            "default_boxes": boxes,
+            "loss": build_multibox_loss(
+                cfg,
+                build_matcher(cfg.MODEL.MULTIBOX.IOU_THRESHOLDS, "MODEL.MULTIBOX.IOU_THRESHOLDS"),
+            ),
+            "box_loss_weight": cfg.MODEL.MULTIBOX.BOX_LOSS_WEIGHT,
+            "nms": build_multibox_nms(cfg),
+            "clip_before_nms": cfg.MODEL.MULTIBOX.CLIP_BEFORE_NMS,
+        }
+
+    build_head = SSDHead
+
+    def predict(self, images: Tensor) -> SSDPrediction:
+        """Images (N, 3, H, W) -> what is said of each of their default boxes."""
+        features = self.backbone(images)
+        features = [features[name] for name in self.head_in_features]
+        return SSDPrediction(self.default_boxes(features), *self.head(features))
+
+    def losses(
+        self,
+        predictions: SSDPrediction,
+        image_sizes: list[tuple[int, int]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """The losses "loss_cls" and "loss_box", both sums divided by the number of positive boxes
+        of the batch: the mean over processes, at least 1."""
+        return self.divided(self.terms(predictions, gt_instances))
+
+    def terms(self, predictions: SSDPrediction, gt_instances: list[Instances]) -> MultiBoxTerms:
+        """The sums of the losses, and what the boxes of the batch learnt."""
+        anchors = predictions.anchors.tensor.expand(len(gt_instances), -1, -1)
+        num_classes = predictions.logits.shape[-1] - 1
+        assignment = self.loss.assign(anchors, gt_instances, num_classes)
+        return self.loss(anchors, predictions.logits, predictions.deltas, assignment)
+
+    def divided(self, terms: MultiBoxTerms) -> dict[str, Tensor]:
+        """The two losses of `terms` by name."""
+        return {
+            "loss_cls": terms.cls / terms.count,
+            "loss_box": self.box_loss_weight * terms.box / terms.count,
+        }
+
+    @torch.no_grad()
+    def detect(
+        self, predictions: SSDPrediction, image_sizes: list[tuple[int, int]]
+    ) -> list[Instances]:
+        return [
+            self.nms([self.candidates(predictions, image, size)])
+            for image, size in enumerate(image_sizes)
+        ]
+
+    def candidates(
+        self, predictions: SSDPrediction, image: int, image_size: tuple[int, int]
+    ) -> Instances:
+        """What an image sends to NMS: the best boxes of each class, with all that `rank` says."""
+
+        def boxes(index: Tensor) -> Tensor:
+            return self.loss.transform.apply_deltas(
+                predictions.deltas[image, index], predictions.anchors.tensor[index]
+            )
+
+        ranked = self.rank(predictions, image)
+        return candidates_of(ranked, boxes, self.nms, image_size, self.clip_before_nms)
+
+    def rank(self, predictions: SSDPrediction, image: int) -> dict[str, Tensor]:
+        """{"scores": (R, K)}, the confidences of an image, and whatever else detections carry."""
+        return {"scores": class_scores(predictions.logits[image])}
+
+
+@META_ARCH_REGISTRY.register()
+class IoUAwareSSD(SSD):
+    """SSD whose confidence knows how well a box fits: p^alpha * IoU^(1 - alpha), as in IoU-aware
+    RetinaNet, from whose keys it is built.
+
+    Detections carry `cls_scores` (p) and `pred_ious` beside `scores`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.5,
+        iou_loss: IoULoss = cross_entropy,
+        iou_loss_weight: float = 1.0,
+        iou_target_gradient: bool = True,
+        **kwargs,
+    ):
+        """
+        Args:
+            alpha: weight of the class score in the confidence, in [0, 1].
+            iou_loss, iou_loss_weight: one of IOU_LOSSES; factor of it.
+            iou_target_gradient: let the gradient of the target reach the deltas.
+            kwargs: those of SSD; `head` is an IoUAwareSSDHead.
+        """
+        super().__init__(**kwargs)
+        self.alpha = alpha
+        self.iou_loss = iou_loss
+        self.iou_loss_weight = iou_loss_weight
+        self.iou_target_gradient = iou_target_gradient
+
+    build_head = IoUAwareSSDHead
+
+    @classmethod
+    def from_config(cls, cfg):
+        node, key = cfg.MODEL.IOU_RETINANET, "MODEL.IOU_RETINANET"
+        if not 0 <= node.ALPHA <= 1:
+            raise InputError(f"{key}.ALPHA lies in [0, 1], but it is {node.ALPHA}.")
+        return {
+            **super().from_config(cfg),
+            "alpha": node.ALPHA,
+            "iou_loss": part_named(IOU_LOSSES, node.IOU_LOSS_TYPE, f"{key}.IOU_LOSS_TYPE"),
+            "iou_loss_weight": node.IOU_LOSS_WEIGHT,
+            "iou_target_gradient": node.IOU_TARGET_GRADIENT,
+        }
+
+    def losses(
+        self,
+        predictions: SSDPrediction,
+        image_sizes: list[tuple[int, int]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        """Those of SSD and "loss_iou" of the positive boxes, divided by their number alike."""
+        terms = self.terms(predictions, gt_instances)
+        target = aligned_iou(terms.predicted.boxes, terms.gt_boxes)
+        if not self.iou_target_gradient:
+            target = target.detach()
+        iou_logits = predictions.iou_logits.squeeze(2)[terms.positive]
+        loss = self.iou_loss(iou_logits.float(), target)
+        return {**self.divided(terms), "loss_iou": self.iou_loss_weight * loss / terms.count}
+
+    def rank(self, predictions: SSDPrediction, image: int) -> dict[str, Tensor]:
+        probability = class_scores(predictions.logits[image])  # (R, K)
+        iou = predictions.iou_logits[image].float().sigmoid()  # (R, 1)
+        return {
+            "scores": confidence(probability, iou, self.alpha),
+            "cls_scores": probability,
+            "pred_ious": iou.expand_as(probability),
+        }

@@ -1,0 +1,103 @@
+"""The converter and ATSS against mmdetection 3.3.0, number for number.
+
+golden/atss.pt holds what mmdetection computes on the CPU in float32 for a small ResNet-50 with
+random weights and two images of 256x320: `state_dict`, `images_bgr_uint8`, `gt_boxes`, `gt_labels`,
+`losses`, `grads` of their sum for each parameter of the head, `detections`. Its FPN has a ReLU
+before p7, as the authors' and unlike mmdetection's config.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+from checkpoint_helpers import assert_same, read
+from iou_d2 import get_config
+from iou_d2.commands.convert import main as convert
+from iou_d2.engine.convert import translate
+
+CONFIG = "configs/atss_R_50_FPN_1x.yaml"
+SMALL = (
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.FPN.OUT_CHANNELS", "32"),
+    *("MODEL.RETINANET.NUM_CLASSES", "5", "MODEL.POINT_DETECTOR.NUM_GROUPS", "8"),
+)
+# Their name of a loss -> ours.
+LOSSES = {"loss_cls": "loss_cls", "loss_bbox": "loss_box", "loss_centerness": "loss_quality"}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return torch.load("tests/golden/atss.pt", weights_only=True)
+
+
+@pytest.fixture
+def files(golden, tmp_path):
+    """Their checkpoint, and ours by way of the converter."""
+    theirs, ours = str(tmp_path / "mmdet.pth"), str(tmp_path / "detectron2.pth")
+    torch.save({"state_dict": golden["state_dict"]}, theirs)
+    convert(
+        [theirs, ours, "--from", "mmdet", "--to", "detectron2"]
+        + ["--config-file", CONFIG, "--opts", *SMALL]
+    )
+    return theirs, ours
+
+
+@pytest.fixture
+def model(files):
+    model = build_model(get_config(CONFIG, SMALL))
+    DetectionCheckpointer(model).load(files[1])
+    return model
+
+
+@pytest.fixture
+def batch(golden):
+    images = []
+    for image, boxes, labels in zip(
+        golden["images_bgr_uint8"], golden["gt_boxes"], golden["gt_labels"]
+    ):
+        truth = Instances(tuple(image.shape[1:]))
+        truth.gt_boxes, truth.gt_classes = Boxes(boxes), labels
+        images.append({"image": image.flip(0), "instances": truth})  # to RGB
+    return images
+
+
+def test_losses_and_gradients(golden, model, batch):
+    losses = model.train()(batch)
+    assert set(losses) == set(LOSSES.values())
+    for theirs, ours in LOSSES.items():
+        assert losses[ours].item() == pytest.approx(golden["losses"][theirs], rel=1e-4)
+
+    sum(losses.values()).backward()
+    parameters = dict(model.named_parameters())
+    names = translate(list(golden["state_dict"]), "mmdet", "detectron2")
+    assert len(golden["grads"]) == len(list(model.head.parameters()))
+    for name, expected in golden["grads"].items():
+        difference = parameters[names[name]].grad - expected
+        assert difference.norm() <= 1e-3 * expected.norm(), name
+
+
+def test_detections(golden, model, batch):
+    with torch.no_grad():
+        found = [x["instances"] for x in model.eval()(batch)]
+    for instances, expected in zip(found, golden["detections"]):
+        assert len(instances) == len(expected["scores"]) == 100
+        torch.testing.assert_close(instances.scores, expected["scores"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            instances.pred_boxes.tensor, expected["boxes"], atol=0.05, rtol=0
+        )
+        assert torch.equal(instances.pred_classes, expected["labels"])
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_there_and_back_bit_for_bit(golden, files, tmp_path, capsys, with_config):
+    capsys.readouterr()
+    config = ["--config-file", CONFIG, "--opts", *SMALL] if with_config else []
+    back = str(tmp_path / "back.pth")
+    convert([files[1], back, "--from", "detectron2", "--to", "mmdet", *config])
+    assert_same(read(back)["state_dict"], golden["state_dict"])
+    assert "Left over" not in capsys.readouterr().out
