@@ -104,6 +104,22 @@ def test_the_limit_of_detections_is_that_of_the_config(tmp_path, limit):
     assert run(noise(1, 64, 64))[graph.names.index("scores")].shape == (1, length)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("retinanet", "MODEL.RETINANET.BEFORE_NMS", "clipped_with_area"),
+        ("fcos", "MODEL.POINT_DETECTOR.INFERENCE", "mmdetection"),
+        ("atss_iou", "MODEL.POINT_DETECTOR.INFERENCE", "detectron2"),
+    ],
+)
+def test_the_inference_of_other_codes_is_exported_too(tmp_path, name, key, value):
+    cfg, model = small_model(config_of(name), key, value)
+    path = tmp_path / "model.onnx"
+    graph = write_model(cfg, model, path)
+    found = agreement_at(SHAPES[:2], load(path, "onnx"), graph, cfg)
+    assert found.pairs > 40 and found.holds()
+
+
 @pytest.mark.parametrize("name", ["iou_retinanet", "vfnet", "unitbox"])
 def test_candidates_are_those_that_nms_is_given(tmp_path, monkeypatch, name):
     cfg, model = small_model(config_of(name), "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "20")

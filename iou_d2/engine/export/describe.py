@@ -46,7 +46,8 @@ def kind_of_score(detector: nn.Module) -> str:
     if not isinstance(detector, PointDetector):
         return "class probability"
     if hasattr(detector.head, "quality_pred"):
-        return f"sqrt(cls_scores * {detector.quality.field})"
+        product = f"cls_scores * {detector.quality.field}"
+        return f"sqrt({product})" if detector.inference.root else product
     is_aware = detector.cls_loss is not focal_loss
     return "class probability that knows the IoU" if is_aware else "class probability"
 

@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes
 from torch import Tensor
 
+from iou_d2.detectors import retinanet_parts
 from iou_d2.detectors.dense import DenseDetector, DenseNMS, PyramidDetector
 from iou_d2.detectors.point_detector import PointDetector
+from iou_d2.detectors.retinanet import BoxLossRetinaNet
+from iou_d2.detectors.retinanet_parts import as_predicted, clipped_with_area
 from iou_d2.detectors.unitbox import PixelPredictions, UnitBox
 from iou_d2.detectors.unitbox_inference import PixelNMS, boxes_of
 from iou_d2.errors import InputError
 
-from .candidates import Candidates, top, without_empty
+from .candidates import Candidates, clipped, top, without_empty
 
 
 class Reader(ABC):
@@ -95,11 +98,40 @@ class PyramidReader(Reader):
         )
 
 
-class PointReader(PyramidReader):
-    """Of a PointDetector, of which a box in the padding is no candidate."""
+# What a RetinaNet does with the candidates of a level, and the same of a batch.
+BEFORE_NMS = {
+    as_predicted: lambda candidates, size: candidates,
+    retinanet_parts.clipped: clipped,
+    clipped_with_area: lambda candidates, size: without_empty(clipped(candidates, size)),
+}
+
+
+class AnchorReader(PyramidReader):
+    """Of a RetinaNet, whose boxes may be cut at the edges before NMS."""
 
     def of_level(self, level: Any, size: tuple[int, int]) -> Candidates:
-        return without_empty(super().of_level(level, size))
+        return BEFORE_NMS[self.detector.before_nms](super().of_level(level, size), size)
+
+
+class PointReader(PyramidReader):
+    """Of a PointDetector, whose scores may be others than those that choose its candidates."""
+
+    def raw(self, predictions: list, size: tuple[int, int]) -> dict[str, Tensor]:
+        found = super().raw(predictions, size)
+        return {**found, "scores": self.score(found["scores"], found)}
+
+    def of_level(self, level: Any, size: tuple[int, int]) -> Candidates:
+        found = super().of_level(level, size)
+        found = found._replace(scores=self.score(found.scores, found.fields))
+        return without_empty(found) if self.detector.inference.drop_empty else found
+
+    def score(self, chosen_by: Tensor, fields: dict[str, Tensor]) -> Tensor:
+        """The scores, 0 where `chosen_by` is."""
+        quality = fields.get(self.detector.quality.field)
+        if quality is None:
+            return chosen_by
+        score = self.detector.inference.score(fields["cls_scores"], quality)
+        return torch.where(chosen_by > 0, score, torch.zeros_like(score))
 
 
 class PixelReader(Reader):
@@ -192,7 +224,12 @@ def reader_of(detector: DenseDetector) -> Reader:
                 "MODEL.UNITBOX.INFERENCE nms to export it."
             )
         return PixelReader(detector)
-    for kind, reader in ((PointDetector, PointReader), (PyramidDetector, PyramidReader)):
+    kinds = (
+        (PointDetector, PointReader),
+        (BoxLossRetinaNet, AnchorReader),
+        (PyramidDetector, PyramidReader),
+    )
+    for kind, reader in kinds:
         if isinstance(detector, kind) and type(detector).candidates is kind.candidates:
             return reader(detector)
     raise InputError(
