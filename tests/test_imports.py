@@ -25,8 +25,11 @@ FLOORS = {
     # Of `data` only what imports no Detectron2: see the test below.
     "analysis": ({"data"}, ARRAYS),
     "evaluation": ({"analysis"}, {"detectron2", "tabulate"}),
-    "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation",
-               "config_files", "__version__"}, DETECTION | {"numpy", "iopath"}),
+    # In use without torch and without Detectron2.
+    "runtime": (set(), {"numpy", "cv2", "onnxruntime"}),
+    "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation", "runtime",
+               "config_files", "__version__"},
+               DETECTION | {"numpy", "iopath", "onnx", "onnxruntime"}),
 }  # fmt: skip
 # The roof may import from everywhere.
 ROOF = (

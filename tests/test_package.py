@@ -92,7 +92,8 @@ def imported_modules(path: Path) -> set[str]:
 def test_every_import_is_declared():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    declared = {*project["dependencies"], *project["optional-dependencies"]["eval"]}
+    extras = project["optional-dependencies"]
+    declared = {*project["dependencies"], *extras["eval"], *extras["export"], *extras["runtime"]}
     files = [*Path("iou_d2").rglob("*.py"), Path("train_net.py"), Path("demo.py")]
     imported = set().union(*map(imported_modules, files))
     imported -= set(sys.stdlib_module_names) | CHOSEN_BY_THE_USER | {"iou_d2"}

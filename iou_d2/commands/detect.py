@@ -2,6 +2,7 @@
 
     iou-d2 detect --config output/x/config.yaml --input image.jpg folder "more/*.png" \\
         --output drawn MODEL.WEIGHTS output/x/model_final.pth
+    iou-d2 detect --model model.onnx --input folder --output drawn
 
 --output receives each picture with its detections drawn, or the video, and detections.json. A
 picture whose ending OpenCV does not write, such as .jfif, is written as .png. One that cannot be
@@ -26,6 +27,7 @@ from detectron2.structures import Instances
 
 from iou_d2 import get_config
 from iou_d2.commands.arguments import IMAGE_ENDINGS, Names
+from iou_d2.commands.exported import ExportedPredictor
 from iou_d2.commands.output import make_folder, write_whole
 from iou_d2.commands.pictures import picture_names, read_picture, write_picture
 from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
@@ -75,6 +77,14 @@ class Demo:
         fill(self.predictor.model, cfg, checkpoint)
         self.class_names = cfg.MODEL.CLASS_NAMES
         self.threshold = threshold
+
+    @classmethod
+    def of_file(cls, path: str, threshold: float) -> Demo:
+        """That of an exported model."""
+        demo = cls.__new__(cls)
+        demo.predictor = ExportedPredictor(path)
+        demo.class_names, demo.threshold = demo.predictor.class_names, threshold
+        return demo
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, list[dict]]:
         """(H, W, 3) uint8 BGR -> the picture with boxes drawn, and its detections, best first."""
@@ -167,7 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", "--config-file", required=True, dest="config_file")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config", "--config-file", dest="config_file")
+    model.add_argument("--model", metavar="FILE", help="what `iou-d2 export` wrote")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
@@ -192,8 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     output = make_folder(arguments.output)
     require_other_folder(files, output)
     overrides = [*arguments.more_opts, *arguments.opts]
-    cfg, checkpoint = setup(arguments.config_file, overrides, arguments.trust_weights)
-    demo = Demo(cfg, checkpoint, arguments.confidence_threshold)
+    demo = demo_of(arguments, overrides)
     records: list[dict] = []
     faults: list[str] = []
     try:
@@ -206,6 +217,18 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Drawn pictures and detections.json are in {output}.")
     if faults:
         sys.exit("\n".join(faults))
+
+
+def demo_of(arguments: argparse.Namespace, overrides: list[str]) -> Demo:
+    """What detects: an exported model, or a trained one."""
+    if not arguments.model:
+        cfg, checkpoint = setup(arguments.config_file, overrides, arguments.trust_weights)
+        return Demo(cfg, checkpoint, arguments.confidence_threshold)
+    if overrides:
+        raise InputError(
+            f"--model has no config, of which {overrides[0]} could be a key: export it anew."
+        )
+    return Demo.of_file(arguments.model, arguments.confidence_threshold)
 
 
 def require_other_folder(files: list[str], output: Path) -> None:

@@ -25,6 +25,7 @@ COMMANDS = (
     "refine",
     "iou-branch",
     "convert",
+    "export",
     "install-detectron2",
 )
 

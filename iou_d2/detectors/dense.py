@@ -178,11 +178,14 @@ class Selection(NamedTuple):
 
 
 def select_candidates(scores: Tensor, threshold: float, topk: int) -> Selection:
-    """The `topk` highest entries of `scores` (R, K) above `threshold`, best first."""
+    """The `topk` highest entries of `scores` (R, K) above `threshold`, best first; of equal ones
+    among these the first comes first."""
     above = scores > threshold
     anchors, classes = torch.nonzero(above, as_tuple=True)
-    scores, order = scores[above].topk(min(topk, len(anchors)))
-    return Selection(scores, anchors[order], classes[order])
+    scores = scores[above]
+    chosen = scores.topk(min(topk, len(anchors))).indices.sort().values
+    scores, order = scores[chosen].sort(descending=True, stable=True)
+    return Selection(scores, anchors[chosen[order]], classes[chosen[order]])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""Exported models in the place of trained ones: --model of `iou-d2 detect` and `iou-d2 eval`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+
+from iou_d2.errors import InputError
+
+
+class ExportedPredictor:
+    """A Detector of iou_d2/runtime that answers as Detectron2's DefaultPredictor does.
+
+    Attributes:
+        detector: the Detector.
+    """
+
+    def __init__(self, path: str):
+        """Raises InputError where `path` is no exported model, or ONNX Runtime is not installed."""
+        try:
+            from iou_d2.runtime import Detector
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"{path} runs in ONNX Runtime, but {error.name} is not installed: run "
+                '`pip install "iou_d2[runtime]"`.'
+            ) from error
+        self.detector = Detector(path, threads=torch.get_num_threads())
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.detector.description.class_names
+
+    def __call__(self, image: np.ndarray) -> dict[str, Instances]:
+        """(H, W, 3) uint8 BGR -> {"instances": its detections, best first}."""
+        found = {name: torch.from_numpy(x) for name, x in self.detector(image).items()}
+        instances = Instances(image.shape[:2])
+        instances.pred_boxes = Boxes(found.pop("boxes"))
+        instances.pred_classes = found.pop("classes")
+        for name, value in found.items():
+            instances.set(name, value)
+        return {"instances": instances}

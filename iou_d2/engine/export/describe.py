@@ -1,0 +1,60 @@
+"""What an exported file says of itself: see iou_d2/runtime/description.py."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from iou_d2.detectors.iou_retinanet import IoUAwareRetinaNet
+from iou_d2.detectors.point_detector import PointDetector
+from iou_d2.detectors.unitbox import UnitBox
+from iou_d2.engine.compat import versions
+from iou_d2.ops.losses import focal_loss
+from iou_d2.runtime.description import Description, ShortestEdge
+
+
+def describe(cfg: CfgNode, detector: nn.Module, outputs: str, weights: str = "") -> Description:
+    """
+    Args:
+        cfg: of the detector.
+        outputs: one of OUTPUTS in graph.py.
+        weights: the file that the detector was filled with; empty for none.
+    """
+    return Description(
+        method=cfg.MODEL.META_ARCHITECTURE,
+        class_names=list(cfg.MODEL.CLASS_NAMES),
+        pixel_order=cfg.INPUT.FORMAT,
+        pixel_mean=[float(value) for value in cfg.MODEL.PIXEL_MEAN],
+        size_divisibility=max(detector.backbone.size_divisibility, 1),
+        resize=ShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
+        outputs=outputs,
+        score=kind_of_score(detector),
+        version=versions()["iou_d2"],
+        weights_sha256=sha256_of(weights) if weights else "",
+    )
+
+
+def kind_of_score(detector: nn.Module) -> str:
+    """What the `scores` of a dense detector are, in terms of its other outputs."""
+    if isinstance(detector, UnitBox):
+        return "confidence of a pixel"
+    if isinstance(detector, IoUAwareRetinaNet):
+        return f"cls_scores^{detector.alpha:g} * pred_ious^{1 - detector.alpha:g}"
+    if not isinstance(detector, PointDetector):
+        return "class probability"
+    if hasattr(detector.head, "quality_pred"):
+        product = f"cls_scores * {detector.quality.field}"
+        return f"sqrt({product})" if detector.inference.root else product
+    is_aware = detector.cls_loss is not focal_loss
+    return "class probability that knows the IoU" if is_aware else "class probability"
+
+
+def sha256_of(path: str) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,9 @@
+"""Detectors in ONNX files, with NumPy, OpenCV and ONNX Runtime alone: no torch, no Detectron2.
+
+detections = Detector("model.onnx")(cv2.imread("image.jpg"))
+"""
+
+from .description import Description, ShortestEdge
+from .detector import Detector
+
+__all__ = ["Description", "Detector", "ShortestEdge"]

@@ -1,0 +1,58 @@
+"""Small models with random weights, whose scores differ, and the files that they are written to."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from iou_d2 import get_config
+from iou_d2.engine.export import build_graph
+from iou_d2.engine.export.describe import describe
+from iou_d2.engine.export.files import InputSpec, write
+
+SMALL = (
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RETINANET.NUM_CLASSES", "3"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8"),
+    *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.RETINANET.NUM_CONVS", "1"),
+    *("MODEL.POINT_DETECTOR.NUM_GROUPS", "8", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.01"),
+)
+
+
+def small_model(config_file: str, *overrides: str) -> tuple:
+    """A config and its model in test mode. Heads as they start give all points nearly one score,
+    which rounding would sort."""
+    cfg = get_config(config_file, [*SMALL, *overrides])
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    for name, parameter in model.head.named_parameters():
+        if parameter.dim() == 4:
+            nn.init.kaiming_normal_(parameter)
+            parameter.data *= 0.3 if "box" in name and "pred" in name else 1.0
+    for name, parameter in model.named_parameters():
+        if "offset" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return cfg, model
+
+
+def write_model(
+    cfg,
+    model,
+    path,
+    *,
+    format: str = "onnx",
+    outputs: str = "detections",
+    spec: InputSpec | None = None,
+    opset: int = 17,
+    deform_conv: str = "GridSample",
+):
+    """Write `model`, and return the graph that was written."""
+    graph = build_graph(cfg, model, outputs, deform_conv)
+    description = describe(cfg, model, outputs)
+    write(format, graph, path, spec or InputSpec(), description, opset, deform_conv)
+    return graph
+
+
+def noise(count: int, height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count + height + width)
+    return torch.randint(256, (count, 3, height, width), generator=generator, dtype=torch.uint8)

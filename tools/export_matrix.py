@@ -1,0 +1,117 @@
+"""Export every dense method in every format and write what works into docs/EXPORT.md.
+
+    python tools/export_matrix.py --output docs/EXPORT.md [--formats onnx torchscript pt2]
+        [--models vfnet unitbox]
+
+Each model is small and of random weights. Its file is run on random images of several sizes and
+numbers, and what it detects is matched with what the model detects. The rows between the two marks
+in the page are replaced; those of what was not run stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from exported_models import noise, small_model, write_model  # noqa: E402
+from iou_d2.engine.export.agreement import NOTHING  # noqa: E402
+from iou_d2.engine.export.check import compare, load  # noqa: E402
+
+BEGIN, END = "<!-- matrix -->\n", "<!-- end of matrix -->\n"
+HEADERS = ("model", "format", "detections", "boxes, px", "scores", "missing + more", "s to export")
+SIZES = ((2, 97, 131), (1, 65, 64), (3, 160, 96), (1, 40, 201))
+PROGRAM_SIZES = ((2, 128, 256), (1, 256, 128), (3, 128, 128))
+
+
+class Case(NamedTuple):
+    name: str
+    config: str
+    overrides: tuple[str, ...] = ()
+
+
+QUICK = ("retinanet", "iou_retinanet", "atss", "atss_iou", "fcos", "vfnet_star", "vfnet", "unitbox")
+CASES = (
+    *(Case(name, f"configs/quick/{name}_shapes.yaml") for name in QUICK),
+    Case("vfnet_dcn", "configs/vfnet_R_50_FPN_dcn_2x_ms.yaml"),
+)
+VARIANTS = {
+    "onnx": ((17, "GridSample"), (19, "DeformConv"), (22, "GridSample")),
+    "torchscript": ((17, "GridSample"),),
+    "pt2": ((17, "GridSample"),),
+}
+
+
+def label(format: str, opset: int, deform_conv: str) -> str:
+    if format != "onnx":
+        return format
+    return f"onnx, opset {opset}" + (", DeformConv" if deform_conv == "DeformConv" else "")
+
+
+def row(case: Case, format: str, opset: int, deform_conv: str, folder: Path) -> list:
+    cfg, model = small_model(case.config, *case.overrides)
+    path, begin = folder / f"model.{format}", time.perf_counter()
+    options = {"format": format, "opset": opset, "deform_conv": deform_conv}
+    graph = write_model(cfg, model, path, **options)
+    seconds = time.perf_counter() - begin
+    run, found = load(path, format), NOTHING
+    for shape in PROGRAM_SIZES if format == "pt2" else SIZES:
+        found = found.joined(compare(run, graph, noise(*shape), cfg))
+    alone = f"{found.missing} + {found.extra}"
+    numbers = (found.pairs, f"{found.boxes:.0e}", f"{found.scores:.0e}", alone, f"{seconds:.0f}")
+    return [case.name, label(format, opset, deform_conv), *numbers]
+
+
+def rows_of(formats: list[str], models: list[str]) -> list[list]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for format in formats:
+            for case in (case for case in CASES if case.name in models):
+                for opset, deform_conv in VARIANTS[format]:
+                    if deform_conv == "DeformConv" and not case.name.startswith("vfnet"):
+                        continue
+                    rows.append(row(case, format, opset, deform_conv, Path(folder)))
+                    print(*rows[-1], flush=True)
+    return rows
+
+
+def kept_rows(table: str, formats: list[str], models: list[str]) -> list[list[str]]:
+    """The rows of a table in Markdown that are of other formats or models."""
+    lines = [line for line in table.splitlines() if line.startswith("|")][2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [
+        cells for cells in rows if cells[0] not in models or cells[1].split(",")[0] not in formats
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="PAGE")
+    parser.add_argument("--formats", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    names = [case.name for case in CASES]
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = args.formats, args.models
+    rows = rows_of(*chosen)
+    page = args.output.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    table, after = rest.split(END)
+    rows = sorted(kept_rows(table, *chosen) + rows, key=lambda cells: cells[1])
+    table = tabulate(rows, HEADERS, "github", disable_numparse=True)
+    args.output.write_text(f"{before}{BEGIN}{table}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
