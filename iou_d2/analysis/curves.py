@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
 
 from .records import Records
 
@@ -20,6 +19,9 @@ def correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
         Both in [-1, 1], or both NaN where they are not defined: fewer than two points, a constant
         array, or a value that is not finite.
     """
+    # It takes as long to load as a fifth of all else that a command needs.
+    from scipy.stats import pearsonr, spearmanr
+
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"Expected two arrays of one shape (D,), got {x.shape} and {y.shape}.")

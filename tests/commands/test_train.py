@@ -16,7 +16,7 @@ import yaml
 from detectron2.engine import DefaultPredictor
 from PIL import Image
 
-from command_line import CONFIG, TINY, command, metrics_of, run
+from command_line import CONFIG, TINY, command, metrics_of, run, run_alone
 from iou_d2 import get_config
 from iou_d2.commands import train
 from iou_d2.engine.trainer import Trainer
@@ -166,7 +166,7 @@ exec(compile(open({script!r}).read(), {script!r}, "exec"))
 """
     environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     for given, used in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
-        printed = run({**environment, **given}, [sys.executable, "-c", code])
+        printed = run_alone({**environment, **given}, [sys.executable, "-c", code])
         assert printed == f"GOMP_SPINCOUNT is {used}\n"
 
 

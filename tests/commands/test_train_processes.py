@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from command_line import TINY, command, metrics_of, run
+from command_line import TINY, command, metrics_of
+from command_line import run_alone as run
 from iou_d2.engine.launch import free_port
 
 # No batch norm, whose statistics are those of a process, and nothing random in the data. Clipping

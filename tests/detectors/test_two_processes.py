@@ -79,19 +79,20 @@ def test_unitbox(small_cfg, make_batch, tmp_path):
         assert found[0]["loss_confidence"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ssd_iou_shapes", "refinedet_shapes"])
-def test_multibox_detectors(small_cfg, make_batch, tmp_path, name):
+def test_multibox_detectors(small_cfg, make_batch, tmp_path):
     batches = [make_batch([3]), make_batch([0])]
-    cfg = small_cfg(f"configs/quick/{name}.yaml")
-    (first, state), (second, other) = two_steps([cfg], batches, tmp_path, lr=0.001)[0]
-    assert_finite(first + second)
-    assert not any(second[0].values())
-    for prefix in ("head.", "backbone."):
-        names = [x for x in state if x.startswith(prefix) and x.endswith("weight")]
-        assert names and all(torch.equal(state[x], other[x]) for x in names)
+    names = ("ssd_iou_shapes", "refinedet_shapes")
+    cfgs = [small_cfg(f"configs/quick/{name}.yaml") for name in names]
+    trained = two_steps(cfgs, batches, tmp_path, lr=0.001)
+    for cfg, ((first, state), (second, other)) in zip(cfgs, trained):
+        assert_finite(first + second)
+        assert not any(second[0].values())
+        for prefix in ("head.", "backbone."):
+            names = [x for x in state if x.startswith(prefix) and x.endswith("weight")]
+            assert names and all(torch.equal(state[x], other[x]) for x in names)
 
-    torch.manual_seed(0)
-    alone = build_model(cfg).train()(batches[0])
-    # Half of the positive boxes a process, so twice the losses of one process.
-    expected = {name: 2 * loss.item() for name, loss in alone.items()}
-    assert first[0] == pytest.approx(expected, rel=1e-4)
+        torch.manual_seed(0)
+        alone = build_model(cfg).train()(batches[0])
+        # Half of the positive boxes a process, so twice the losses of one process.
+        expected = {name: 2 * loss.item() for name, loss in alone.items()}
+        assert first[0] == pytest.approx(expected, rel=1e-4)
