@@ -1,4 +1,4 @@
-"""Convert a checkpoint between mmdetection, torchvision and Detectron2.
+"""Convert a checkpoint of mmdetection, torchvision, AdelaiDet and others to Detectron2, and back.
 
     iou-d2 convert vfnet_r50_fpn_1x_coco.pth vfnet_R_50.pth \\
         --from mmdet --to detectron2 --config-file configs/vfnet_R_50_FPN_1x.yaml
