@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 import tqdm
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.evaluation import print_csv_format
+from detectron2.evaluation import print_csv_format, verify_results
 from detectron2.utils.logger import setup_logger
 
 from iou_d2.commands.arguments import add_config_arguments, config_of
@@ -22,6 +24,8 @@ from iou_d2.commands.pictures import read_picture
 from iou_d2.commands.run_data import Start, use_datasets
 from iou_d2.commands.train import log_results
 from iou_d2.commands.train import main as train
+from iou_d2.engine.lock import locked
+from iou_d2.engine.run_record import describe_run, recorded
 from iou_d2.errors import InputError
 from iou_d2.evaluation.build import build_evaluator
 
@@ -33,8 +37,8 @@ def main(argv: list[str] | None = None):
     return train(["--eval-only", *argv])
 
 
-def evaluate_exported(argv: list[str]) -> dict[str, dict]:
-    """Evaluate the file --model on DATASETS.TEST: the results of each dataset, by name."""
+def evaluate_exported(argv: list[str]) -> None:
+    """Evaluate the file --model on DATASETS.TEST, and record it as any other evaluation."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,20 +49,30 @@ def evaluate_exported(argv: list[str]) -> dict[str, dict]:
         raise InputError("--model knows how it was trained: leave --config out.")
     predictor = ExportedPredictor(args.model)
     cfg = config_of(args)
-    setup_logger(cfg.OUTPUT_DIR)
-    setup_logger(cfg.OUTPUT_DIR, name="iou_d2")
-    use_datasets(cfg, Start(args.model, predictor.class_names), eval_only=True, resume=False)
-    cfg.freeze()
-    results = {}
-    for name in cfg.DATASETS.TEST:
-        evaluator = build_evaluator(cfg, name)
-        evaluator.reset()
-        for record in tqdm.tqdm(DatasetCatalog.get(name)):
-            evaluator.process([record], [predictor(read_picture(record["file_name"]))])
-        results[name] = evaluator.evaluate()
-        logging.getLogger("iou_d2").info(f"Evaluation results for {name}:")
-        print_csv_format(results[name])
-    log_results(cfg, results[name] if len(results) == 1 else results)
+    with locked(cfg.OUTPUT_DIR):
+        for name in ("detectron2", "iou_d2"):
+            setup_logger(cfg.OUTPUT_DIR, name=name)
+        use_datasets(cfg, Start(args.model, predictor.class_names), eval_only=True, resume=False)
+        cfg.freeze()
+        record = describe_run(cfg, args.model, [*args.more_opts, *args.opts])
+        with recorded(record, Path(cfg.OUTPUT_DIR) / "evaluation.json"):
+            results = {name: evaluate_on(cfg, name, predictor) for name in cfg.DATASETS.TEST}
+            if len(results) == 1:  # as Detectron2's `DefaultTrainer.test` has it
+                results = results[cfg.DATASETS.TEST[0]]
+            record["results"] = results
+            log_results(cfg, results)
+            verify_results(cfg, results)
+
+
+def evaluate_on(cfg: CfgNode, name: str, predictor: ExportedPredictor) -> dict[str, dict]:
+    """The results on one dataset, {task: {metric: value}}."""
+    evaluator = build_evaluator(cfg, name)
+    evaluator.reset()
+    for image in tqdm.tqdm(DatasetCatalog.get(name)):
+        evaluator.process([image], [predictor(read_picture(image["file_name"]))])
+    results = evaluator.evaluate()
+    logging.getLogger("iou_d2").info(f"Evaluation results for {name}:")
+    print_csv_format(results)
     return results
 
 

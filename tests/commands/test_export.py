@@ -104,6 +104,8 @@ def test_eval_of_the_file_is_that_of_the_model(tmp_path, monkeypatch):
             pairs += [*SMALL, *small, "MODEL.WEIGHTS", weights, "TEST.EXPECTED_RESULTS", "[]"]
         evaluate.main([*source, "--test", "shapes_val_6x64", *pairs])
         tables.append(metrics_of(tmp_path / source[0]))
+        record = json.loads((tmp_path / source[0] / "evaluation.json").read_text())
+        assert record["outcome"] == "finished" and record["results"]["bbox/AP"] is not None
     found, expected = tables
     assert found.keys() == expected.keys() and "bbox/AP" in found
     assert found == pytest.approx(expected, abs=0.05, nan_ok=True)
