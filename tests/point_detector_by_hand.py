@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from detectron2.modeling import build_model
 
 NAMES = (
     *("vfnet", "vfnet_star", "vfnet_vfl", "vfnet_raw"),
@@ -106,3 +107,19 @@ def losses_by_hand(name: str, model, batch, kind: str | None = None) -> dict[str
     if name in WITH_QUALITY:
         losses["loss_quality"] = quality_loss / positives
     return losses
+
+
+def point_detector_builder(small_cfg):
+    """A function: name of a config -> its model, with random heads that detect something."""
+
+    def build(name: str, *overrides: str):
+        torch.manual_seed(0)
+        model = build_model(small_cfg(CONFIGS[name], *SMALL, *overrides))
+        for part, parameter in model.head.named_parameters():
+            if "_pred.weight" in part:
+                torch.nn.init.normal_(parameter, std=0.08)
+            elif "_pred.bias" in part:
+                torch.nn.init.constant_(parameter, -0.5)
+        return model
+
+    return build

@@ -66,7 +66,3 @@ def cell_corners(anchors: Boxes, count: int) -> Tensor:
     whole pixels."""
     corners = anchors.tensor.view(-1, count, 4)[..., :2]
     return (corners - corners[:1]).round().view(-1, 2)
-
-
-def round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

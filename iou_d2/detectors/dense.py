@@ -264,3 +264,8 @@ def part_named(parts: dict[str, Any], name: str, key: str) -> Any:
         names = " or ".join(map(repr, parts)) if len(parts) == 2 else f"one of {', '.join(parts)}"
         raise InputError(f"{key} is {names}, but it is {name!r}.")
     return parts[name]
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple that is at least `size`."""
+    return -(-size // multiple) * multiple

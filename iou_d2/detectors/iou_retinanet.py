@@ -10,6 +10,7 @@ sigmoid.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,19 @@ class IoUAwareRetinaNetHead(RetinaNetHead):
         return logits, deltas, iou_logits
 
 
+def iou_aware_arguments(cfg) -> dict[str, Any]:
+    """What MODEL.IOU_RETINANET says, as IoUAwareRetinaNet and IoUAwareSSD are given it."""
+    node, key = cfg.MODEL.IOU_RETINANET, "MODEL.IOU_RETINANET"
+    if not 0 <= node.ALPHA <= 1:
+        raise InputError(f"{key}.ALPHA lies in [0, 1], but it is {node.ALPHA}.")
+    return {
+        "alpha": node.ALPHA,
+        "iou_loss": part_named(IOU_LOSSES, node.IOU_LOSS_TYPE, f"{key}.IOU_LOSS_TYPE"),
+        "iou_loss_weight": node.IOU_LOSS_WEIGHT,
+        "iou_target_gradient": node.IOU_TARGET_GRADIENT,
+    }
+
+
 @META_ARCH_REGISTRY.register()
 class IoUAwareRetinaNet(BoxLossRetinaNet):
     """RetinaNet whose confidence knows how well a box fits.
@@ -110,9 +124,6 @@ class IoUAwareRetinaNet(BoxLossRetinaNet):
 
     @classmethod
     def from_config(cls, cfg):
-        node, key = cfg.MODEL.IOU_RETINANET, "MODEL.IOU_RETINANET"
-        if not 0 <= node.ALPHA <= 1:
-            raise InputError(f"{key}.ALPHA lies in [0, 1], but it is {node.ALPHA}.")
         # The plain head is built too: its random numbers are part of what a seed has always given.
         arguments = super().from_config(cfg)
         shapes = arguments["backbone"].output_shape()
@@ -120,10 +131,7 @@ class IoUAwareRetinaNet(BoxLossRetinaNet):
         return {
             **arguments,
             "head": build_head(IoUAwareRetinaNetHead, cfg, shapes),
-            "alpha": node.ALPHA,
-            "iou_loss": part_named(IOU_LOSSES, node.IOU_LOSS_TYPE, f"{key}.IOU_LOSS_TYPE"),
-            "iou_loss_weight": node.IOU_LOSS_WEIGHT,
-            "iou_target_gradient": node.IOU_TARGET_GRADIENT,
+            **iou_aware_arguments(cfg),
         }
 
     def positive_losses(

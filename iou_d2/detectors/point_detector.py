@@ -29,7 +29,7 @@ from iou_d2.ops.boxes import aligned_iou, boxes_around, centerness
 from iou_d2.ops.losses import focal_loss, quality_focal_loss, varifocal_loss
 from iou_d2.ops.points import PointGrid
 
-from .dense import PyramidDetector, build_dense_nms, part_named, reduce_mean
+from .dense import PyramidDetector, build_dense_nms, part_named, reduce_mean, round_up
 from .point_heads import POINT_HEAD_REGISTRY, PointPrediction
 from .point_inference import INFERENCES, PointInference
 from .point_parts import (
@@ -215,7 +215,7 @@ class PointDetector(PyramidDetector):
         matches, seen = [], 0
         for (height, width), truth in zip(image_sizes, gt_instances):
             multiple = max(self.backbone.size_divisibility, 1)
-            size = points[0].new_tensor([_round_up(width, multiple), _round_up(height, multiple)])
+            size = points[0].new_tensor([round_up(width, multiple), round_up(height, multiple)])
             inside = [(level < size).all(dim=1) for level in points]
             visible = [level[mask] for level, mask in zip(points, inside)]
             index = self.assigner(visible, self.grid.strides, truth.gt_boxes.tensor)
@@ -264,7 +264,3 @@ def _flatten(levels: Sequence[Tensor], channels: int) -> Tensor:
     """L levels of (N, channels, H, W) -> (N * R of all levels, channels) float32."""
     flat = [permute_to_N_HWA_K(level, channels) for level in levels]
     return torch.cat(flat, dim=1).float().reshape(-1, channels)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -24,18 +24,17 @@ from torch import Tensor, nn
 
 from iou_d2.errors import InputError
 
-from .dense import DenseDetector, DenseNMS
 from .multibox import (
     IGNORED,
     Assignment,
     LevelConvs,
     MultiBoxLoss,
-    MultiBoxTerms,
     build_matcher,
     build_multibox_loss,
     shapes_of,
 )
-from .multibox_inference import SoftNMS, build_multibox_nms, candidates_of, class_scores
+from .multibox_detector import MultiBoxDetector
+from .multibox_inference import candidates_of, class_scores
 
 
 class RefineDetPrediction(NamedTuple):
@@ -116,45 +115,31 @@ class RefineDetHead(nn.Module):
 
 
 @META_ARCH_REGISTRY.register()
-class RefineDet(DenseDetector):
+class RefineDet(MultiBoxDetector):
     """A dense detector of two steps; its predictions are a RefineDetPrediction."""
 
     @configurable
     def __init__(
         self,
         *,
-        head: nn.Module,
-        head_in_features: Sequence[str],
         anchor_generator: nn.Module,
         arm_loss: MultiBoxLoss,
         odm_loss: MultiBoxLoss,
-        box_loss_weight: float = 1.0,
         min_objectness: float = 0.01,
-        nms: DenseNMS | SoftNMS,
-        clip_before_nms: bool = False,
         **kwargs,
     ):
         """
         Args:
-            head: from L features to the tensors of a RefineDetPrediction.
-            head_in_features: names of these features.
             anchor_generator: L features -> L Boxes.
             arm_loss, odm_loss: of the first and the second step.
-            box_loss_weight: factor of the box losses of both.
             min_objectness: anchors with less are no negatives of the ODM and no detections.
-            nms, clip_before_nms: as those of SSD.
-            kwargs: those of DenseDetector.
+            kwargs: those of MultiBoxDetector; `head` makes the tensors of a RefineDetPrediction.
         """
         super().__init__(**kwargs)
-        self.head = head
-        self.head_in_features = list(head_in_features)
         self.anchor_generator = anchor_generator
         self.arm_loss = arm_loss
         self.odm_loss = odm_loss
-        self.box_loss_weight = box_loss_weight
         self.min_objectness = min_objectness
-        self.nms = nms
-        self.clip_before_nms = clip_before_nms
 
     @classmethod
     def from_config(cls, cfg):
@@ -172,20 +157,15 @@ class RefineDet(DenseDetector):
         return {
             **arguments,
             "head": RefineDetHead(shapes, anchors.num_anchors, dense.NUM_CLASSES, node.CHANNELS),
-            "head_in_features": dense.IN_FEATURES,
             "anchor_generator": anchors,
             "arm_loss": build_multibox_loss(cfg, arm_matcher),
             "odm_loss": build_multibox_loss(cfg, odm_matcher),
-            "box_loss_weight": shared.BOX_LOSS_WEIGHT,
             "min_objectness": node.MIN_OBJECTNESS,
-            "nms": build_multibox_nms(cfg),
-            "clip_before_nms": shared.CLIP_BEFORE_NMS,
         }
 
     def predict(self, images: Tensor) -> RefineDetPrediction:
         """Images (N, 3, H, W) -> what both steps say of each of their anchors."""
-        features = self.backbone(images)
-        features = [features[name] for name in self.head_in_features]
+        features = self.features(images)
         return RefineDetPrediction(Boxes.cat(self.anchor_generator(features)), *self.head(features))
 
     def losses(
@@ -208,13 +188,7 @@ class RefineDet(DenseDetector):
         anchors = predictions.anchors.tensor.expand_as(refined)
         assignment = self.arm_loss.assign(anchors, [_of_one_class(x) for x in gt_instances], 1)
         arm = self.arm_loss(anchors, predictions.arm_logits, predictions.arm_deltas, assignment)
-        return {**self._divided("arm", arm), **self._divided("odm", odm)}
-
-    def _divided(self, step: str, terms: MultiBoxTerms) -> dict[str, Tensor]:
-        return {
-            f"loss_{step}_cls": terms.cls / terms.count,
-            f"loss_{step}_box": self.box_loss_weight * terms.box / terms.count,
-        }
+        return {**self.divided(arm, "loss_arm"), **self.divided(odm, "loss_odm")}
 
     @torch.no_grad()
     def refined_anchors(self, predictions: RefineDetPrediction) -> Tensor:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from iou_d2.ops.box_losses import BoxDeltas, BoxLoss, build_box_loss
 
-from .anchors import cell_corners, round_up
-from .dense import PyramidDetector, build_dense_nms, part_named
+from .anchors import cell_corners
+from .dense import PyramidDetector, build_dense_nms, part_named, round_up
 from .retinanet_parts import (
     ALL,
     ASSIGNERS,

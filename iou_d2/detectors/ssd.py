@@ -16,12 +16,10 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from iou_d2.errors import InputError
 from iou_d2.ops.boxes import aligned_iou
 
 from .default_boxes import DefaultBoxes, build_default_boxes
-from .dense import DenseDetector, DenseNMS, part_named
-from .iou_retinanet import IOU_LOSSES, IoULoss, confidence, cross_entropy
+from .iou_retinanet import IoULoss, confidence, cross_entropy, iou_aware_arguments
 from .multibox import (
     LevelConvs,
     MultiBoxLoss,
@@ -30,7 +28,8 @@ from .multibox import (
     build_multibox_loss,
     shapes_of,
 )
-from .multibox_inference import SoftNMS, build_multibox_nms, candidates_of, class_scores
+from .multibox_detector import MultiBoxDetector
+from .multibox_inference import candidates_of, class_scores
 
 
 class SSDPrediction(NamedTuple):
@@ -73,7 +72,7 @@ class IoUAwareSSDHead(SSDHead):
 
 
 @META_ARCH_REGISTRY.register()
-class SSD(DenseDetector):
+class SSD(MultiBoxDetector):
     """A backbone and a head; its predictions are an SSDPrediction.
 
     Images of any size are taken, but sizes of default boxes are those for INPUT.SQUARE_SIZE: the
@@ -84,58 +83,37 @@ class SSD(DenseDetector):
     def __init__(
         self,
         *,
-        head: nn.Module,
-        head_in_features: Sequence[str],
         default_boxes: DefaultBoxes,
         loss: MultiBoxLoss,
-        box_loss_weight: float = 1.0,
-        nms: DenseNMS | SoftNMS,
-        clip_before_nms: bool = False,
         **kwargs,
     ):
         """
         Args:
-            head: from L features to the tensors of an SSDPrediction.
-            head_in_features: names of these features.
-            loss, box_loss_weight: of classes and boxes; factor of the latter.
-            nms: from the candidates of an image, its `topk` best of each class, to detections.
-            clip_before_nms: cut boxes at the image before NMS compares them.
-            kwargs: those of DenseDetector.
+            loss: of classes and boxes.
+            kwargs: those of MultiBoxDetector; `head` makes the tensors of an SSDPrediction.
         """
         super().__init__(**kwargs)
-        self.head = head
-        self.head_in_features = list(head_in_features)
         self.default_boxes = default_boxes
         self.loss = loss
-        self.box_loss_weight = box_loss_weight
-        self.nms = nms
-        self.clip_before_nms = clip_before_nms
 
     @classmethod
     def from_config(cls, cfg):
         arguments = super().from_config(cfg)
         shapes = shapes_of(cfg, arguments["backbone"].output_shape())
         boxes = build_default_boxes(cfg, [shape.stride for shape in shapes])
+        matcher = build_matcher(cfg.MODEL.MULTIBOX.IOU_THRESHOLDS, "MODEL.MULTIBOX.IOU_THRESHOLDS")
         return {
             **arguments,
             "head": cls.build_head(shapes, boxes.num_cell_boxes, cfg.MODEL.RETINANET.NUM_CLASSES),
-            "head_in_features": cfg.MODEL.RETINANET.IN_FEATURES,
             "default_boxes": boxes,
-            "loss": build_multibox_loss(
-                cfg,
-                build_matcher(cfg.MODEL.MULTIBOX.IOU_THRESHOLDS, "MODEL.MULTIBOX.IOU_THRESHOLDS"),
-            ),
-            "box_loss_weight": cfg.MODEL.MULTIBOX.BOX_LOSS_WEIGHT,
-            "nms": build_multibox_nms(cfg),
-            "clip_before_nms": cfg.MODEL.MULTIBOX.CLIP_BEFORE_NMS,
+            "loss": build_multibox_loss(cfg, matcher),
         }
 
     build_head = SSDHead
 
     def predict(self, images: Tensor) -> SSDPrediction:
         """Images (N, 3, H, W) -> what is said of each of their default boxes."""
-        features = self.backbone(images)
-        features = [features[name] for name in self.head_in_features]
+        features = self.features(images)
         return SSDPrediction(self.default_boxes(features), *self.head(features))
 
     def losses(
@@ -154,13 +132,6 @@ class SSD(DenseDetector):
         num_classes = predictions.logits.shape[-1] - 1
         assignment = self.loss.assign(anchors, gt_instances, num_classes)
         return self.loss(anchors, predictions.logits, predictions.deltas, assignment)
-
-    def divided(self, terms: MultiBoxTerms) -> dict[str, Tensor]:
-        """The two losses of `terms` by name."""
-        return {
-            "loss_cls": terms.cls / terms.count,
-            "loss_box": self.box_loss_weight * terms.box / terms.count,
-        }
 
     @torch.no_grad()
     def detect(
@@ -224,16 +195,7 @@ class IoUAwareSSD(SSD):
 
     @classmethod
     def from_config(cls, cfg):
-        node, key = cfg.MODEL.IOU_RETINANET, "MODEL.IOU_RETINANET"
-        if not 0 <= node.ALPHA <= 1:
-            raise InputError(f"{key}.ALPHA lies in [0, 1], but it is {node.ALPHA}.")
-        return {
-            **super().from_config(cfg),
-            "alpha": node.ALPHA,
-            "iou_loss": part_named(IOU_LOSSES, node.IOU_LOSS_TYPE, f"{key}.IOU_LOSS_TYPE"),
-            "iou_loss_weight": node.IOU_LOSS_WEIGHT,
-            "iou_target_gradient": node.IOU_TARGET_GRADIENT,
-        }
+        return {**super().from_config(cfg), **iou_aware_arguments(cfg)}
 
     def losses(
         self,

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import math
-import pickle
 
 import numpy as np
 import pytest
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -291,38 +289,6 @@ def test_standalone_training_changes_the_iou_branch_alone(build, make_batch):
     assert changed == {f"roi_heads.iou_branch.{x}" for x in model.roi_heads.iou_branch.state_dict()}
     assert not model.backbone.training and model.training and not model.eval().training
     assert len(detect(model, make_batch([0]))[0]) > 0
-
-
-ZOO_CASCADE = CASCADE[2:]
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours", "aware"),
-    [
-        ("StandardROIHeads", "BoxLossROIHeads", False),
-        ("StandardROIHeads", "IoUNetROIHeads", True),
-        ("CascadeROIHeads", "BoxLossCascadeROIHeads", False),
-        ("CascadeROIHeads", "IoUNetCascadeROIHeads", True),
-    ],
-)
-@pytest.mark.parametrize("mask", ["False", "True"])
-def test_zoo_weights_load_and_only_the_iou_branch_is_new(
-    build, tmp_path, theirs, ours, aware, mask
-):
-    overrides = ("MODEL.MASK_ON", mask, *(ZOO_CASCADE if "Cascade" in theirs else ()))
-    plain = build("MODEL.ROI_HEADS.NAME", theirs, *ALIGN, *overrides)
-    weights = {name: value.numpy() for name, value in plain.state_dict().items()}
-    path = tmp_path / "model_final.pkl"
-    # The format of Detectron2's model zoo.
-    path.write_bytes(pickle.dumps({"model": weights, "__author__": "Detectron2 Model Zoo"}))
-    model = build("MODEL.ROI_HEADS.NAME", ours, *overrides)
-    checkpointer = DetectionCheckpointer(model)
-    loaded = checkpointer._load_model(checkpointer._load_file(str(path)))
-    layers = ("head.fc1", "head.fc2", "iou_pred") if aware else ()
-    expected = [f"roi_heads.iou_branch.{x}.{y}" for x in layers for y in ("bias", "weight")]
-    assert sorted(loaded.missing_keys) == expected and loaded.unexpected_keys == []
-    for name, value in weights.items():
-        assert np.array_equal(model.state_dict()[name].numpy(), value), name
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from iou_d2.detectors.multibox_inference import SoftNMS
 from iou_d2.detectors.refinedet import RefineDetPrediction, TransferBlock
 from iou_d2.errors import InputError
 from iou_d2.ops.box_losses import KINDS
+from learning import assert_learns_two_boxes
 from multibox_by_hand import decode_by_hand, loss_by_hand
 
 QUICK = "configs/quick/refinedet_shapes.yaml"
@@ -241,24 +242,8 @@ def test_half_precision_is_finite(model, make_batch, dtype):
 
 def test_it_learns_two_boxes_from_scratch(small_cfg, make_batch):
     torch.manual_seed(0)
-    model = build_model(small_cfg(QUICK, "MODEL.RETINANET.NUM_CLASSES", "2")).train()
-    (entry,) = make_batch([2], classes=2, side=128)
-    truth = entry["instances"]
-    truth.gt_boxes.tensor = torch.tensor([[10.0, 12, 50, 40], [60, 64, 120, 126]])
-    truth.gt_classes = torch.tensor([0, 1])
-    entry["image"][:, 12:40, 10:50] = 255
-    entry["image"][0, 64:126, 60:120] = 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
-    for _ in range(60):
-        losses = model([entry])
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-    with torch.no_grad():
-        found = model.eval()([entry])[0]["instances"][:2]
-    order = found.pred_classes.argsort()
-    assert found.pred_classes[order].tolist() == [0, 1] and found.scores.min() > 0.5
-    assert (found.pred_boxes.tensor[order] - truth.gt_boxes.tensor).abs().max() < 4
+    model = build_model(small_cfg(QUICK, "MODEL.RETINANET.NUM_CLASSES", "2"))
+    assert_learns_two_boxes(model, *make_batch([2], classes=2, side=128))
 
 
 @pytest.mark.parametrize(

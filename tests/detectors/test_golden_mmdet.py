@@ -1,12 +1,14 @@
-"""The converter and ATSS against mmdetection 3.3.0, number for number.
+"""The converter, VarifocalNet and ATSS against mmdetection 3.3.0, number for number.
 
-golden/atss.pt holds what mmdetection computes on the CPU in float32 for a small ResNet-50 with
+A file in golden/ holds what mmdetection computes on the CPU in float32 for a small ResNet-50 with
 random weights and two images of 256x320: `state_dict`, `images_bgr_uint8`, `gt_boxes`, `gt_labels`,
-`losses`, `grads` of their sum for each parameter of the head, `detections`. Its FPN has a ReLU
-before p7, as the authors' and unlike mmdetection's config.
+`losses`, `grads` of their sum for each parameter of the head, `detections`. The FPN of ATSS has a
+ReLU before p7 here, as its authors' and unlike that of mmdetection's config.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,38 +21,61 @@ from iou_d2 import get_config
 from iou_d2.commands.convert import main as convert
 from iou_d2.engine.convert import translate
 
-CONFIG = "configs/atss_R_50_FPN_1x.yaml"
 SMALL = (
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
     *("MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.FPN.OUT_CHANNELS", "32"),
     *("MODEL.RETINANET.NUM_CLASSES", "5", "MODEL.POINT_DETECTOR.NUM_GROUPS", "8"),
 )
-# Their name of a loss -> ours.
-LOSSES = {"loss_cls": "loss_cls", "loss_bbox": "loss_box", "loss_centerness": "loss_quality"}
+
+
+class Case(NamedTuple):
+    """A golden file, its config, and their name of each loss -> ours."""
+
+    golden: str
+    config: str
+    losses: dict[str, str]
+
+
+VFNET = Case(
+    "vfnet_atss",
+    "configs/vfnet_R_50_FPN_1x.yaml",
+    {"loss_cls": "loss_cls", "loss_bbox": "loss_box_initial", "loss_bbox_rf": "loss_box"},
+)
+ATSS = Case(
+    "atss",
+    "configs/atss_R_50_FPN_1x.yaml",
+    {"loss_cls": "loss_cls", "loss_bbox": "loss_box", "loss_centerness": "loss_quality"},
+)
+
+
+@pytest.fixture(scope="module", params=[VFNET, ATSS], ids=["vfnet", "atss"])
+def case(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def golden():
-    return torch.load("tests/golden/atss.pt", weights_only=True)
+def golden(case):
+    return torch.load(f"tests/golden/{case.golden}.pt", weights_only=True)
 
 
-@pytest.fixture
-def files(golden, tmp_path):
-    """Their checkpoint, and ours by way of the converter."""
-    theirs, ours = str(tmp_path / "mmdet.pth"), str(tmp_path / "detectron2.pth")
+@pytest.fixture(scope="module")
+def converted(case, golden, tmp_path_factory):
+    """Our checkpoint with their weights, by way of the converter."""
+    folder = tmp_path_factory.mktemp(case.golden)
+    theirs, ours = str(folder / "mmdet.pth"), str(folder / "detectron2.pth")
     torch.save({"state_dict": golden["state_dict"]}, theirs)
     convert(
         [theirs, ours, "--from", "mmdet", "--to", "detectron2"]
-        + ["--config-file", CONFIG, "--opts", *SMALL]
+        + ["--config-file", case.config, "--opts", *SMALL]
     )
-    return theirs, ours
+    return ours
 
 
 @pytest.fixture
-def model(files):
-    model = build_model(get_config(CONFIG, SMALL))
-    DetectionCheckpointer(model).load(files[1])
+def model(case, converted):
+    model = build_model(get_config(case.config, SMALL))
+    DetectionCheckpointer(model).load(converted)
     return model
 
 
@@ -66,10 +91,10 @@ def batch(golden):
     return images
 
 
-def test_losses_and_gradients(golden, model, batch):
+def test_losses_and_gradients(case, golden, model, batch):
     losses = model.train()(batch)
-    assert set(losses) == set(LOSSES.values())
-    for theirs, ours in LOSSES.items():
+    assert set(losses) == set(case.losses.values())
+    for theirs, ours in case.losses.items():
         assert losses[ours].item() == pytest.approx(golden["losses"][theirs], rel=1e-4)
 
     sum(losses.values()).backward()
@@ -94,10 +119,9 @@ def test_detections(golden, model, batch):
 
 
 @pytest.mark.parametrize("with_config", [True, False])
-def test_there_and_back_bit_for_bit(golden, files, tmp_path, capsys, with_config):
-    capsys.readouterr()
-    config = ["--config-file", CONFIG, "--opts", *SMALL] if with_config else []
+def test_there_and_back_bit_for_bit(case, golden, converted, tmp_path, capsys, with_config):
+    config = ["--config-file", case.config, "--opts", *SMALL] if with_config else []
     back = str(tmp_path / "back.pth")
-    convert([files[1], back, "--from", "detectron2", "--to", "mmdet", *config])
+    convert([converted, back, "--from", "detectron2", "--to", "mmdet", *config])
     assert_same(read(back)["state_dict"], golden["state_dict"])
     assert "Left over" not in capsys.readouterr().out

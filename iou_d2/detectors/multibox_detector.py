@@ -1,0 +1,68 @@
+"""What SSD and RefineDet are built of alike.
+
+Shape letters and words are those of multibox.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .dense import DenseDetector, DenseNMS
+from .multibox import MultiBoxTerms
+from .multibox_inference import SoftNMS, build_multibox_nms
+
+
+class MultiBoxDetector(DenseDetector):
+    """A backbone and a head with convolutions for each level. A detector adds `predict`, `losses`
+    and `detect`."""
+
+    def __init__(
+        self,
+        *,
+        head: nn.Module,
+        head_in_features: Sequence[str],
+        box_loss_weight: float = 1.0,
+        nms: DenseNMS | SoftNMS,
+        clip_before_nms: bool = False,
+        **kwargs,
+    ):
+        """
+        Args:
+            head: from L features to the tensors of a prediction.
+            head_in_features: names of these features.
+            box_loss_weight: factor of all losses of boxes.
+            nms: from the candidates of an image, its `topk` best of each class, to detections.
+            clip_before_nms: cut boxes at the image before NMS compares them.
+            kwargs: those of DenseDetector.
+        """
+        super().__init__(**kwargs)
+        self.head = head
+        self.head_in_features = list(head_in_features)
+        self.box_loss_weight = box_loss_weight
+        self.nms = nms
+        self.clip_before_nms = clip_before_nms
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.MULTIBOX
+        return {
+            **super().from_config(cfg),
+            "head_in_features": cfg.MODEL.RETINANET.IN_FEATURES,
+            "box_loss_weight": node.BOX_LOSS_WEIGHT,
+            "nms": build_multibox_nms(cfg),
+            "clip_before_nms": node.CLIP_BEFORE_NMS,
+        }
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The L features that the head reads."""
+        features = self.backbone(images)
+        return [features[name] for name in self.head_in_features]
+
+    def divided(self, terms: MultiBoxTerms, prefix: str = "loss") -> dict[str, Tensor]:
+        """The losses of classes and of boxes by name, over the number of positive boxes."""
+        return {
+            f"{prefix}_cls": terms.cls / terms.count,
+            f"{prefix}_box": self.box_loss_weight * terms.box / terms.count,
+        }
