@@ -9,52 +9,16 @@ sigmoid.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from iou_d2.errors import InputError
-from iou_d2.ops.boxes import aligned_iou
-
-from .dense import part_named, reduce_mean
+from .dense import reduce_mean
+from .iou_awareness import IoUAwareness, build_iou_awareness
 from .retinanet import AnchorPrediction, BoxLossRetinaNet, Positives
 from .retinanet_parts import Share, build_head
-
-
-def confidence(probability: Tensor, iou: Tensor, alpha: float) -> Tensor:
-    """p^alpha * IoU^(1 - alpha), elementwise. alpha = 1 returns p to the last bit."""
-    return probability.pow(alpha) * iou.pow(1 - alpha)
-
-
-# (iou_logits, target), both (P,), -> the sum over positive anchors of the loss between predicted
-# and true IoU; 0, with gradients, where P is 0.
-IoULoss = Callable[[Tensor, Tensor], Tensor]
-
-
-def cross_entropy(iou_logits: Tensor, target: Tensor) -> Tensor:
-    """Its gradient in the target is log((1 - p) / p) (Eqn. 5)."""
-    return F.binary_cross_entropy_with_logits(iou_logits, target, reduction="sum")
-
-
-def l1_after_sigmoid(iou_logits: Tensor, target: Tensor) -> Tensor:
-    return (iou_logits.sigmoid() - target).abs().sum()
-
-
-def l2_after_sigmoid(iou_logits: Tensor, target: Tensor) -> Tensor:
-    return (iou_logits.sigmoid() - target).square().sum()
-
-
-IOU_LOSSES: dict[str, IoULoss] = {
-    "bce": cross_entropy,
-    "l1": l1_after_sigmoid,
-    "l2": l2_after_sigmoid,
-}
 
 
 class IoUAwareRetinaNetHead(RetinaNetHead):
@@ -79,19 +43,6 @@ class IoUAwareRetinaNetHead(RetinaNetHead):
         return logits, deltas, iou_logits
 
 
-def iou_aware_arguments(cfg) -> dict[str, Any]:
-    """What MODEL.IOU_RETINANET says, as IoUAwareRetinaNet and IoUAwareSSD are given it."""
-    node, key = cfg.MODEL.IOU_RETINANET, "MODEL.IOU_RETINANET"
-    if not 0 <= node.ALPHA <= 1:
-        raise InputError(f"{key}.ALPHA lies in [0, 1], but it is {node.ALPHA}.")
-    return {
-        "alpha": node.ALPHA,
-        "iou_loss": part_named(IOU_LOSSES, node.IOU_LOSS_TYPE, f"{key}.IOU_LOSS_TYPE"),
-        "iou_loss_weight": node.IOU_LOSS_WEIGHT,
-        "iou_target_gradient": node.IOU_TARGET_GRADIENT,
-    }
-
-
 @META_ARCH_REGISTRY.register()
 class IoUAwareRetinaNet(BoxLossRetinaNet):
     """RetinaNet whose confidence knows how well a box fits.
@@ -100,30 +51,18 @@ class IoUAwareRetinaNet(BoxLossRetinaNet):
     """
 
     @configurable
-    def __init__(
-        self,
-        *,
-        alpha: float = 0.5,
-        iou_loss: IoULoss = cross_entropy,
-        iou_loss_weight: float = 1.0,
-        iou_target_gradient: bool = True,
-        **kwargs,
-    ):
+    def __init__(self, *, iou_awareness: IoUAwareness, **kwargs):
         """
         Args:
-            alpha: weight of the class score in the confidence, in [0, 1].
-            iou_loss, iou_loss_weight: one of IOU_LOSSES; factor of it.
-            iou_target_gradient: let the gradient of the target reach the box branch.
+            iou_awareness: what the predicted IoU learns, and what it does to the confidence.
             kwargs: those of BoxLossRetinaNet; `head` is an IoUAwareRetinaNetHead.
         """
         super().__init__(**kwargs)
-        self.alpha = alpha
-        self.iou_loss = iou_loss
-        self.iou_loss_weight = iou_loss_weight
-        self.iou_target_gradient = iou_target_gradient
+        self.iou_awareness = iou_awareness
 
     @classmethod
     def from_config(cls, cfg):
+        awareness = build_iou_awareness(cfg)
         # The plain head is built too: its random numbers are part of what a seed has always given.
         arguments = super().from_config(cfg)
         shapes = arguments["backbone"].output_shape()
@@ -131,7 +70,7 @@ class IoUAwareRetinaNet(BoxLossRetinaNet):
         return {
             **arguments,
             "head": build_head(IoUAwareRetinaNetHead, cfg, shapes),
-            **iou_aware_arguments(cfg),
+            "iou_awareness": awareness,
         }
 
     def positive_losses(
@@ -140,20 +79,15 @@ class IoUAwareRetinaNet(BoxLossRetinaNet):
         """Those of BoxLossRetinaNet and "loss_iou", which is divided by the number of positive
         anchors: the mean over processes, at least 1."""
         losses = super().positive_losses(predictions, positives, shares)
-        target = aligned_iou(positives.predicted.boxes, positives.gt_boxes)
-        if not self.iou_target_gradient:
-            target = target.detach()
         iou_logits = torch.cat([level.iou_logits for level in predictions], dim=1).squeeze(2)
-        loss = self.iou_loss(iou_logits[positives.mask].float(), target)
+        loss = self.iou_awareness.loss(
+            iou_logits[positives.mask], positives.predicted, positives.gt_boxes
+        )
         count = reduce_mean(positives.mask.sum().float()).clamp(min=1)
-        return {**losses, "loss_iou": self.iou_loss_weight * loss / count}
+        return {**losses, "loss_iou": loss / count}
 
     def rank(self, prediction: AnchorPrediction, image: int) -> dict[str, Tensor]:
         probability = prediction.logits[image].float().sigmoid()  # (R, K)
-        iou = prediction.iou_logits[image].float().sigmoid()  # (R, 1)
-        scores = confidence(probability, iou, self.alpha)
-        return {
-            "scores": scores * (scores > self.nms.score_threshold),
-            "cls_scores": probability,
-            "pred_ious": iou.expand_as(probability),
-        }
+        ranked = self.iou_awareness.rank(probability, prediction.iou_logits[image])
+        scores = ranked["scores"]
+        return {**ranked, "scores": scores * (scores > self.nms.score_threshold)}

@@ -16,10 +16,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from iou_d2.ops.boxes import aligned_iou
-
 from .default_boxes import DefaultBoxes, build_default_boxes
-from .iou_retinanet import IoULoss, confidence, cross_entropy, iou_aware_arguments
+from .iou_awareness import IoUAwareness, build_iou_awareness
 from .multibox import (
     LevelConvs,
     MultiBoxLoss,
@@ -169,33 +167,20 @@ class IoUAwareSSD(SSD):
     """
 
     @configurable
-    def __init__(
-        self,
-        *,
-        alpha: float = 0.5,
-        iou_loss: IoULoss = cross_entropy,
-        iou_loss_weight: float = 1.0,
-        iou_target_gradient: bool = True,
-        **kwargs,
-    ):
+    def __init__(self, *, iou_awareness: IoUAwareness, **kwargs):
         """
         Args:
-            alpha: weight of the class score in the confidence, in [0, 1].
-            iou_loss, iou_loss_weight: one of IOU_LOSSES; factor of it.
-            iou_target_gradient: let the gradient of the target reach the deltas.
+            iou_awareness: what the predicted IoU learns, and what it does to the confidence.
             kwargs: those of SSD; `head` is an IoUAwareSSDHead.
         """
         super().__init__(**kwargs)
-        self.alpha = alpha
-        self.iou_loss = iou_loss
-        self.iou_loss_weight = iou_loss_weight
-        self.iou_target_gradient = iou_target_gradient
+        self.iou_awareness = iou_awareness
 
     build_head = IoUAwareSSDHead
 
     @classmethod
     def from_config(cls, cfg):
-        return {**super().from_config(cfg), **iou_aware_arguments(cfg)}
+        return {**super().from_config(cfg), "iou_awareness": build_iou_awareness(cfg)}
 
     def losses(
         self,
@@ -205,18 +190,10 @@ class IoUAwareSSD(SSD):
     ) -> dict[str, Tensor]:
         """Those of SSD and "loss_iou" of the positive boxes, divided by their number alike."""
         terms = self.terms(predictions, gt_instances)
-        target = aligned_iou(terms.predicted.boxes, terms.gt_boxes)
-        if not self.iou_target_gradient:
-            target = target.detach()
         iou_logits = predictions.iou_logits.squeeze(2)[terms.positive]
-        loss = self.iou_loss(iou_logits.float(), target)
-        return {**self.divided(terms), "loss_iou": self.iou_loss_weight * loss / terms.count}
+        loss = self.iou_awareness.loss(iou_logits, terms.predicted, terms.gt_boxes)
+        return {**self.divided(terms), "loss_iou": loss / terms.count}
 
     def rank(self, predictions: SSDPrediction, image: int) -> dict[str, Tensor]:
         probability = class_scores(predictions.logits[image])  # (R, K)
-        iou = predictions.iou_logits[image].float().sigmoid()  # (R, 1)
-        return {
-            "scores": confidence(probability, iou, self.alpha),
-            "cls_scores": probability,
-            "pred_ious": iou.expand_as(probability),
-        }
+        return self.iou_awareness.rank(probability, predictions.iou_logits[image])

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
-from iou_d2.detectors.iou_retinanet import IOU_LOSSES, confidence
+from iou_d2.detectors.iou_awareness import IOU_LOSSES, confidence
 from iou_d2.detectors.retinanet import AnchorPrediction
 from iou_d2.ops.box_losses import KINDS
 

@@ -42,7 +42,8 @@ def kind_of_score(detector: nn.Module) -> str:
     if isinstance(detector, UnitBox):
         return "confidence of a pixel"
     if isinstance(detector, IoUAwareRetinaNet):
-        return f"cls_scores^{detector.alpha:g} * pred_ious^{1 - detector.alpha:g}"
+        alpha = detector.iou_awareness.alpha
+        return f"cls_scores^{alpha:g} * pred_ious^{1 - alpha:g}"
     if not isinstance(detector, PointDetector):
         return "class probability"
     if hasattr(detector.head, "quality_pred"):
