@@ -14,6 +14,7 @@ from torch import Tensor
 
 from iou_d2.engine.convert import backbone_prefix
 from iou_d2.engine.safe_load import read_checkpoint_file
+from iou_d2.engine.whole_file import replace_file
 from iou_d2.errors import InputError
 
 COUNTER = "num_batches_tracked"  # of BatchNorm; Detectron2's FrozenBatchNorm2d has none
@@ -89,17 +90,10 @@ def to_numpy(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
 def write_file(content: dict, path: str) -> None:
     """Write `path` whole or not at all."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    unfinished = f"{path}.{os.getpid()}.part"
-    try:
-        with open(unfinished, "wb") as file:
-            if path.endswith(".pkl"):
-                pickle.dump(content, file, protocol=4)
-            else:
-                torch.save(content, file)
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
+    if path.endswith(".pkl"):
+        replace_file(path, lambda file: pickle.dump(content, file, protocol=4))
+    else:
+        replace_file(path, lambda file: torch.save(content, file))
 
 
 def check_paths(args: argparse.Namespace) -> None:

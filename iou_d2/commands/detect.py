@@ -16,13 +16,14 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import tqdm
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
 from iou_d2 import get_config
@@ -66,25 +67,20 @@ def read_frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
 class Demo:
     """A predictor that draws what it finds and puts it into words."""
 
-    def __init__(self, cfg: CfgNode, checkpoint: dict, threshold: float):
+    def __init__(
+        self,
+        predictor: DefaultPredictor | ExportedPredictor,
+        class_names: Sequence[str],
+        threshold: float,
+    ):
         """
         Args:
-            cfg: where it has no MODEL.CLASS_NAMES, classes are called by their number.
-            checkpoint: what `read_weights` read of MODEL.WEIGHTS.
+            class_names: where there are none, classes are called by their number.
             threshold: detections with a lower score are left out of pictures and JSON.
         """
-        self.predictor = untrained_predictor(cfg)
-        fill(self.predictor.model, cfg, checkpoint)
-        self.class_names = cfg.MODEL.CLASS_NAMES
+        self.predictor = predictor
+        self.class_names = class_names
         self.threshold = threshold
-
-    @classmethod
-    def of_file(cls, path: str, threshold: float) -> Demo:
-        """That of an exported model."""
-        demo = cls.__new__(cls)
-        demo.predictor = ExportedPredictor(path)
-        demo.class_names, demo.threshold = demo.predictor.class_names, threshold
-        return demo
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, list[dict]]:
         """(H, W, 3) uint8 BGR -> the picture with boxes drawn, and its detections, best first."""
@@ -221,14 +217,23 @@ def main(argv: list[str] | None = None) -> None:
 
 def demo_of(arguments: argparse.Namespace, overrides: list[str]) -> Demo:
     """What detects: an exported model, or a trained one."""
+    threshold = arguments.confidence_threshold
     if not arguments.model:
         cfg, checkpoint = setup(arguments.config_file, overrides, arguments.trust_weights)
-        return Demo(cfg, checkpoint, arguments.confidence_threshold)
+        return trained_demo(cfg, checkpoint, threshold)
     if overrides:
         raise InputError(
             f"--model has no config, of which {overrides[0]} could be a key: export it anew."
         )
-    return Demo.of_file(arguments.model, arguments.confidence_threshold)
+    predictor = ExportedPredictor(arguments.model)
+    return Demo(predictor, predictor.class_names, threshold)
+
+
+def trained_demo(cfg: CfgNode, checkpoint: dict, threshold: float) -> Demo:
+    """That of what `read_weights` read of MODEL.WEIGHTS."""
+    predictor = untrained_predictor(cfg)
+    fill(predictor.model, cfg, checkpoint)
+    return Demo(predictor, cfg.MODEL.CLASS_NAMES, threshold)
 
 
 def require_other_folder(files: list[str], output: Path) -> None:

@@ -100,7 +100,7 @@ def test_one_read_of_the_checkpoint_gives_names_and_weights(tmp_path, monkeypatc
     assert cfg.MODEL.CLASS_NAMES == CLASSES
     for reader in (torch, pickle):
         monkeypatch.setattr(reader, "load", None)
-    demo = detect.Demo(cfg, checkpoint, 0.0)
+    demo = detect.trained_demo(cfg, checkpoint, 0.0)
     loaded = demo.predictor.model.state_dict()
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[key], state[key]) for key in state)
@@ -114,7 +114,7 @@ def test_classes_without_names_are_called_by_their_number(tmp_path):
     model = detect.untrained_predictor(get_config(config, overrides)).model
     weights = write(tmp_path / "model.pth", {"model": model.state_dict()})
     cfg, checkpoint = detect.setup(config, [*overrides, "MODEL.WEIGHTS", weights])
-    demo = detect.Demo(cfg, checkpoint, 0.0)
+    demo = detect.trained_demo(cfg, checkpoint, 0.0)
     assert [demo.class_name(index) for index in range(2)] == ["class 0", "class 1"]
 
 
@@ -151,9 +151,9 @@ def test_tensors_with_other_beginnings_of_names_are_matched_where_one_says_so(tm
     short = {name.removeprefix("backbone."): value for name, value in state.items()}
     weights = write(tmp_path / "model.pth", {"model": short})
     with pytest.raises(InputError, match="are not, such as backbone"):
-        detect.Demo(*detect.setup(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights]), 0.0)
+        detect.trained_demo(*detect.setup(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights]), 0.0)
     weights += "?matching_heuristics=True"
-    demo = detect.Demo(*detect.setup(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights]), 0.0)
+    demo = detect.trained_demo(*detect.setup(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights]), 0.0)
     loaded = demo.predictor.model.state_dict()
     assert all(torch.equal(loaded[key], state[key]) for key in state)
 
