@@ -13,6 +13,7 @@ from iou_d2.detectors.retinanet_parts import Share
 
 CLASSES = 3
 IGNORED = -1
+ALL_OF_IT = (Share(slice(None), 1.0),)
 
 
 def focal(x: float, is_object: bool, alpha: float, gamma: float) -> float:
@@ -37,7 +38,7 @@ def total(logits, labels, alpha=0.25, gamma=2.0) -> float:
 def class_loss(small_cfg):
     """A function: logits (N, R, K), labels, shares -> the loss of RetinaNet."""
 
-    def loss(logits, labels, shares=(Share(slice(None), 1.0),), *overrides):
+    def loss(logits, labels, shares=ALL_OF_IT, *overrides):
         model = build_model(small_cfg("retinanet_R_50_FPN_1x", *overrides))
         half = logits.shape[1] // 2
         parts = logits[:, :half], logits[:, half:]  # of two levels
@@ -98,7 +99,7 @@ def test_gradients_equal_differences_of_the_closed_form(class_loss):
 @pytest.mark.parametrize("x", [-100.0, -30.0, 0.0, 30.0, 100.0])
 @pytest.mark.parametrize("label", [0, CLASSES])
 def test_extreme_logits(class_loss, x, label):
-    """A wrong answer costs as much as cross-entropy says, its slope is alpha_t; a right one nothing."""
+    """A wrong answer costs what cross-entropy says, with the slope alpha_t; a right one nothing."""
     logits = torch.full((1, 2, CLASSES), x).requires_grad_()
     labels = torch.tensor([[label, IGNORED]])
     loss = class_loss(logits, labels)
