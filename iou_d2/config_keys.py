@@ -90,6 +90,10 @@ def _add_box_losses(cfg: CfgNode) -> None:
     MODEL.RETINANET (BoxLossRetinaNet, IoUAwareRetinaNet), MODEL.RPN (BoxLossRPN) and
     MODEL.ROI_BOX_HEAD (BoxLossROIHeads, BoxLossCascadeROIHeads, IoU-Net): "smooth_l1", "l2" (of the
     deltas), "iou" (1 - IoU), "unitbox" (-ln IoU), "giou", "diou" or "ciou".
+
+    "smooth_l1" turns from a parabola to a line at the beta of Detectron2's SMOOTH_L1_BETA
+    (RetinaNet: SMOOTH_L1_LOSS_BETA), in units of deltas: 0, its default, is plain L1; 1 is the
+    papers' (arXiv 1504.08083, Eqn. 3, and 1506.01497), 1/9 their code's for the RPN.
     """
     # Factor of that loss in RetinaNet, as Detectron2's BBOX_REG_LOSS_WEIGHT of the other two. With
     # the IoU losses 2 is usual here (ATSS); for the box head 10, and 12 for "ciou" (mmdetection).
