@@ -62,7 +62,8 @@ def build_evaluator(
             for a folder of its own if several datasets are evaluated.
 
     Returns:
-        "coco": tasks "bbox" and "localization". "pascal_voc": these, and "voc".
+        "coco": tasks "bbox" and "localization". "pascal_voc": these, and "voc". Of a
+        ProposalNetwork the task "box_proposals".
 
     Raises:
         InputError: the dataset is evaluated in another way.
@@ -80,6 +81,6 @@ def build_evaluator(
     coco = COCOLocalizationEvaluator(
         dataset_name, output_dir, max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
     )
-    if evaluator_type == "coco":
+    if evaluator_type == "coco" or cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
         return coco
     return DatasetEvaluators([coco, VOCEvaluator(dataset_name)])
