@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/deform_conv.py [--rounds N]
 
-256 channels, 3x3, on the features of an image of 480x640 and of 800x1333 from stride 8 on, offsets as
-VarifocalNet's star convolution has them. The ways take turns in one process; medians of the
+256 channels, 3x3, on the features of an image of 480x640 and of 800x1333 from stride 8 on, offsets
+as VarifocalNet's star convolution has them. The ways take turns in one process; medians of the
 milliseconds of all levels together, forward and backward, and the ratio to the nine look-ups.
 """
 

@@ -141,9 +141,18 @@ def test_there_is_no_second_derivative():
 
 @pytest.mark.parametrize(
     ("changed", "shape"),
-    [(0, (2, 8, 11)), (0, (2, 7, 11, 9)), (1, (2, 17, 11, 9)), (1, (2, 18, 10, 9)), (1, (1, 18, 11, 9)),
-     (2, (2, 8, 11, 9)), (3, (12, 3, 3, 3)), (3, (12, 0, 3, 3)), (3, (12, 8, 30, 3))],
-)  # fmt: skip
+    [
+        (0, (2, 8, 11)),
+        (0, (2, 7, 11, 9)),
+        (1, (2, 17, 11, 9)),
+        (1, (2, 18, 10, 9)),
+        (1, (1, 18, 11, 9)),
+        (2, (2, 8, 11, 9)),
+        (3, (12, 3, 3, 3)),
+        (3, (12, 0, 3, 3)),
+        (3, (12, 8, 30, 3)),
+    ],
+)
 def test_shapes_that_do_not_fit_are_told(changed, shape):
     inputs, geometry = random_inputs(masked=True)
     inputs[changed] = torch.zeros(shape, dtype=torch.float64)
