@@ -314,8 +314,12 @@ at::Tensor as_matrix(const at::Tensor& weight, const Sizes& s) {
       .reshape({s.groups, s.out / s.groups, s.taps * s.inputs()});
 }
 
-// Pixels [first, first + rows) of image n of a contiguous (N, C_out, h, w):
-// (groups, C_out of a group, rows).
+at::MemoryFormat format_of(const at::Tensor& t) {
+  return t.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+}
+
+// Pixels [first, first + rows) of image n of an (N, C_out, h, w) in one of the two formats:
+// (groups, C_out of a group, rows). The matrix product writes into either.
 at::Tensor block_of(const at::Tensor& t, int64_t n, int64_t first, int64_t rows, const Sizes& s) {
   return t.select(0, n).view({s.groups, s.out / s.groups, s.pixels()}).narrow(2, first, rows);
 }
@@ -353,7 +357,8 @@ at::Tensor deform_conv_cpu(const at::Tensor& x, const at::Tensor& offset,
   const at::Tensor map = pixel_by_pixel(x), offsets = offset.contiguous();
   const auto factors = mask ? std::optional(mask->contiguous()) : std::nullopt;
   const at::Tensor matrix = as_matrix(weight, s);
-  const at::Tensor output = at::empty({s.N, s.out, s.h, s.w}, x.options());
+  const at::Tensor output =
+      at::empty({s.N, s.out, s.h, s.w}, x.options().memory_format(format_of(x)));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "deform_conv", [&] {
     for_blocks<scalar_t>(
         s, geometry, map, offsets, factors,
@@ -379,7 +384,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> deform_conv_backward_
                     x.sizes(), " and a weight of ", weight.sizes(), ".");
   const at::Tensor map = pixel_by_pixel(x), offsets = offset.contiguous();
   const auto factors = mask ? std::optional(mask->contiguous()) : std::nullopt;
-  const at::Tensor matrix = as_matrix(weight, s), grads = grad.contiguous();
+  const at::Tensor matrix = as_matrix(weight, s), grads = grad.contiguous(format_of(grad));
   at::Tensor grad_map = at::zeros({s.N, s.H * s.W, s.C}, x.options());
   at::Tensor grad_offset = at::zeros(offset.sizes(), x.options());
   at::Tensor grad_mask = at::zeros(mask ? mask->sizes() : at::IntArrayRef({0}), x.options());
@@ -405,7 +410,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> deform_conv_backward_
   const at::Tensor grad_weight =
       grad_matrix.view({s.out, s.taps, s.inputs()}).transpose(1, 2).reshape(weight.sizes());
   const at::Tensor grad_x = grad_map.view({s.N, s.H, s.W, s.C}).permute({0, 3, 1, 2});
-  return {grad_x.contiguous(), grad_offset, grad_mask, grad_weight};
+  return {grad_x.contiguous(format_of(x)), grad_offset, grad_mask, grad_weight};
 }
 
 }  // namespace
