@@ -57,13 +57,14 @@ def _add_test_augmentation(cfg: CfgNode) -> None:
     squares; FLIP, which adds the mirror image of each.
     """
     node = cfg.TEST.AUG
-    # For each of MIN_SIZES a pair, such as [0, 160]: of the boxes that are found at that size, those
-    # are kept whose longer side is over the first number and whose shorter side is under the second
-    # one, in pixels of the image (RefineDet's multi-scale test). Empty keeps all.
+    # For each of MIN_SIZES a pair, such as [0, 160]: of the boxes that are found at that size,
+    # those are kept whose longer side is over the first number and whose shorter side is under the
+    # second one, in pixels of the image (RefineDet's multi-scale test). Empty keeps all.
     node.BOX_SIZES = []
-    # "nms": the candidates of all views go together through the NMS of the method (Detectron2 merges
-    # what NMS has left of each view). "vote": NMS of each view, and then box voting; "soft_vote"
-    # keeps the boxes that voted, too, with lower scores (RefineDet's code for VOC and for COCO).
+    # "nms": the candidates of all views go together through the NMS of the method (Detectron2
+    # merges what NMS has left of each view). "vote": NMS of each view, and then box voting;
+    # "soft_vote" keeps the boxes that voted, too, with lower scores (RefineDet's code for VOC, and
+    # for COCO).
     node.MERGE = "nms"
     # Boxes whose IoU with a better one reaches this vote for it; a box that voted is kept by
     # "soft_vote" where its score times 1 - IoU reaches the second number (RefineDet's code).

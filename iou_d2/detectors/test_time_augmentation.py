@@ -145,8 +145,8 @@ def with_tta(cfg, model: nn.Module) -> DetectorWithTTA:
     fits_ellipses = isinstance(model, UnitBox) and isinstance(model.extract, EllipseFit)
     if fits_ellipses and merge is merge_by_nms:
         raise InputError(
-            "TEST.AUG.ENABLED is True, but MODEL.UNITBOX.INFERENCE 'ellipses' has no NMS that could "
-            "merge the views: set it to 'nms', or TEST.AUG.MERGE to 'vote'."
+            "TEST.AUG.ENABLED is True, but MODEL.UNITBOX.INFERENCE 'ellipses' has no NMS that "
+            "could merge the views: set it to 'nms', or TEST.AUG.MERGE to 'vote'."
         )
     return DetectorWithTTA(
         model=model,

@@ -49,9 +49,7 @@ class Reader(Protocol):
     def suppress(self, candidates: Sequence[Instances]) -> Instances:
         """NMS of the method over candidates in pixels of one view -> detections, best first."""
 
-    def finish(
-        self, detections: Instances, own: Reading, readings: Sequence[Reading]
-    ) -> Instances:
+    def finish(self, detections: Instances, own: Reading, readings: Sequence[Reading]) -> Instances:
         """What follows NMS, for detections in pixels of the view of `own`, one of `readings`."""
 
 
@@ -70,9 +68,7 @@ class DenseReader:
     def suppress(self, candidates: Sequence[Instances]) -> Instances:
         return self.detector.suppress(candidates)
 
-    def finish(
-        self, detections: Instances, own: Reading, readings: Sequence[Reading]
-    ) -> Instances:
+    def finish(self, detections: Instances, own: Reading, readings: Sequence[Reading]) -> Instances:
         return detections
 
 
@@ -115,9 +111,7 @@ class RCNNReader:
         (kept,), _ = self.predictor.select(boxes, [probabilities], [found.image_size])
         return kept
 
-    def finish(
-        self, detections: Instances, own: Reading, readings: Sequence[Reading]
-    ) -> Instances:
+    def finish(self, detections: Instances, own: Reading, readings: Sequence[Reading]) -> Instances:
         if self.heads.mask_on:
             masks = [self.masks(own.view.instances_in(x.view, detections), x) for x in readings]
             detections.pred_masks = torch.stack(masks).mean(dim=0)
@@ -148,9 +142,7 @@ class IoUNetReader(RCNNReader):
     def suppress(self, candidates: Sequence[Instances]) -> Instances:
         return self.heads.postprocessor.suppress(Instances.cat(list(candidates)))
 
-    def finish(
-        self, detections: Instances, own: Reading, readings: Sequence[Reading]
-    ) -> Instances:
+    def finish(self, detections: Instances, own: Reading, readings: Sequence[Reading]) -> Instances:
         heads, levels = self.heads, self.heads.levels(own.features)
         regress = functools.partial(heads.regress_again, own.features)
         heads.postprocessor.refine([detections], heads.iou_branch, levels, regress)

@@ -72,7 +72,8 @@ def build_evaluator(
             f"The dataset {dataset_name!r} has the evaluator_type {evaluator_type!r}, but only "
             f'"coco" and "pascal_voc" are supported.'
         )
-    output_dir = output_dir or results_folder(cfg, dataset_name)
+    if output_dir is None:
+        output_dir = results_folder(cfg, dataset_name)
     coco = COCOLocalizationEvaluator(
         dataset_name, output_dir, max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
     )
@@ -82,6 +83,6 @@ def build_evaluator(
 
 
 def results_folder(cfg: CfgNode, dataset_name: str, name: str = "inference") -> str:
-    """The folder `name` in cfg.OUTPUT_DIR, and in it one of its own for each of several datasets."""
+    """The folder `name` in cfg.OUTPUT_DIR, and in it one for each of several datasets."""
     folder = os.path.join(cfg.OUTPUT_DIR, name)
-    return folder if len(cfg.DATASETS.TEST) == 1 else os.path.join(folder, file_stem(dataset_name))
+    return os.path.join(folder, file_stem(dataset_name)) if len(cfg.DATASETS.TEST) > 1 else folder
