@@ -129,7 +129,7 @@ class _IoUNetHeads:
         return self.postprocessor(candidates, self.iou_branch, self.levels(features), regress)
 
     def regress_again(self, features: dict[str, Tensor], detections: list[Instances]) -> None:
-        """Replace the `pred_boxes` of N images by what the box head makes of them, of their class."""
+        """Replace the `pred_boxes` of N images by what the box head makes of them."""
         proposals = [Instances(x.image_size, proposal_boxes=x.pred_boxes) for x in detections]
         for x, boxes in zip(detections, self.regress(features, proposals)[0]):
             boxes = boxes.view(len(x), boxes.shape[1] // 4, 4)  # (R, 1 or K, 4)

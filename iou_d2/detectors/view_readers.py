@@ -106,7 +106,7 @@ class RCNNReader:
         found = Instances.cat(list(candidates))
         # Rows of one class each: `select` takes boxes (S, 4) and probabilities (S, K + 1).
         probabilities = found.scores.new_zeros(len(found), self.predictor.num_classes + 1)
-        probabilities[torch.arange(len(found)), found.pred_classes] = found.scores
+        probabilities.scatter_(1, found.pred_classes[:, None], found.scores[:, None])
         boxes = [found.pred_boxes.tensor]
         (kept,), _ = self.predictor.select(boxes, [probabilities], [found.image_size])
         return kept

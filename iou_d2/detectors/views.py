@@ -143,7 +143,7 @@ def build_view_maker(cfg) -> ViewMaker:
             f"none at all, but it has {len(limits)}."
         )
     for pair in limits:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not 0 <= pair[0] < pair[1]:
+        if not _is_range(pair):
             raise InputError(
                 f"TEST.AUG.BOX_SIZES has pairs of rising sizes such as [0, 160], but also {pair!r}."
             )
@@ -155,3 +155,9 @@ def build_view_maker(cfg) -> ViewMaker:
         plain = T.ResizeShortestEdge(test.MIN_SIZE_TEST, test.MAX_SIZE_TEST)
     pairs = [tuple(pair) for pair in limits] or [None] * len(sizes)
     return ViewMaker(resizes, node.FLIP, pairs, plain)
+
+
+def _is_range(pair: object) -> bool:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        return False
+    return all(isinstance(x, (int, float)) for x in pair) and 0 <= pair[0] < pair[1]
