@@ -38,7 +38,12 @@ def add_spp_block(
 
     Returns:
         The backbone itself.
+
+    Raises:
+        ValueError: it has an SPP block already.
     """
+    if hasattr(backbone, "spp"):
+        raise ValueError(f"{type(backbone).__name__} has an SPP block already.")
     has_fpn = isinstance(backbone, FPN)
     network = backbone.bottom_up if has_fpn else backbone
     shapes = network.output_shape()

@@ -35,6 +35,7 @@ class AnyPooler:
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         require_box_head(cfg)
+        _require_no_convolutions(cfg)
         parts = with_pooler(super()._init_box_head, cfg, input_shape, "ROI_BOX_HEAD", "box_pooler")
         if isinstance(parts["box_pooler"], SPPPooler):
             _fit_box_heads(parts, cfg, input_shape)
@@ -94,13 +95,6 @@ def _spp_levels(cfg) -> tuple[int, ...]:
 
 def _fit_box_heads(parts: dict, cfg, input_shape) -> None:
     """Build the box heads of `parts` again, for what its SPPPooler puts out."""
-    node = cfg.MODEL.ROI_BOX_HEAD
-    if node.NUM_CONV > 0 or node.NUM_FC < 1:
-        raise InputError(
-            f"MODEL.ROI_BOX_HEAD.POOLER_TYPE {node.POOLER_TYPE!r} puts out bins of several sizes, "
-            "which fully connected layers read and convolutions cannot: set NUM_CONV 0 and NUM_FC "
-            f"to 1 or more, but they are {node.NUM_CONV} and {node.NUM_FC}."
-        )
     height, width = parts["box_pooler"].output_size
     channels = input_shape[parts["box_in_features"][0]].channels
     shape = ShapeSpec(channels=channels, height=height, width=width)
@@ -119,6 +113,16 @@ def require_box_head(cfg) -> None:
         raise InputError(
             f"MODEL.ROI_BOX_HEAD.NAME is one of {', '.join(names)}, but it is {name!r}; "
             f"{cfg.MODEL.ROI_HEADS.NAME} needs one, with NUM_FC 1 or more."
+        )
+
+
+def _require_no_convolutions(cfg) -> None:
+    node = cfg.MODEL.ROI_BOX_HEAD
+    if node.POOLER_TYPE in PYRAMIDS and (node.NUM_CONV > 0 or node.NUM_FC < 1):
+        raise InputError(
+            f"MODEL.ROI_BOX_HEAD.POOLER_TYPE {node.POOLER_TYPE!r} puts out bins of several sizes, "
+            "which fully connected layers read and convolutions cannot: set NUM_CONV 0 and NUM_FC "
+            f"to 1 or more, but they are {node.NUM_CONV} and {node.NUM_FC}."
         )
 
 
