@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 
-import pooling_figure
 import pytest
+
+import pooling_figure
 
 ALIGN = "RoIAlign, adaptive"
 WANTED = {
