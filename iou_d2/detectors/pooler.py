@@ -154,7 +154,7 @@ def has_box_gradients(pooler: ROIPooler) -> bool:
 
 def use_prroi_pool(model: nn.Module, aligned: bool = True) -> nn.Module:
     """Replaces every ROIPooler in a built model by a PrRoIPooler of the same size and levels, in
-    place.
+    place; those that pool precisely already stay.
 
     Works for the box, mask and keypoint branches of StandardROIHeads, CascadeROIHeads and their
     subclasses: poolers have no parameters, so that checkpoints fit before and after.
@@ -163,7 +163,7 @@ def use_prroi_pool(model: nn.Module, aligned: bool = True) -> nn.Module:
         The model itself.
 
     Raises:
-        ValueError: if there is no ROIPooler in the model.
+        ValueError: if there is no ROIPooler in the model, or one of spatial pyramids of maxima.
     """
     replaced = 0
     for module in list(model.modules()):
@@ -171,7 +171,7 @@ def use_prroi_pool(model: nn.Module, aligned: bool = True) -> nn.Module:
             if not isinstance(child, ROIPooler):
                 continue
             replaced += 1
-            if not isinstance(child, PrRoIPooler):
+            if not has_box_gradients(child):
                 setattr(module, name, from_roi_pooler(child, aligned))
     if replaced == 0:
         raise ValueError(f"{type(model).__name__} has no ROIPooler to replace.")

@@ -171,3 +171,7 @@ def test_an_empty_name_of_the_box_head_is_told(build):
 def test_precise_pooling_does_not_take_the_place_of_bins(build):
     with pytest.raises(ValueError, match="An SPPPooler has no output size"):
         use_prroi_pool(build(KIND, "SPP"))
+    for kind in ("PrRoISPP", "PrRoIPoolLegacy"):
+        model = build(KIND, kind)
+        before = model.roi_heads.box_pooler
+        assert use_prroi_pool(model).roi_heads.box_pooler is before
