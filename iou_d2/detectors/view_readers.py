@@ -20,9 +20,14 @@ from iou_d2.errors import InputError
 
 from .dense import DenseDetector
 from .faster_rcnn import BoxLossCascadeROIHeads, BoxLossROIHeads
-from .iou_net import IoUNetCascadeROIHeads, IoUNetROIHeads
+from .iou_net import IoUNetCascadeROIHeads, IoUNetRes5ROIHeads, IoUNetROIHeads
 from .iou_net_inference import predict_ious, select_boxes
+from .res5_heads import BoxLossRes5ROIHeads
 from .views import View
+
+# Heads whose boxes and class scores are known before NMS; those of IoU-Net are among them.
+HEADS = (BoxLossROIHeads, BoxLossCascadeROIHeads, BoxLossRes5ROIHeads)
+IOU_NET_HEADS = (IoUNetROIHeads, IoUNetCascadeROIHeads, IoUNetRes5ROIHeads)
 
 
 @dataclass(frozen=True)
@@ -159,17 +164,18 @@ def reader_of(detector: nn.Module) -> Reader:
             "merged: set it to False."
         )
     heads = detector.roi_heads
-    if not isinstance(heads, (BoxLossROIHeads, BoxLossCascadeROIHeads)):
+    if not isinstance(heads, HEADS):
         raise InputError(
             f"TEST.AUG.ENABLED is True, but MODEL.ROI_HEADS.NAME is {type(heads).__name__}, whose "
-            "candidates are not known before NMS: BoxLossROIHeads and BoxLossCascadeROIHeads take "
-            "the weights of Detectron2's StandardROIHeads and CascadeROIHeads."
+            f"candidates are not known before NMS. {', '.join(x.__name__ for x in HEADS)} take the "
+            "weights of Detectron2's own."
         )
-    if detector.proposal_generator is None or heads.keypoint_on:
-        what = "keypoints" if heads.keypoint_on else "precomputed proposals"
+    has_keypoints = getattr(heads, "keypoint_on", False)  # Res5ROIHeads knows none
+    if detector.proposal_generator is None or has_keypoints:
+        what = "keypoints" if has_keypoints else "precomputed proposals"
         raise InputError(
             f"TEST.AUG.ENABLED is True, but {what} are those of one view: set it to False."
         )
-    if isinstance(heads, (IoUNetROIHeads, IoUNetCascadeROIHeads)):
+    if isinstance(heads, IOU_NET_HEADS):
         return IoUNetReader(detector)
     return RCNNReader(detector)

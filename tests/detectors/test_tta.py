@@ -91,6 +91,25 @@ def test_one_view_is_plain_inference_to_the_last_bit(build, name, overrides):
         assert torch.equal(*both), key
 
 
+@pytest.mark.parametrize("name", ["faster_rcnn_R_50_C4_1x", "iou_net_R_50_C4_1x"])
+@torch.no_grad()
+def test_one_view_of_a_single_map_is_plain_inference(small_cfg, name):
+    small = ("MODEL.RESNETS.NORM", "BN", "MODEL.ANCHOR_GENERATOR.SIZES", "[[16, 32, 64]]")
+    one = ("TEST.AUG.MIN_SIZES", "(96,)", "TEST.AUG.FLIP", "False")
+    everything = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
+    cfg = small_cfg(f"configs/{name}.yaml", *FEW, *MASKS, *small, *one, *everything)
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    inputs = {"image": resized(IMAGE, SIZES[1]), "height": 80, "width": 100}
+    plain = model([inputs])[0]["instances"].get_fields()
+    found = detect(cfg, model).get_fields()
+    assert found.keys() == plain.keys() and len(plain["scores"]) > 5
+    for key, value in plain.items():
+        assert torch.equal(*(getattr(x, "tensor", x) for x in (value, found[key]))), key
+    cfg.TEST.AUG.FLIP = True
+    assert len(detect(cfg, model)) > 5
+
+
 @pytest.mark.parametrize("name", DENSE)
 @torch.no_grad()
 def test_a_dense_detector_suppresses_the_candidates_of_all_views(build, name):
