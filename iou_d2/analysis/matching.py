@@ -5,7 +5,7 @@ Shapes: T IoU thresholds, D detections, G annotations.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,6 +62,21 @@ def match_detections(
         outcome[:, of_key], place = _match(iou, np.array(crowd, dtype=bool), thresholds)
         found[:, of_key] = np.where(place >= 0, indices[place], -1)
     return Matches(outcome, found)
+
+
+def best_of_each_image(results: list[dict], max_dets: int) -> list[dict]:
+    """The `max_dets` best detections of each image and class, which are all that COCO counts, in
+    the order of `results`."""
+    if len(results) <= max_dets:
+        return results
+    seen = Counter()
+    kept = []
+    for row in np.argsort([-result["score"] for result in results], kind="stable").tolist():
+        key = results[row]["image_id"], results[row]["category_id"]
+        seen[key] += 1
+        if seen[key] <= max_dets:
+            kept.append(row)
+    return [results[row] for row in sorted(kept)]
 
 
 def box_iou(detections: list[dict], annotations: list[dict], crowd: Sequence[int]) -> np.ndarray:
