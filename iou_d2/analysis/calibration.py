@@ -34,7 +34,7 @@ def reliability(claimed: np.ndarray, true: np.ndarray, bins: int = 10) -> Reliab
     a false one, or the true IoU for a predicted IoU.
 
     The error is that of Guo et al., On Calibration of Modern Neural Networks, 2017, Eqn. 3, for
-    detections as in Kueppers et al., Multivariate Confidence Calibration, 2020, with the score alone.
+    detections as in Kueppers et al., Multivariate Confidence Calibration, 2020, by score alone.
 
     Args:
         claimed: (D,) in [0, 1].

@@ -1,4 +1,4 @@
-"""Which detection finds which object, as COCO counts: what curves, error types and tests start from.
+"""Which detection finds which object, as COCO counts: where curves, errors and tests start.
 
 Shapes: T IoU thresholds, D detections, G annotations.
 """

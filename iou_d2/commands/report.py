@@ -3,9 +3,9 @@
     iou-d2 report output/x output/y --output report.html
     iou-d2 report --gt instances.json --results coco_instances_results.json --images images
 
-The page is one file that opens without a network: metrics, losses, curves, errors by type, confusion,
-calibration, and pictures of the best and the worst images. Several runs, or several --results, stand
-side by side. With --gt neither torch nor Detectron2 is needed.
+The page is one file that opens without a network: metrics, losses, curves, errors by type,
+confusion, calibration, and pictures of the best and the worst images. Several runs, or several
+--results, stand side by side. With --gt neither torch nor Detectron2 is needed.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def line(name: str, x: Sequence[float], y: Sequence[float], color: int = 0) -> d
 
 
 def lines(x_label: str, y_label: str, series: Sequence[dict], **options) -> dict:
-    """Options: "x_range", "y_range" [low, high]; "diagonal", "markers" booleans."""
+    """Options: "x_range", "y_range" [low, high]; "x_from_zero", "y_from_zero", "diagonal" and
+    "markers" booleans."""
     return {"type": "lines", "x": x_label, "y": y_label, "series": list(series), **options}
 
 

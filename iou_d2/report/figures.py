@@ -119,10 +119,10 @@ def scores(shown: Sequence[Shown], charts: Charts) -> str:
         "What scores say",
         grid([*diagrams, *scatter]),
         table(head, rows, "Calibration", "numbers"),
-        intro="A score is calibrated where of the detections with 0.7, 70 % find an object at IoU 0.5; "
-        "a predicted IoU, where their mean IoU is 0.7. The expected error is the mean distance from "
-        "that, over ten bins weighted by their detections; r (Pearson) and ρ (Spearman) say how well "
-        "detections that overlap an object are ranked by their IoU with it.",
+        intro="A score is calibrated where of the detections with 0.7, 70 % find an object at IoU "
+        "0.5; a predicted IoU, where their mean IoU is 0.7. The expected error is the mean distance "
+        "from that, over ten bins weighted by their detections; r (Pearson) and ρ (Spearman) say "
+        "how well detections that overlap an object are ranked by their IoU with it.",
     )
 
 
@@ -193,8 +193,8 @@ def errors(shown: Sequence[Shown], charts: Charts) -> str:
         "Errors by type",
         f'<div class="one">{chart}</div>',
         table(head, rows, "Errors by type", "numbers words"),
-        intro="As TIDE defines them: each false detection is of one type, and dAP50 is what AP50 gains "
-        "where that type alone is mended. Gains do not add up.",
+        intro="As TIDE defines them: each false detection is of one type, and dAP50 is what AP50 "
+        "gains where that type alone is mended. Gains do not add up.",
     )
 
 
@@ -268,6 +268,6 @@ def images(shown: Sequence[Shown], galleries: Sequence[dict]) -> str:
         '<div class="choice" id="kinds" role="group" aria-label="Type of error"></div></div>'
         '<p id="shown" role="status"></p><div id="cards"></div>',
         intro="Ground truth beside detections, from the score on at which F1 is highest. Best and "
-        "worst are by panoptic quality: the summed IoU of the finds, over finds and half of the false "
-        "and the missed.",
+        "worst are by panoptic quality: the summed IoU of the finds, over finds and half of the "
+        "false and the missed.",
     )

@@ -45,7 +45,8 @@ class Measures:
 
     Attributes:
         truth, results: what is counted; `results` are the best of each image and class.
-        class_names: (K,). class_place: category id -> place among them. objects: (K,) how many there are of each.
+        class_names: (K,). class_place: category id -> place among them.
+        objects: (K,) how many there are of each class.
         sizes: "small", "medium", "large" -> how many objects.
         table: the AP table, in percent. by_iou, recall: (T,) in percent.
         precision: IoU threshold -> (R,) in percent.

@@ -44,7 +44,7 @@ function rangeOf(values, fixed, fromZero) {
   let high = Math.max(...values);
   if (!Number.isFinite(low) || !Number.isFinite(high)) return [0, 1];
   if (low === high) [low, high] = low > 0 && fromZero ? [0, high * 1.25] : [low - 1, high + 1];
-  return [low, fromZero ? high * 1.04 : high];
+  return [low, high];
 }
 
 /* A frame with axes: the SVG, and functions from values to places in it. */
@@ -90,7 +90,7 @@ function legend(plot, chart) {
 
 function drawLines(plot, chart) {
   const points = chart.series.flatMap((series) => series.points).filter((point) => point[1] !== null);
-  const xRange = rangeOf(points.map((point) => point[0]), chart.x_range);
+  const xRange = rangeOf(points.map((point) => point[0]), chart.x_range, chart.x_from_zero);
   const yRange = rangeOf(points.map((point) => point[1]), chart.y_range, chart.y_from_zero);
   const { picture, x, y } = frame(plot, chart, xRange, yRange, 250);
   if (chart.diagonal) picture.append(svg("line", { class: "ideal", x1: x(0), y1: y(0), x2: x(1), y2: y(1) }));
@@ -172,15 +172,15 @@ function drawHeat(plot, chart) {
 }
 
 const DRAW = { lines: drawLines, bars: drawBars, heat: drawHeat };
-const resized = new ResizeObserver((entries) => {
-  for (const { target } of entries) {
-    if (target.drawnAt === target.clientWidth) continue;
-    target.drawnAt = target.clientWidth;
-    const chart = data.charts[target.parentElement.dataset.chart];
-    DRAW[chart.type](target, chart);
-  }
-});
-document.querySelectorAll("figure[data-chart] .plot").forEach((plot) => resized.observe(plot));
+function draw(plot) {
+  if (plot.drawnAt === plot.clientWidth) return;
+  plot.drawnAt = plot.clientWidth;
+  const chart = data.charts[plot.parentElement.dataset.chart];
+  DRAW[chart.type](plot, chart);
+}
+/* In a frame of its own: drawing changes sizes. */
+const resized = new ResizeObserver((entries) => requestAnimationFrame(() => entries.forEach((entry) => draw(entry.target))));
+document.querySelectorAll("figure[data-chart] .plot").forEach((plot) => { draw(plot); resized.observe(plot); });
 
 /* Images: ground truth beside detections, by list, class and type. */
 const KINDS = { found: "#4ade80", class: "#fb923c", localisation: "#60a5fa", both: "#c084fc", duplicate: "#f1f5f9", background: "#f43f5e", missed: "#fde047", ignored: "#94a3b8" };

@@ -16,6 +16,7 @@ from .thumbnails import Thumbnails
 
 _METRICS = ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90", "APs", "APm", "APl")
 _HEADLINE = ("AP", "AP50", "AP75", "AP90")
+_FROM_ZERO = {"x_from_zero": True, "y_from_zero": True}
 _ALIKE = 0.05  # points of AP: rounding
 
 
@@ -98,13 +99,12 @@ def _headline(subjects: Sequence[Subject], measures: Sequence[Measures | None]) 
     rows = []
     for place, (subject, found) in enumerate(zip(subjects, measures)):
         name = f"<h3>{escape(subject.name)}</h3>" if len(subjects) > 1 else ""
-        figures_ = [(metric, number(_value(subject, found, metric))) for metric in _HEADLINE]
+        pairs = [(metric, number(_value(subject, found, metric))) for metric in _HEADLINE]
         if found is not None:
             r = found.correlations["pearson_confidence"]
-            figures_.append(("r of score and IoU", number(r, 2)))
+            pairs.append(("r of score and IoU", number(r, 2)))
         items = "".join(
-            f"<div><dd>{escape(value)}</dd><dt>{escape(label)}</dt></div>"
-            for label, value in figures_
+            f"<div><dd>{escape(value)}</dd><dt>{escape(label)}</dt></div>" for label, value in pairs
         )
         rows.append(
             f'<div class="tiles" style="--color:var(--c{place % 8})">{name}<dl>{items}</dl></div>'
@@ -170,8 +170,8 @@ def _metrics(
         "Metrics",
         table(head, rows, "Metrics", "numbers"),
         _paired(subjects, measures, tests),
-        intro="Average precision of boxes as COCO defines it. APs, APm and APl are of objects under "
-        "32² pixels, under 96² and larger.",
+        intro="Average precision of boxes as COCO defines it. APs, APm and APl are of objects "
+        "under 32² pixels, under 96² and larger.",
     )
 
 
@@ -217,8 +217,9 @@ def _paired(
     if rows:
         text += table(["", "", "difference", "95 % interval", "p"], rows, "Paired test", "numbers")
         text += (
-            "<p><small>Paired bootstrap over the test images. It says how much the difference hangs "
-            "on which images were tested, and nothing of other seeds of the training.</small></p>"
+            "<p><small>Paired bootstrap over the test images. It says how much the difference "
+            "hangs on which images were tested, and nothing of other seeds of the training."
+            "</small></p>"
         )
     return f"<h3>Compared with {escape(subjects[0].name)}</h3>{text}"
 
@@ -226,9 +227,9 @@ def _paired(
 def _training(subjects: Sequence[Subject], charts: Charts) -> str:
     found = []
     with_ap = [(n, s) for n, s in enumerate(subjects) if s.ap is not None and len(s.ap.values)]
-    if with_ap:
+    if any(len(s.ap.values) > 1 for _, s in with_ap):
         series = [line(s.name, *s.ap, color=n) for n, s in with_ap]
-        chart = lines("iteration", "AP (%)", series, markers=True, y_from_zero=True)
+        chart = lines("iteration", "AP (%)", series, markers=True, **_FROM_ZERO)
         found.append(charts.add("AP on the test set", chart))
     keys = dict.fromkeys(key for subject in subjects for key in subject.losses)
     for key in keys:
@@ -237,7 +238,7 @@ def _training(subjects: Sequence[Subject], charts: Charts) -> str:
             for place, subject in enumerate(subjects)
             if key in subject.losses
         ]
-        found.append(charts.add(key, lines("iteration", key, series, y_from_zero=True)))
+        found.append(charts.add(key, lines("iteration", "", series, **_FROM_ZERO)))
     keys = dict.fromkeys(key for subject in subjects for key in subject.speed)
     rows = [[key, *(subject.speed.get(key, DASH) for subject in subjects)] for key in keys]
     head = ["", *(subject.name for subject in subjects)]

@@ -52,9 +52,7 @@ class Thumbnails:
         except InputError as error:
             self.broken.add(str(file))
             return -1, str(error), None
-        except (
-            Exception
-        ) as error:  # Pillow raises half a dozen types, and names too long an OSError
+        except Exception as error:  # Pillow raises half a dozen types
             self.broken.add(str(file))
             return -1, f"The image cannot be read: {error}", None
         if text is None:
