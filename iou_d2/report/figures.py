@@ -72,20 +72,20 @@ def classes(shown: Sequence[Shown]) -> str:
     rows = []
     for name in sorted(names, key=lambda name: -_rank(shown[0].measures, name)):
         row = [name, f"{_objects(shown[0].measures, name):,}"]
-        rows.append(
-            [*row, *(bar_cell(s.measures.table.get(f"AP-{name}"), 100, s.place) for s in shown)]
-        )
+        rows.append([*row, *_bars(shown, f"AP-{name}")])
     head = ["class", "objects", *(f"AP, {s.name}" if len(shown) > 1 else "AP" for s in shown)]
     by_class = table(head, rows, "AP by class", "bars")
     rows = []
     for size in ("small", "medium", "large"):
         row = [size, f"{shown[0].measures.sizes[size]:,}"]
-        key = f"AP{size[0]}"
-        rows.append([*row, *(bar_cell(s.measures.table[key], 100, s.place) for s in shown)])
+        rows.append([*row, *_bars(shown, f"AP{size[0]}")])
     by_size = table(["size", *head[1:]], rows, "AP by size", "bars")
-    return section(
-        "classes", "AP by class and by size", f'<div class="pair">{by_class}{by_size}</div>'
-    )
+    pair = f'<div class="pair">{by_class}{by_size}</div>'
+    return section("classes", "AP by class and by size", pair)
+
+
+def _bars(shown: Sequence[Shown], metric: str) -> list[Safe]:
+    return [bar_cell(s.measures.table.get(metric), 100, s.place) for s in shown]
 
 
 def _rank(measures: Measures, name: str) -> float:
@@ -120,9 +120,9 @@ def scores(shown: Sequence[Shown], charts: Charts) -> str:
         grid([*diagrams, *scatter]),
         table(head, rows, "Calibration", "numbers"),
         intro="A score is calibrated where of the detections with 0.7, 70 % find an object at IoU "
-        "0.5; a predicted IoU, where their mean IoU is 0.7. The expected error is the mean distance "
-        "from that, over ten bins weighted by their detections; r (Pearson) and ρ (Spearman) say "
-        "how well detections that overlap an object are ranked by their IoU with it.",
+        "0.5; a predicted IoU, where their mean IoU is 0.7. The expected error is the mean "
+        "distance from that, over ten bins weighted by their detections; r (Pearson) and ρ "
+        "(Spearman) say how well detections that overlap an object are ranked by their IoU.",
     )
 
 
@@ -155,7 +155,7 @@ def _heat(s: Shown, name: str, charts: Charts, several: bool) -> Safe:
     r, _ = correlation(values, true_iou)
     label = _LABELS[name]
     title = f"{label[0].upper()}{label[1:]} against true IoU{f': {s.name}' if several else ''}"
-    note = f"Darker cells hold more detections. Over all of them r is {number(r, 2)}."
+    note = f"Stronger colour stands for more detections. Over all of them r is {number(r, 2)}."
     return charts.add(title, heat("true IoU", label, true_iou, values, s.place), note)
 
 
@@ -178,10 +178,11 @@ def errors(shown: Sequence[Shown], charts: Charts) -> str:
     for kind, meaning in _MEANINGS.items():
         row = [kind, meaning]
         for s in shown:
-            count = s.measures.error_table.count.get(kind)
+            errors_of = s.measures.error_table
+            count = errors_of.count.get(kind)
             row += [
                 "" if count is None else f"{count:,}",
-                number(s.measures.error_table.gain[kind]),
+                number(errors_of.gain[kind]),
             ]
         rows.append(row)
     several = len(shown) > 1
@@ -207,7 +208,7 @@ def confusion(shown: Sequence[Shown]) -> str:
     return section(
         "confusion",
         "Confusion of classes",
-        Safe("".join(parts)),
+        f'<div class="pair">{"".join(parts)}</div>' if parts else "",
         intro="Rows are what objects are, columns what they are taken for, at IoU 0.5 and from the "
         "score on at which F1 is highest.",
     )

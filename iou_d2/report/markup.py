@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 DASH = "–"  # for what is not defined
+_LONG = 24  # rows: longer tables scroll within themselves
 
 
 class Safe(str):
@@ -26,7 +27,8 @@ def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
     """Rounded; a dash for None, NaN and infinity."""
     if value is None or not math.isfinite(value):
         return DASH
-    return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    return text.replace("-", "−")
 
 
 def table(
@@ -40,8 +42,9 @@ def table(
         + "</tr>"
         for row in rows
     )
+    long = " long" if len(rows) > _LONG else ""
     return Safe(
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
+        f'<div class="scroll{long}" tabindex="0" role="region" aria-label="{escape(label)}">'
         f'<table class="{css}"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
