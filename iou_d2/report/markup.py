@@ -27,6 +27,7 @@ def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
     """Rounded; a dash for None, NaN and infinity."""
     if value is None or not math.isfinite(value):
         return DASH
+    value += 0.0  # no -0
     text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
     return text.replace("-", "−")
 
