@@ -113,7 +113,7 @@ def test_a_run_that_was_cut_off_and_one_whose_data_moved(tmp_path, files):
 def test_runs_stand_side_by_side(tmp_path, files):
     runs = [make_run(tmp_path / name, files) for name in ("one", "two")]
     text, data = written(runs, tmp_path / "report.html")
-    assert "Compared with one" in text and "−0.0" not in text
+    assert "Compared with one" in text and "−0.0 to" not in text
     assert [gallery["name"] for gallery in data["galleries"]] == ["one", "two"]
 
 
