@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .matched_precision import falling_order, interpolated_precision
-from .matching import FALSE, FOUND, IGNORED, box_iou, match_detections
+from .matching import FALSE, FOUND, IGNORED, Matches, box_iou, match_detections
 
 FOREGROUND, BACKGROUND_IOU = 0.5, 0.1
 
@@ -48,17 +48,20 @@ class DetectionErrors(NamedTuple):
     unfound: np.ndarray
 
 
-def find_errors(ground_truth: dict, results: list[dict]) -> DetectionErrors:
+def find_errors(
+    ground_truth: dict, results: list[dict], matches: Matches | None = None
+) -> DetectionErrors:
     """The error type of each detection and of each object.
 
     Args:
         ground_truth, results: COCO dataset and COCO detections, see `make_records`. `results` hold
             what counts: TIDE takes the 100 best detections of an image.
+        matches: of `match_detections` at FOREGROUND alone; made here where they are not given.
 
     Raises ValueError: a detection is of an image or a category that the ground truth lacks.
     """
     annotations = ground_truth["annotations"]
-    matches = match_detections(ground_truth, results, [FOREGROUND])
+    matches = matches or match_detections(ground_truth, results, [FOREGROUND])
     outcome, found = matches.outcome[0], matches.found[0]
     names = {FALSE: BACKGROUND, FOUND: "found", IGNORED: "ignored"}
     kind = np.array([names[value] for value in outcome.tolist()], dtype=object)
@@ -126,9 +129,9 @@ def weigh_errors(ground_truth: dict, results: list[dict], errors: DetectionError
     error is about it, and goes otherwise; duplicates, background and both go; a missed object is no
     longer to be found. A gain below 0, which interpolation can give, is 0.
     """
-    category = np.array([result["category_id"] for result in results], dtype=object)
     order = falling_order(ground_truth, results)
     truth = _Truth(ground_truth, order)
+    category = truth.places(results)
     found, counts = errors.kind == "found", errors.kind != "ignored"
     ap50 = truth.ap(category, found, counts)
     best = _best_of_each_object(errors, order)
@@ -142,8 +145,7 @@ def weigh_errors(ground_truth: dict, results: list[dict], errors: DetectionError
         count[kind] = int(wrong.sum())
         mended = wrong & best
         of_mended = category.copy()
-        for row in np.flatnonzero(mended).tolist():
-            of_mended[row] = ground_truth["annotations"][errors.target[row]]["category_id"]
+        of_mended[mended] = truth.category[errors.target[mended]]
         gain[kind] = truth.ap(of_mended, found | mended, counts & (~wrong | mended)) - ap50
     gain["false positives"] = truth.ap(category, found, found) - ap50
     gain["false negatives"] = truth.ap(category, found, counts, errors.unfound) - ap50
@@ -163,13 +165,22 @@ def _best_of_each_object(errors: DetectionErrors, order: np.ndarray) -> np.ndarr
 
 
 class _Truth:
-    """Counts AP50 of outcomes, in percent."""
+    """Counts AP50 of outcomes, in percent.
+
+    Attributes:
+        category: (G,) place of the class of each annotation.
+    """
 
     def __init__(self, ground_truth: dict, order: np.ndarray):
         self._order = order
-        self._category = np.array([a["category_id"] for a in ground_truth["annotations"]], object)
+        self._place = {c["id"]: place for place, c in enumerate(ground_truth["categories"])}
+        self.category = self.places(ground_truth["annotations"])
         crowd = [bool(a.get("iscrowd", 0)) for a in ground_truth["annotations"]]
         self._objects = ~np.array(crowd, dtype=bool)
+
+    def places(self, records: list[dict]) -> np.ndarray:
+        """The place of the class of each of them, an integer."""
+        return np.array([self._place[r["category_id"]] for r in records], dtype=np.int64)
 
     def ap(
         self,
@@ -182,8 +193,8 @@ class _Truth:
         objects = self._objects if without is None else self._objects & ~without
         category, found, counts = (array[self._order] for array in (category, found, counts))
         values = []
-        for id_ in dict.fromkeys(self._category[self._objects]):
-            of, number = category == id_, int((self._category[objects] == id_).sum())
+        for place in np.unique(self.category[self._objects]).tolist():
+            of, number = category == place, int((self.category[objects] == place).sum())
             if number:
                 places, counted = np.flatnonzero(found[of]), np.cumsum(counts[of])
                 one = np.ones(len(counted))

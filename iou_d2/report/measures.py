@@ -89,7 +89,7 @@ def measure(subject: Subject) -> Measures | None:
     by_class = Counter(a["category_id"] for a in objects)
     records = make_records(truth, results)
     matches = match_detections(truth, results, [FOREGROUND])
-    errors = find_errors(truth, results)
+    errors = find_errors(truth, results, matches)
     score = best_f1_score(matches, records.score, len(objects))
     return Measures(
         truth=truth,
