@@ -56,7 +56,7 @@ def subject_of_run(run: Path, name: str, command: str) -> Subject:
     return Subject(
         name=name,
         facts=_facts(run, record, cfg),
-        recorded=record.get("results") or {},
+        recorded=_recorded(record),
         expected=_expected(cfg, notes),
         losses=_losses(lines, cfg),
         ap=_curve(lines, "bbox/AP", cfg),
@@ -71,7 +71,7 @@ def _or_note(read, notes: list[str], otherwise):
     """What `read` gives; `otherwise`, and the sentence among the notes, where it cannot."""
     try:
         return read()
-    except InputError as error:
+    except (InputError, OSError) as error:
         notes.append(str(error))
         return otherwise
 
@@ -87,6 +87,13 @@ def _record(run: Path, notes: list[str]) -> tuple[dict, bool]:
     if not found:
         return {}, False
     return max(found, key=lambda pair: (bool(pair[0].get("results")), str(pair[0].get("start"))))
+
+
+def _recorded(record: dict) -> dict[str, float | None]:
+    results = record.get("results")
+    if not isinstance(results, dict):
+        return {}
+    return {k: v for k, v in results.items() if v is None or isinstance(v, (int, float))}
 
 
 def _config(run: Path, is_evaluation: bool, notes: list[str]) -> CfgNode | None:

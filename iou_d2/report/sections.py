@@ -50,7 +50,7 @@ def body(
     links = "".join(f'<a href="#{identity}">{name}</a>' for identity, name, _ in shown)
     return (
         '<header><div class="head"><h1>'
-        + " <span>and</span> ".join(escape(subject.name) for subject in subjects)
+        + " <span>·</span> ".join(escape(subject.name) for subject in subjects)
         + '</h1><button id="theme" type="button" aria-label="Light or dark">'
         '<span aria-hidden="true"></span></button></div>'
         f'<nav aria-label="Sections">{links}</nav></header><main>'
