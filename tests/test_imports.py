@@ -26,6 +26,7 @@ FLOORS = {
     "analysis": ({"data"}, ARRAYS),
     "report": ({"data", "analysis"}, {"numpy", "PIL"}),
     "evaluation": ({"analysis"}, {"detectron2", "tabulate"}),
+    "zoo": (set(), {"yaml", "tabulate"}),
     # In use without torch and without Detectron2.
     "runtime": (set(), {"numpy", "cv2", "onnxruntime"}),
     "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation", "runtime",

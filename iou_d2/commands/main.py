@@ -23,6 +23,7 @@ COMMANDS = (
     "draw",
     "report",
     "table",
+    "zoo",
     "refine",
     "iou-branch",
     "convert",
