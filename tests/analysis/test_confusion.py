@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from iou_d2.analysis.average_precision import IOU_THRESHOLDS, coco_precision_recall
 from iou_d2.analysis.confusion import best_f1_score, confusion_matrix
 from iou_d2.analysis.matching import (
     FOUND,
@@ -84,6 +85,19 @@ def test_thresholds_at_once_are_thresholds_one_by_one():
         alone = match_detections(truth, results, [threshold])
         assert (together.outcome[row] == alone.outcome[0]).all()
         assert (together.found[row] == alone.found[0]).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_recall_of_coco_is_the_share_of_objects_that_are_found(seed):
+    truth, results = make_random_coco(seed, images=20, classes=2)
+    _, recall = coco_precision_recall(truth, results)
+    outcome = match_detections(truth, results, IOU_THRESHOLDS).outcome
+    for k, category in enumerate(truth["categories"]):
+        of = [r["category_id"] == category["id"] for r in results]
+        objects = sum(
+            a["category_id"] == category["id"] and not a["iscrowd"] for a in truth["annotations"]
+        )
+        assert recall[:, k, 0] == pytest.approx((outcome[:, of] == FOUND).sum(axis=1) / objects)
 
 
 def test_the_best_of_each_image_and_class_stay_in_order():

@@ -12,7 +12,9 @@ from PIL import Image
 
 from iou_d2.analysis.average_precision import coco_precision, summarize_ap
 from iou_d2.report import LARGEST_PAGE, Curve, Expected, Subject, write_page
+from iou_d2.report.gallery import choose, image_facts
 from iou_d2.report.markup import embedded_json, escape, number, table
+from iou_d2.report.measures import measure
 from iou_d2.report.thumbnails import Thumbnails
 from random_coco import make_random_coco
 
@@ -103,6 +105,27 @@ def test_the_gallery_shows_boxes_and_says_which_image_is_missing(tmp_path):
     assert qualities == sorted(qualities, reverse=True)
     wrong = [gallery["images"][n]["wrong"] for n in gallery["lists"]["wrong"]]
     assert wrong == sorted(wrong, reverse=True)
+
+
+def test_the_quality_of_an_image_by_hand():
+    """Of three objects and three detections one pair, with IoU 80 / 120."""
+
+    def record(x, **more):
+        return {"image_id": 1, "category_id": 1, "bbox": [x, 0, 100, 10], **more}
+
+    truth = {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [record(0), record(500), record(1000)],
+    }
+    results = [record(20, score=0.9), record(300, score=0.95), record(700, score=0.91)]
+    measures = measure(Subject("x", truth, results))
+    facts = image_facts(measures)
+    assert measures.score == 0.9
+    assert facts[0].quality == pytest.approx((80 / 120) / (1 + 2 / 2 + 2 / 2))
+    assert math.isnan(facts[1].quality) and facts[1].wrong == -1
+    assert facts[0].wrong == 1
+    assert choose(facts, measures, 20) == {"best": [0], "worst": [0], "wrong": [0]}
 
 
 def test_names_are_harmless():
