@@ -28,7 +28,7 @@ from iou_d2.detectors.iou_net import IoUNetCascadeROIHeads, IoUNetROIHeads
 from iou_d2.errors import InputError
 
 from .candidates import clip
-from .pooling import pool, require_pooler
+from .pooling import Pooling, pooling_of, require_pooler
 
 STANDARD = (StandardROIHeads, BoxLossROIHeads, IoUNetROIHeads)
 CASCADE = (CascadeROIHeads, BoxLossCascadeROIHeads, IoUNetCascadeROIHeads)
@@ -78,18 +78,20 @@ def predictors_of(heads: ROIHeads) -> list[FastRCNNOutputLayers]:
     return list(heads.box_predictor) if type(heads) in CASCADE else [heads.box_predictor]
 
 
-def regress(heads: ROIHeads, features: dict[str, Tensor], regions: Regions) -> Regressed:
+def box_pooling_of(heads: ROIHeads, features: dict[str, Tensor]) -> Pooling:
+    """What the box heads pool from the features of the backbone."""
+    return pooling_of(heads.box_pooler, [features[name] for name in heads.box_in_features])
+
+
+def regress(heads: ROIHeads, pooling: Pooling, regions: Regions) -> Regressed:
     """As the `regress` of the heads of detectors/faster_rcnn.py."""
     box_heads = heads.box_head if type(heads) in CASCADE else [heads.box_head]
-    maps = [features[name] for name in heads.box_in_features]
     boxes, stages = regions.boxes[:, None], []
     for box_head, predictor in zip(box_heads, predictors_of(heads)):
         if stages:
             boxes = clip(boxes, regions.size)
         proposals = boxes[:, 0]
-        logits, deltas = predictor(
-            box_head(pool(heads.box_pooler, maps, proposals, regions.images))
-        )
+        logits, deltas = predictor(box_head(pooling(proposals, regions.images)))
         boxes = predictor.box2box_transform.apply_deltas(deltas, proposals)
         boxes = boxes.view(deltas.shape[0], deltas.shape[1] // 4, 4)
         stages.append(logits)

@@ -14,6 +14,7 @@ from iou_d2.detectors.faster_rcnn import BoxLossOutputLayers
 
 from .box_heads import Regions, Regressed, predictors_of
 from .candidates import Candidates, best, clip, suppress
+from .pooling import Pooling
 
 
 def candidates_of(
@@ -73,15 +74,13 @@ class FastRCNN:
         regressed: Regressed,
         regions: Regions,
         there: Tensor,
-        features: dict[str, Tensor],
+        pooling: Pooling,
     ) -> Candidates:
         """What NMS is given, see `candidates_of`."""
         found = candidates_of(regressed, regions, there, self.threshold)
         return with_sides(found, self.min_side) if self.min_side > 0 else found
 
-    def detect(
-        self, candidates: Candidates, size: tuple[int, int], features: dict[str, Tensor]
-    ) -> Candidates:
+    def detect(self, candidates: Candidates, size: tuple[int, int], pooling: Pooling) -> Candidates:
         """The best that NMS leaves, best first."""
         limit = self.max_detections
         limit = candidates.scores.shape[1] if limit < 0 else limit

@@ -15,10 +15,11 @@ from torch import Tensor
 from iou_d2.detectors.iou_net import StandaloneIoUNet
 from iou_d2.errors import InputError
 
-from .box_heads import Regions, regress, require_box_heads
-from .candidates import best, clipped, outputs_of, without_empty
+from .box_heads import Regions, box_pooling_of, regress, require_box_heads
+from .candidates import Candidates, best, clipped, outputs_of, without_empty
 from .fast_rcnn import FastRCNN
 from .graph import ImageGraph
+from .mask_heads import masks_of, require_mask_head
 from .proposals import propose, require_rpn
 
 ARCHITECTURES = (GeneralizedRCNN, StandaloneIoUNet)
@@ -53,7 +54,8 @@ class TwoStageGraph(ImageGraph):
         proposals = propose(detector.proposal_generator, features, size)
         there = proposals.scores > 0  # (N, P)
         regions = Regions(proposals.boxes.reshape(-1, 4), numbers_of_images(there), size)
-        regressed = regress(detector.roi_heads, features, regions)
+        pooling = box_pooling_of(detector.roi_heads, features)
+        regressed = regress(detector.roi_heads, pooling, regions)
         if self.outputs == "raw":
             scores = regressed.probabilities[:, :-1] * there.flatten()[:, None]
             count, length = there.shape
@@ -61,13 +63,28 @@ class TwoStageGraph(ImageGraph):
                 "boxes": regressed.boxes.view(count, length, -1, 4),
                 "scores": scores.view(count, length, -1),
             }
-        found = self.postprocessor.candidates(regressed, regions, there, features)
+        found = self.postprocessor.candidates(regressed, regions, there, pooling)
         if self.outputs == "candidates":
             return outputs_of(best(found, found.scores.shape[1]))
-        found = self.postprocessor.detect(found, size, features)
+        found = self.postprocessor.detect(found, size, pooling)
         # As Detectron2's `detector_postprocess`, behind the limit.
         found = best(without_empty(clipped(found, size)), found.scores.shape[1])
-        return outputs_of(found)
+        if not detector.roi_heads.mask_on:
+            return outputs_of(found)
+        return {**outputs_of(found), "masks": self.masks(features, found)}
+
+    def masks(self, features: dict[str, Tensor], found: Candidates) -> Tensor:
+        """(N, D, M, M) probabilities, 0 behind those that there are."""
+        there = found.scores > 0
+        masks = masks_of(
+            self.detector.roi_heads,
+            features,
+            found.boxes.reshape(-1, 4),
+            numbers_of_images(there),
+            found.classes.flatten(),
+        )
+        masks = masks.view(*there.shape, *masks.shape[1:])
+        return masks * there[..., None, None]
 
 
 def numbers_of_images(of_images: Tensor) -> Tensor:
@@ -86,4 +103,10 @@ def two_stage_graph(detector: GeneralizedRCNN, outputs: str) -> TwoStageGraph:
     heads = detector.roi_heads
     require_rpn(detector.proposal_generator)
     require_box_heads(heads)
+    if heads.mask_on:
+        require_mask_head(heads)
+    if heads.keypoint_on:
+        raise InputError(
+            "Keypoints cannot be exported: MODEL.KEYPOINT_ON False exports the boxes alone."
+        )
     return TwoStageGraph(detector, FastRCNN(heads), outputs)
