@@ -70,7 +70,8 @@ class Detector:
 
         Returns:
             "boxes" (D, 4) XYXY in pixels of `image`, "scores" (D,), "classes" (D,) int64, and what
-            the method has of "cls_scores", "pred_ious" and "pred_centernesses" (D,). D may be 0.
+            the method has of "cls_scores", "pred_ious" and "pred_centernesses" (D,), and of Mask
+            R-CNN "masks" (D, M, M), which `paste_masks` draws into the image. D may be 0.
 
         Raises:
             InputError: `image` is something else.

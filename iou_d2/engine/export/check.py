@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .agreement import Agreement, agreement, detections_of_model, detections_of_outputs
 from .files import InputSpec, program_example
-from .graph import DetectorGraph
+from .graph import ImageGraph
 
 # Images (N, 3, H, W) -> the outputs of a file, in their order.
 Run = Callable[[Tensor], list[np.ndarray]]
@@ -33,19 +33,19 @@ def load(path: str | os.PathLike, format: str) -> Run:
     return lambda images: [output.detach().numpy() for output in module(images)]
 
 
-def compare(run: Run, graph: DetectorGraph, images: Tensor, cfg: CfgNode) -> Agreement:
+def compare(run: Run, graph: ImageGraph, images: Tensor, cfg: CfgNode) -> Agreement:
     """How a file with detections agrees with the detector of `graph`, the model of `cfg`, which
     knows nothing of graphs."""
     return agreement(
         detections_of_model(graph.detector, images),
         detections_of_outputs(graph.names, run(images)),
         cfg.TEST.DETECTIONS_PER_IMAGE,
-        cfg.MODEL.RETINANET.SCORE_THRESH_TEST,
+        graph.score_threshold,
     )
 
 
 def check_file(
-    path: str | os.PathLike, format: str, graph: DetectorGraph, spec: InputSpec, cfg: CfgNode
+    path: str | os.PathLike, format: str, graph: ImageGraph, spec: InputSpec, cfg: CfgNode
 ) -> str:
     """Run a file that was just written on random images, and print how it agrees with its model.
 
@@ -65,7 +65,7 @@ def check_file(
         return ""
     found = compare(run, graph, images, cfg)
     text = f"{found.pairs} detections in {len(images)} random images: {found}"
-    if found.holds(graph.reader.doubtful):
+    if found.holds(graph.doubtful):
         print(f"It and the model agree about {text}.")
         return ""
     return f"{path} and its model do not agree about {text}."

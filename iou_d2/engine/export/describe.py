@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch import GeneralizedRCNN
 from torch import nn
 
 from iou_d2.detectors.iou_retinanet import IoUAwareRetinaNet
@@ -38,7 +39,9 @@ def describe(cfg: CfgNode, detector: nn.Module, outputs: str, weights: str = "")
 
 
 def kind_of_score(detector: nn.Module) -> str:
-    """What the `scores` of a dense detector are, in terms of its other outputs."""
+    """What the `scores` of a detector are, in terms of its other outputs."""
+    if isinstance(detector, GeneralizedRCNN):
+        return "class probability"
     if isinstance(detector, UnitBox):
         return "confidence of a pixel"
     if isinstance(detector, IoUAwareRetinaNet):

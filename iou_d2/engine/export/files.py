@@ -22,7 +22,7 @@ from iou_d2.errors import InputError
 from iou_d2.runtime.description import Description
 
 from .deform import DEFORM_CONV_OPSET, SampledDeformConv, deform_conv_symbolic
-from .graph import DetectorGraph
+from .graph import ImageGraph
 
 # What the exporter that works on TorchScript writes at most; above it the file is converted.
 TRACED_OPSETS = range(17, 21)
@@ -56,7 +56,7 @@ class InputSpec:
 
 
 def write_onnx(
-    graph: DetectorGraph,
+    graph: ImageGraph,
     path: str | os.PathLike,
     spec: InputSpec,
     description: Description,
@@ -104,7 +104,7 @@ def write_onnx(
 
 
 def write_torchscript(
-    graph: DetectorGraph, path: str | os.PathLike, spec: InputSpec, description: Description
+    graph: ImageGraph, path: str | os.PathLike, spec: InputSpec, description: Description
 ) -> None:
     """`graph` as a file for `torch.jit.load`."""
     graph = copy.deepcopy(graph).requires_grad_(False)  # what `no_grad` does is not traced
@@ -113,14 +113,14 @@ def write_torchscript(
         torch.jit.save(traced, unfinished, _extra_files=_described(graph, description))
 
 
-def program_example(graph: DetectorGraph, spec: InputSpec) -> Tensor:
+def program_example(graph: ImageGraph, spec: InputSpec) -> Tensor:
     """Random images of a size that `write_program` allows."""
     size = spec.size or (2 * graph.coarsest, 3 * graph.coarsest)
     return replace(spec, size=size).example(graph.divisor)
 
 
 def write_program(
-    graph: DetectorGraph, path: str | os.PathLike, spec: InputSpec, description: Description
+    graph: ImageGraph, path: str | os.PathLike, spec: InputSpec, description: Description
 ) -> None:
     """`graph` as a file for `torch.export.load`.
 
@@ -144,7 +144,7 @@ def write_program(
 
 def write(
     format: str,
-    graph: DetectorGraph,
+    graph: ImageGraph,
     path: str | os.PathLike,
     spec: InputSpec,
     description: Description,
@@ -162,7 +162,7 @@ def write(
         )
 
 
-def _described(graph: DetectorGraph, description: Description) -> dict[str, str]:
+def _described(graph: ImageGraph, description: Description) -> dict[str, str]:
     content = {**description.to_metadata(), "outputs": graph.names}
     return {DESCRIPTION_FILE: json.dumps(content, indent=1)}
 
