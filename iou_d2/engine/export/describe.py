@@ -41,7 +41,9 @@ def describe(cfg: CfgNode, detector: nn.Module, outputs: str, weights: str = "")
 def kind_of_score(detector: nn.Module) -> str:
     """What the `scores` of a detector are, in terms of its other outputs."""
     if isinstance(detector, GeneralizedRCNN):
-        return "class probability"
+        postprocessor = getattr(detector.roi_heads, "postprocessor", None)
+        is_product = postprocessor is not None and postprocessor.score_times_iou
+        return "cls_scores * pred_ious" if is_product else "class probability"
     if isinstance(detector, UnitBox):
         return "confidence of a pixel"
     if isinstance(detector, IoUAwareRetinaNet):

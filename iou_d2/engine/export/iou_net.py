@@ -6,7 +6,7 @@ are XYXY in pixels of the network input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,12 @@ class IoUNetInference(nn.Module):
         self.regress = regress
 
     def forward(
-        self, features: Sequence[Tensor], candidates: Candidates, size: tuple[int, int]
+        self, table: FeatureTable, candidates: Candidates, size: tuple[int, int]
     ) -> Candidates:
         """Detections, best first.
 
         Args:
-            features: maps of the levels that the branch pools from, (N, C, H, W) each.
+            table: of the maps that the branch pools from, see PredictedIoU.
             candidates: of which an image has M; boxes that are not finite are left out.
             size: (height, width) of the images without padding.
 
@@ -81,7 +81,6 @@ class IoUNetInference(nn.Module):
             Candidates of which an image has D, `max_detections` or else M; with the fields
             "cls_scores", the class score after NMS, and "pred_ious", in [0, 1], of the final box.
         """
-        table = self.predict.table(features)
         return self._refine(table, self._suppress(table, usable(candidates)), size)
 
     def _suppress(self, table: FeatureTable, candidates: Candidates) -> Candidates:
