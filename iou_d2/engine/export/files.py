@@ -133,8 +133,8 @@ def write_program(
     """
     if not graph.exports_program:
         raise InputError(
-            "torch.export does not follow loops over boxes, which these outputs need: take --format "
-            "onnx or torchscript."
+            "torch.export does not follow loops over boxes, which these outputs need: --format is "
+            "onnx or torchscript for them."
         )
     example = program_example(graph, spec)
     if spec.size is None:
