@@ -9,12 +9,13 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from exported_models import small_two_stage
-from iou_d2.detectors.iou_net_inference import GradientAscent, IteratedRegression
+from iou_d2.detectors.iou_net_inference import GradientAscent
 from iou_d2.detectors.iou_net_nms import GuidedNMS, PlainNMS, SoftNMS, rank_by_product
 from iou_d2.engine.export.ascent import refined
-from iou_d2.engine.export.candidates import Candidates
+from iou_d2.engine.export.candidates import Candidates, best
 from iou_d2.engine.export.guided_nms import guided_nms, plain_nms
-from iou_d2.engine.export.iou_net import IoUNetInference
+from iou_d2.engine.export.iou_net_heads import IoUNet
+from iou_d2.engine.export.pooling import PrecisePooling
 from iou_d2.engine.export.predicted_iou import PredictedIoU
 from iou_d2.errors import InputError
 from iou_d2.ops.nms import batched_nms, iou_guided_nms
@@ -179,10 +180,9 @@ def test_detections_are_those_of_the_postprocessor(change):
     heads = heads_of()
     branch = heads.iou_branch
     postprocessor = dataclasses.replace(heads.postprocessor, **CHANGES[change])
-    inference = IoUNetInference(branch, postprocessor, 3)
     for images, count in ((3, 60), (1, 5), (2, 1)):
         given, maps = random_candidates(images, count), maps_of(branch, images)
-        found = inference(inference.predict.table(maps), given, SIZE)
+        found = detections_of_graph(heads, postprocessor, given, maps)
         expected = postprocessor([instances_of(given, i) for i in range(images)], branch, maps)
         for i, detections in enumerate(expected):
             length = len(detections)
@@ -200,6 +200,13 @@ def test_detections_are_those_of_the_postprocessor(change):
                 assert not (ours[i, length:] > 0).any()
 
 
+def detections_of_graph(heads, postprocessor, given, maps):
+    heads.postprocessor = postprocessor
+    graph, pooling = IoUNet(heads), PrecisePooling(heads.box_pooler, maps)
+    found = graph.detect(graph.with_ious(given, pooling), SIZE, pooling)
+    return best(found, found.scores.shape[1])
+
+
 def instances_of(candidates, image):
     there = candidates.scores[image] > 0
     return Instances(
@@ -210,27 +217,11 @@ def instances_of(candidates, image):
     )
 
 
-def test_iterated_regression_is_what_it_is_given():
-    heads = heads_of()
-    refiner = IteratedRegression(2)
-    postprocessor = dataclasses.replace(heads.postprocessor, refiner=refiner)
-    given, maps = random_candidates(1, 30), maps_of(heads.iou_branch, 1)
-    still = dataclasses.replace(postprocessor, refiner=None)
-    inference = IoUNetInference(heads.iou_branch, postprocessor, 3, lambda boxes, *_: boxes + 1)
-    found = inference(inference.predict.table(maps), given, SIZE)
-    inference = IoUNetInference(heads.iou_branch, still, 3)
-    expected = inference(inference.predict.table(maps), given, SIZE)
-    there = expected.scores > 0
-    torch.testing.assert_close(found.boxes[there], expected.boxes[there] + 2)
-    with pytest.raises(InputError, match="MODEL.IOU_NET.REFINE_BY 'ascent'"):
-        IoUNetInference(heads.iou_branch, postprocessor, 3)
-
-
 def test_what_has_no_graph_is_named():
     heads = heads_of()
     soft = dataclasses.replace(heads.postprocessor, nms=SoftNMS("linear", 0.5))
     with pytest.raises(InputError, match="SoftNMS is a loop .* set MODEL.IOU_NET.NMS"):
-        IoUNetInference(heads.iou_branch, soft, 3)
+        detections_of_graph(heads, soft, None, None)
     norm = ("MODEL.ROI_BOX_HEAD.NORM", "GN", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32")
     with pytest.raises(InputError, match="MODEL.ROI_BOX_HEAD.NORM"):
         PredictedIoU(heads_of(*norm, "MODEL.ROI_BOX_HEAD.NUM_CONV", "1").iou_branch)

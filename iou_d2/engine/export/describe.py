@@ -16,6 +16,8 @@ from iou_d2.engine.compat import versions
 from iou_d2.ops.losses import focal_loss
 from iou_d2.runtime.description import Description, ShortestEdge
 
+from .two_stage import postprocessor_of
+
 
 def describe(cfg: CfgNode, detector: nn.Module, outputs: str, weights: str = "") -> Description:
     """
@@ -41,9 +43,7 @@ def describe(cfg: CfgNode, detector: nn.Module, outputs: str, weights: str = "")
 def kind_of_score(detector: nn.Module) -> str:
     """What the `scores` of a detector are, in terms of its other outputs."""
     if isinstance(detector, GeneralizedRCNN):
-        postprocessor = getattr(detector.roi_heads, "postprocessor", None)
-        is_product = postprocessor is not None and postprocessor.score_times_iou
-        return "cls_scores * pred_ious" if is_product else "class probability"
+        return postprocessor_of(detector.roi_heads).score
     if isinstance(detector, UnitBox):
         return "confidence of a pixel"
     if isinstance(detector, IoUAwareRetinaNet):

@@ -14,12 +14,14 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from iou_d2.detectors.iou_net import IoUNetCascadeROIHeads, IoUNetROIHeads
 from iou_d2.errors import InputError
 
 from .agreement import arrays_of
+from .box_heads import box_pooling_of, require_box_heads
 from .candidates import Candidates, best, clipped, outputs_of, usable, without_empty
 from .graph import ImageGraph
-from .iou_net import IoUNetInference
+from .iou_net_heads import IoUNet
 
 
 class RefinementGraph(ImageGraph):
@@ -35,32 +37,33 @@ class RefinementGraph(ImageGraph):
     exports_program = False
     doubtful = 0.0
 
-    def __init__(self, detector: GeneralizedRCNN, inference: IoUNetInference):
+    def __init__(self, detector: GeneralizedRCNN, postprocessor: IoUNet):
         """
         Args:
             detector: in test mode, with the ROI heads of IoU-Net.
-            inference: of these heads.
+            postprocessor: of these heads.
         """
         super().__init__(detector, "refinement")
-        self.inference = inference
+        self.postprocessor = postprocessor
 
     @property
     def score_threshold(self) -> float:
-        return self.detector.roi_heads.score_threshold
+        return self.postprocessor.threshold
 
     def outputs_of_images(
         self, images: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor
     ) -> dict[str, Tensor]:
-        size = tuple(images.shape[-2:])
-        heads = self.detector.roi_heads
+        size, postprocessor = tuple(images.shape[-2:]), self.postprocessor
         features = self.detector.backbone(self.preprocess(images))
-        table = self.inference.predict.table(heads.levels(features))
-        there = (scores > self.score_threshold) & (classes >= 0) & (classes < heads.num_classes)
+        pooling = box_pooling_of(self.detector.roi_heads, features)
+        there = (scores > self.score_threshold) & (classes >= 0)
+        there = there & (classes < postprocessor.num_classes)
         scores = torch.where(there, scores, torch.zeros_like(scores))
         # One more, which is none: ONNX Runtime does not compare boxes that have no M.
         boxes = F.pad(boxes, (0, 0, 0, 1))
         given = Candidates(boxes, F.pad(scores, (0, 1)), F.pad(classes, (0, 1)), {})
-        found = self.inference(table, clipped(usable(given), size), size)
+        given = postprocessor.with_ious(clipped(usable(given), size), pooling)
+        found = postprocessor.detect(given, size, pooling)
         # As Detectron2's `detector_postprocess`.
         return outputs_of(best(without_empty(clipped(found, size)), found.scores.shape[1]))
 
@@ -101,10 +104,10 @@ def refinement_graph(detector: GeneralizedRCNN) -> RefinementGraph:
     """The graph of a detector with IoU-Net heads. Raises InputError, with the key to change, where
     there is none."""
     heads = getattr(detector, "roi_heads", None)
-    if not hasattr(heads, "iou_branch"):
+    if not isinstance(heads, (IoUNetROIHeads, IoUNetCascadeROIHeads)):
         raise InputError(
             f"{type(heads or detector).__name__} has no IoU branch to refine boxes with: "
-            "MODEL.ROI_HEADS.NAME is not IoUNetROIHeads."
+            "MODEL.ROI_HEADS.NAME is not IoUNetROIHeads or IoUNetCascadeROIHeads."
         )
-    inference = IoUNetInference(heads.iou_branch, heads.postprocessor, heads.num_classes)
-    return RefinementGraph(detector, inference)
+    require_box_heads(heads)
+    return RefinementGraph(detector, IoUNet(heads))

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import torch
 from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.roi_heads import ROIHeads
 from torch import Tensor
 
-from iou_d2.detectors.iou_net import StandaloneIoUNet
+from iou_d2.detectors.iou_net import IoUNetCascadeROIHeads, IoUNetROIHeads, StandaloneIoUNet
 from iou_d2.errors import InputError
 
 from .box_heads import Regions, box_pooling_of, regress, require_box_heads
 from .candidates import Candidates, best, clipped, outputs_of, without_empty
 from .fast_rcnn import FastRCNN
 from .graph import ImageGraph
+from .iou_net_heads import IoUNet
 from .mask_heads import masks_of, require_mask_head
 from .proposals import propose, require_rpn
 
@@ -28,7 +30,7 @@ ARCHITECTURES = (GeneralizedRCNN, StandaloneIoUNet)
 class TwoStageGraph(ImageGraph):
     """images (N, 3, H, W), 0..255 of any dtype, -> the tensors that `names` says, in that order."""
 
-    def __init__(self, detector: GeneralizedRCNN, postprocessor: FastRCNN, outputs: str):
+    def __init__(self, detector: GeneralizedRCNN, postprocessor: FastRCNN | IoUNet, outputs: str):
         """
         Args:
             detector: in test mode.
@@ -109,4 +111,9 @@ def two_stage_graph(detector: GeneralizedRCNN, outputs: str) -> TwoStageGraph:
         raise InputError(
             "Keypoints cannot be exported: MODEL.KEYPOINT_ON False exports the boxes alone."
         )
-    return TwoStageGraph(detector, FastRCNN(heads), outputs)
+    return TwoStageGraph(detector, postprocessor_of(heads), outputs)
+
+
+def postprocessor_of(heads: ROIHeads) -> FastRCNN | IoUNet:
+    is_iou_net = isinstance(heads, (IoUNetROIHeads, IoUNetCascadeROIHeads))
+    return IoUNet(heads) if is_iou_net else FastRCNN(heads)
