@@ -13,6 +13,7 @@ from .deform import with_operator_stars
 from .files import FORMATS
 from .graph import OUTPUTS, DetectorGraph, ImageGraph
 from .readers import reader_of
+from .refinement import refinement_graph
 from .two_stage import two_stage_graph
 
 __all__ = ["FORMATS", "OUTPUTS", "build_graph"]
@@ -33,6 +34,8 @@ def build_graph(
     Raises:
         InputError: a detector that cannot be exported, with the key to change.
     """
+    if outputs == "refinement":
+        return refinement_graph(detector).eval()
     if isinstance(detector, GeneralizedRCNN):
         return two_stage_graph(detector, outputs).eval()
     if not isinstance(detector, DenseDetector):

@@ -64,15 +64,18 @@ NOTHING = Agreement(0, 0, 0, 0.0, 0.0)
 def detections_of_model(detector: nn.Module, images: Tensor) -> list[dict[str, np.ndarray]]:
     """What `detector`, in test mode, makes of images (N, 3, H, W): for each "boxes" (D, 4),
     "scores", "classes", its other fields (D,) and of Mask R-CNN "masks" (D, M, M)."""
-    found = []
-    for instances in _instances_of_model(detector, [{"image": image} for image in images]):
-        fields = instances.to("cpu").get_fields()
-        if "pred_masks" in fields:
-            fields["masks"] = fields.pop("pred_masks").squeeze(1)
-        boxes, classes = fields.pop("pred_boxes").tensor, fields.pop("pred_classes")
-        fields = {"boxes": boxes, "classes": classes, **fields}
-        found.append({name: value.numpy() for name, value in fields.items()})
-    return found
+    inputs = [{"image": image} for image in images]
+    return [arrays_of(instances) for instances in _instances_of_model(detector, inputs)]
+
+
+def arrays_of(instances: Instances) -> dict[str, np.ndarray]:
+    """The fields of detections, as `detections_of_model` has them."""
+    fields = instances.to("cpu").get_fields()
+    if "pred_masks" in fields:
+        fields["masks"] = fields.pop("pred_masks").squeeze(1)
+    boxes, classes = fields.pop("pred_boxes").tensor, fields.pop("pred_classes")
+    fields = {"boxes": boxes, "classes": classes, **fields}
+    return {name: value.numpy() for name, value in fields.items()}
 
 
 def _instances_of_model(detector: nn.Module, inputs: list[dict]) -> list[Instances]:

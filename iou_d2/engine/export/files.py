@@ -80,16 +80,16 @@ def write_onnx(
             f"ONNX has DeformConv from opset {DEFORM_CONV_OPSET} on, but --opset is {opset}."
         )
     traced = min(opset, TRACED_OPSETS[-1])
-    example = spec.example(graph.divisor)
+    example = graph.inputs_with(spec.example(graph.divisor))
     sampling = SampledDeformConv() if deform_conv == "GridSample" else _deform_conv_operator()
     with _whole(path) as unfinished, sampling, _quiet():
         torch.onnx.export(
             graph,
-            (example,),
+            example,
             unfinished,
-            input_names=["images"],
+            input_names=list(graph.input_names),
             output_names=graph.names,
-            dynamic_axes=_dynamic_axes(graph.names, spec),
+            dynamic_axes=_dynamic_axes(graph, spec),
             opset_version=traced,
             dynamo=False,
         )
@@ -109,7 +109,8 @@ def write_torchscript(
     """`graph` as a file for `torch.jit.load`."""
     graph = copy.deepcopy(graph).requires_grad_(False)  # what `no_grad` does is not traced
     with _whole(path) as unfinished, _quiet():
-        traced = torch.jit.trace(graph, (spec.example(graph.divisor),), check_trace=False)
+        example = graph.inputs_with(spec.example(graph.divisor))
+        traced = torch.jit.trace(graph, example, check_trace=False)
         torch.jit.save(traced, unfinished, _extra_files=_described(graph, description))
 
 
@@ -126,7 +127,15 @@ def write_program(
 
     Where it takes any size, that has to be a multiple of `graph.coarsest`: padding, and features
     of odd sizes, are more than torch.export can reason about.
+
+    Raises:
+        InputError: a graph that torch.export cannot follow.
     """
+    if not graph.exports_program:
+        raise InputError(
+            "torch.export does not follow loops over boxes, which these outputs need: --format is "
+            "onnx or torchscript for them."
+        )
     example = program_example(graph, spec)
     if spec.size is None:
         graph = copy.copy(graph)
@@ -153,7 +162,7 @@ def write(
 ) -> None:
     """Write `graph` in one of FORMATS, whole or not at all; the last two are for ONNX."""
     # The exporter of ONNX gives all parts the training flag of the graph.
-    graph.eval()(spec.example(graph.divisor))  # which makes its names
+    graph.eval()(*graph.inputs_with(spec.example(graph.divisor)))  # which makes its names
     if format == "onnx":
         write_onnx(graph, path, spec, description, opset, deform_conv)
     else:
@@ -167,13 +176,15 @@ def _described(graph: ImageGraph, description: Description) -> dict[str, str]:
     return {DESCRIPTION_FILE: json.dumps(content, indent=1)}
 
 
-def _dynamic_axes(names: list[str], spec: InputSpec) -> dict[str, dict[int, str]]:
-    axes = {name: {} for name in ("images", *names)}
+def _dynamic_axes(graph: ImageGraph, spec: InputSpec) -> dict[str, dict[int, str]]:
+    axes = {name: {} for name in (*graph.input_names, *graph.names)}
     if spec.batch is None:
         for name in axes:
             axes[name][0] = "batch"
     if spec.size is None:
         axes["images"].update({2: "height", 3: "width"})
+    for name in graph.input_names[1:]:
+        axes[name][1] = "candidates"
     return axes
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iou_d2.detectors.dense import DenseDetector
 
+from .agreement import detections_of_model
 from .candidates import (
     Candidates,
     best,
@@ -25,7 +27,7 @@ from .candidates import (
 )
 from .readers import Reader
 
-OUTPUTS = ("raw", "candidates", "detections")
+OUTPUTS = ("raw", "candidates", "detections", "refinement")
 
 
 class ImageGraph(nn.Module, ABC):
@@ -34,6 +36,10 @@ class ImageGraph(nn.Module, ABC):
     All images of a batch have one size; those of several have to be given one by one.
     """
 
+    # The first of which are images.
+    input_names: tuple[str, ...] = ("images",)
+    # Whether torch.export can follow it.
+    exports_program = True
     # Share of the detections that may be others in another runtime.
     doubtful: float
     # What the scores of detections are over.
@@ -43,14 +49,22 @@ class ImageGraph(nn.Module, ABC):
         """
         Args:
             detector: with a `backbone`, a `pixel_mean` and a `pixel_std`.
-            outputs: one of OUTPUTS: all points, anchors or proposals, what NMS is given, or what it
-                leaves.
+            outputs: one of OUTPUTS: all points, anchors or proposals, what NMS is given, what it
+                leaves, or what becomes of boxes that are given.
         """
         super().__init__()
         self.detector = detector
         self.outputs = outputs
         self.pads = True  # to a size that the backbone divides
         self.names: list[str] = []  # of the outputs of the last call
+
+    def inputs_with(self, images: Tensor) -> tuple[Tensor, ...]:
+        """An example of all inputs, of which these are the first."""
+        return (images,)
+
+    def expected(self, images: Tensor, *others: Tensor) -> list[dict[str, np.ndarray]]:
+        """What the detector, which knows nothing of graphs, makes of the inputs."""
+        return detections_of_model(self.detector, images)
 
     @property
     def divisor(self) -> int:
@@ -64,14 +78,14 @@ class ImageGraph(nn.Module, ABC):
         return max(self.divisor, *(shape.stride for shape in shapes))
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.outputs_of_images(images)
+    def forward(self, images: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.outputs_of_images(images, *others)
         self.names = list(outputs)
         return tuple(outputs.values())
 
     @abstractmethod
-    def outputs_of_images(self, images: Tensor) -> dict[str, Tensor]:
-        """The outputs by their names."""
+    def outputs_of_images(self, images: Tensor, *others: Tensor) -> dict[str, Tensor]:
+        """The outputs by their names, of all inputs."""
 
     def preprocess(self, images: Tensor) -> Tensor:
         """As Detectron2's `preprocess_image`, in arithmetic that a graph can hold."""

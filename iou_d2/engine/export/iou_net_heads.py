@@ -49,7 +49,10 @@ class IoUNet:
         """What NMS is given, see `candidates_of`; with `pred_ious` where it asks for them."""
         if self.heads.box_choice is BOX_CHOICES["best_class"]:
             regressed = regressed._replace(boxes=_of_best_class(*regressed))
-        found = candidates_of(regressed, regions, there, self.threshold)
+        return self.with_ious(candidates_of(regressed, regions, there, self.threshold), pooling)
+
+    def with_ious(self, found: Candidates, pooling: PrecisePooling) -> Candidates:
+        """Candidates with the `pred_ious` that `detect` wants of them."""
         if not self.postprocessor.nms.needs_ious:
             return found
         index, boxes, classes, images = self.listed(found)
@@ -59,7 +62,7 @@ class IoUNet:
     def detect(
         self, candidates: Candidates, size: tuple[int, int], pooling: PrecisePooling
     ) -> Candidates:
-        """The best that NMS leaves, moved by the refiner; best first."""
+        """The best that NMS leaves, moved by the refiner, in the order of their class scores."""
         limit = self.postprocessor.max_detections
         limit = candidates.scores.shape[1] if limit < 0 else limit
         found = best(self.suppress(candidates)._replace(fields={}), limit)

@@ -61,6 +61,8 @@ class RoIs(NamedTuple):
 
     origin: Tensor  # (R,) int64, the first pixel in the table of a RoI's map
     sizes: Tensor  # (R, 2) int64, W and H of that map
+    first: Tensor  # (R, 2) int64, x and y of the first pixel that the RoI touches
+    counts: Tensor  # (R, 2) int64, how many it touches from there on, at least 1
     x_edges: Tensor  # (R, Q + 1) float64, of its bins in feature pixels
     y_edges: Tensor  # (R, P + 1)
     valid: Tensor  # (R,) whether it has an area, is finite and of one of the images
@@ -84,11 +86,14 @@ def place(
     valid = (sides > 1e-9).all(1) & boxes.isfinite().all(1)
     valid = valid & (image >= 0) & (image < table.images)
     boxes = torch.where(valid[:, None], boxes, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]))
-    height, width = table.heights[level], table.widths[level]
+    sizes = torch.stack([table.widths[level], table.heights[level]], dim=1)
     image = torch.where(valid, image, torch.zeros_like(image))
+    first = _inside(boxes[:, :2].floor(), sizes)
     return RoIs(
-        table.first[level] + image * height * width,
-        torch.stack([width, height], dim=1),
+        table.first[level] + image * sizes[:, 0] * sizes[:, 1],
+        sizes,
+        first,
+        _inside(boxes[:, 2:].ceil(), sizes) - first + 1,
         _edges(boxes[:, 0], boxes[:, 2], output_size[1]),
         _edges(boxes[:, 1], boxes[:, 3], output_size[0]),
         valid,
@@ -97,18 +102,25 @@ def place(
 
 def pool(table: FeatureTable, rois: RoIs) -> Tensor:
     """(R, C, P, Q): what `prroi_pool` gives for each RoI. No RoIs: an empty result."""
-    pooled = _scripted(_pool)(table.pixels, *rois[:4], PIXELS_AT_ONCE).permute(0, 3, 1, 2)
+    pooled = _scripted(_pool)(table.pixels, *rois[:-1], PIXELS_AT_ONCE).permute(0, 3, 1, 2)
     return torch.where(rois.valid[:, None, None, None], pooled, torch.zeros_like(pooled))
 
 
 def box_gradient(table: FeatureTable, rois: RoIs, level: Tensor, upstream: Tensor) -> Tensor:
     """Gradient (R, 4) in the boxes of a scalar whose gradient in the pooled values is `upstream`
     (R, C, P, Q); `level` as given to `place`. 0 where a RoI is not valid."""
-    upstream = upstream.permute(0, 2, 3, 1).contiguous()
-    gradient = _scripted(_box_gradient)(table.pixels, *rois[:4], upstream, PIXELS_AT_ONCE)
+    upstream = upstream.permute(0, 2, 3, 1)
+    gradient = _scripted(_box_gradient)(table.pixels, *rois[:-1], upstream, PIXELS_AT_ONCE)
     gradient = gradient * table.scales[level][:, None]
     gradient = torch.where(rois.valid[:, None], gradient, torch.zeros_like(gradient))
     return gradient.to(table.pixels.dtype)
+
+
+def _inside(coordinates: Tensor, sizes: Tensor) -> Tensor:
+    """(R, 2) int64: the pixels nearest to whole coordinates of maps of these sizes."""
+    # Clipped before they become whole numbers, which might not hold them.
+    limits = (sizes - 1).to(coordinates.dtype)
+    return torch.minimum(coordinates.clamp(min=0.0), limits).to(torch.int64)
 
 
 def _edges(start: Tensor, end: Tensor, bins: int) -> Tensor:
@@ -127,17 +139,28 @@ def _scripted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.jit.script(function)
 
 
-def _window(edges: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and last pixel (R,) that bins with these edges touch on a side of `size` (R,)."""
-    zero = torch.zeros_like(size)
-    # A far edge is clipped before it becomes a whole number, which might not hold it.
-    limit = size.to(edges.dtype)
-    first = torch.minimum(edges[:, 0].floor().clamp(min=-1.0), limit).to(torch.int64)
-    last = torch.minimum(edges[:, -1].ceil().clamp(min=-1.0), limit).to(torch.int64)
-    return (
-        torch.minimum(torch.maximum(first, zero), size - 1),
-        torch.minimum(torch.maximum(last, zero), size - 1),
-    )
+def _rois_at_once(counts: Tensor, budget: int) -> int:
+    """As many RoIs as have no more than `budget` pixels in their windows, but one at least."""
+    longest = torch.cat([counts, counts.new_ones([1, 2])]).max(dim=0)[0]
+    return max(1, budget // int(longest[0] * longest[1]))
+
+
+def _pixels(first: Tensor, counts: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The pixels (R, X) of a side of windows, X the longest, and their coordinates: where there are
+    no more, the last one, infinitely far away."""
+    numbers = first[:, None] + torch.arange(int(counts.max()), device=first.device)
+    last = (size - 1)[:, None]
+    far = torch.full_like(numbers, torch.inf, dtype=torch.float64)
+    place = torch.where(numbers > last, far, numbers.to(torch.float64))
+    return torch.minimum(numbers, last), place
+
+
+def _lookup(pixels: Tensor, origin: Tensor, width: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Windows (R, Y, X, C) of the table, of rows (R, Y) and columns (R, X)."""
+    begin = rows * width[:, None] + origin[:, None]
+    index = begin[:, :, None] + columns[:, None]
+    found = pixels.index_select(0, index.reshape(-1))
+    return found.view(-1, rows.shape[1], columns.shape[1], pixels.shape[1])
 
 
 def _right_half(low: Tensor, high: Tensor) -> Tensor:
@@ -146,83 +169,58 @@ def _right_half(low: Tensor, high: Tensor) -> Tensor:
     return (high - low) * (1.0 - (low + high) / 2.0)
 
 
-def _weights(edges: Tensor, pixels: Tensor, size: Tensor) -> Tensor:
-    """(R, bins, X): the integral of each pixel's hat over each bin, divided by the bin's length.
-    0 for pixels (R, X) beyond the map."""
-    offsets = edges[:, :, None] - pixels[:, None].to(edges.dtype)
+def _weights(edges: Tensor, place: Tensor) -> Tensor:
+    """(R, bins, X): the integral of each pixel's hat over each bin, divided by the bin's length."""
+    offsets = edges[:, :, None] - place[:, None]
     low, high = offsets[:, :-1], offsets[:, 1:]
     integral = _right_half(low, high) + _right_half(-high, -low)
     bins = edges.shape[1] - 1
-    length = (edges[:, -1:] - edges[:, :1]) / bins
-    return integral / length[:, :, None] * (pixels < size[:, None])[:, None].to(edges.dtype)
+    return integral * bins / (edges[:, -1:] - edges[:, :1])[:, :, None]
 
 
-def _edge_gradient(edges: Tensor, pixels: Tensor, size: Tensor, upstream: Tensor) -> Tensor:
+def _edge_gradient(edges: Tensor, place: Tensor, weights: Tensor, upstream: Tensor) -> Tensor:
     """Gradient (R, 2) in the first and the last edge of a scalar whose gradient in the weights is
     `upstream` (R, bins, X).
 
     An edge between them moves with both. What a weight gains from its own edges is the hat there,
     over the bin's length; what it loses from a longer bin is itself, over the length of all.
     """
-    weights = _weights(edges, pixels, size)
+    hats = (1.0 - (edges[:, :, None] - place[:, None]).abs()).clamp(min=0.0)
+    low, high = (hats[:, :-1] * upstream).sum(dim=2), (hats[:, 1:] * upstream).sum(dim=2)
+    lost = (weights * upstream).sum(dim=2).sum(dim=1, keepdim=True)  # (R, 1)
     bins = edges.shape[1] - 1
-    side = edges[:, -1:] - edges[:, :1]  # (R, 1)
-    hats = (1.0 - (edges[:, :, None] - pixels[:, None].to(edges.dtype)).abs()).clamp(min=0.0)
-    hats = hats * (pixels < size[:, None])[:, None].to(edges.dtype)
-    gain_low = -(hats[:, :-1] * upstream).sum(dim=2) * bins / side  # (R, bins)
-    gain_high = (hats[:, 1:] * upstream).sum(dim=2) * bins / side
-    loss = (weights * upstream).sum(dim=2).sum(dim=1, keepdim=True) / side  # (R, 1)
-    steps = torch.arange(bins + 1, dtype=edges.dtype, device=edges.device) / bins
-    low, high = steps[:-1], steps[1:]
-    of_last = (gain_low * low + gain_high * high).sum(dim=1, keepdim=True) - loss
-    of_first = (gain_low * (1 - low) + gain_high * (1 - high)).sum(dim=1, keepdim=True) + loss
-    return torch.cat([of_first, of_last], dim=1)
-
-
-def _pixels(edges: Tensor, size: Tensor) -> Tensor:
-    """(R, X): the pixels that bins with these edges touch, as many as the longest window has."""
-    first, last = _window(edges, size)
-    return first[:, None] + torch.arange(int((last - first).max()) + 1, device=first.device)
-
-
-def _lookup(pixels: Tensor, origin: Tensor, sizes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Windows (R, Y, X, C) of the table; beyond the map stand pixels of its edge."""
-    width, height = sizes[:, :1], sizes[:, 1:]
-    begin = torch.minimum(rows, height - 1) * width + origin[:, None]  # (R, Y)
-    index = begin[:, :, None] + torch.minimum(columns, width - 1)[:, None]
-    found = pixels.index_select(0, index.reshape(-1))
-    return found.view(-1, rows.shape[1], columns.shape[1], pixels.shape[1])
-
-
-def _rois_at_once(sizes: Tensor, x_edges: Tensor, y_edges: Tensor, budget: int) -> int:
-    """As many RoIs as have no more than `budget` pixels in their windows, but one at least."""
-    x_first, x_last = _window(x_edges, sizes[:, 0])
-    y_first, y_last = _window(y_edges, sizes[:, 1])
-    area = ((x_last - x_first).max() + 1) * ((y_last - y_first).max() + 1)
-    return max(1, budget // int(area))
+    numbers = torch.arange(bins, dtype=edges.dtype, device=edges.device)
+    of_last = (high * (numbers + 1) - low * numbers).sum(dim=1, keepdim=True)
+    of_both = bins * (high - low).sum(dim=1, keepdim=True)
+    gradient = torch.cat([of_both - of_last + lost, of_last - lost], dim=1)
+    return gradient / (edges[:, -1:] - edges[:, :1])
 
 
 def _pool(
-    pixels: Tensor, origin: Tensor, sizes: Tensor, x_edges: Tensor, y_edges: Tensor, budget: int
+    pixels: Tensor,
+    origin: Tensor,
+    sizes: Tensor,
+    first: Tensor,
+    counts: Tensor,
+    x_edges: Tensor,
+    y_edges: Tensor,
+    budget: int,
 ) -> Tensor:
     """(R, P, Q, C)"""
     channels = pixels.shape[1]
     rows, columns = y_edges.shape[1] - 1, x_edges.shape[1] - 1
     pooled = pixels.new_zeros([0, rows, columns, channels])
-    count = origin.shape[0]
-    if count > 0:
-        step = _rois_at_once(sizes, x_edges, y_edges, budget)
-        for i in range((count + step - 1) // step):
-            begin, end = i * step, (i + 1) * step
-            size, x_edge, y_edge = sizes[begin:end], x_edges[begin:end], y_edges[begin:end]
-            x = _pixels(x_edge, size[:, 0])
-            y = _pixels(y_edge, size[:, 1])
-            window = _lookup(pixels, origin[begin:end], size, y, x)  # (R', Y, X, C)
-            by_row = _weights(y_edge, y, size[:, 1]).to(pixels.dtype) @ window.flatten(2)
-            by_row = by_row.view(-1, rows, x.shape[1], channels)
-            x_weights = _weights(x_edge, x, size[:, 0]).to(pixels.dtype)
-            part = x_weights[:, None] @ by_row
-            pooled = torch.cat([pooled, part])
+    step = _rois_at_once(counts, budget)
+    for i in range((origin.shape[0] + step - 1) // step):
+        part = torch.arange(i * step, min((i + 1) * step, origin.shape[0]), device=origin.device)
+        size, begin, count = sizes[part], first[part], counts[part]
+        x, x_place = _pixels(begin[:, 0], count[:, 0], size[:, 0])
+        y, y_place = _pixels(begin[:, 1], count[:, 1], size[:, 1])
+        x_weights = _weights(x_edges[part], x_place).to(pixels.dtype)
+        y_weights = _weights(y_edges[part], y_place).to(pixels.dtype)
+        window = _lookup(pixels, origin[part], size[:, 0], y, x)
+        by_row = (y_weights @ window.flatten(2)).view(-1, rows, x.shape[1], channels)
+        pooled = torch.cat([pooled, x_weights[:, None] @ by_row])
     return pooled
 
 
@@ -230,34 +228,33 @@ def _box_gradient(
     pixels: Tensor,
     origin: Tensor,
     sizes: Tensor,
+    first: Tensor,
+    counts: Tensor,
     x_edges: Tensor,
     y_edges: Tensor,
     upstream: Tensor,
     budget: int,
 ) -> Tensor:
     """(R, 4), from an upstream (R, P, Q, C)."""
-    channels = pixels.shape[1]
-    rows = y_edges.shape[1] - 1
+    channels, rows = pixels.shape[1], y_edges.shape[1] - 1
     gradient = x_edges.new_zeros([0, 4])
-    count = origin.shape[0]
-    if count > 0:
-        step = _rois_at_once(sizes, x_edges, y_edges, budget)
-        for i in range((count + step - 1) // step):
-            begin, end = i * step, (i + 1) * step
-            size, x_edge, y_edge = sizes[begin:end], x_edges[begin:end], y_edges[begin:end]
-            x = _pixels(x_edge, size[:, 0])
-            y = _pixels(y_edge, size[:, 1])
-            window = _lookup(pixels, origin[begin:end], size, y, x)  # (R', Y, X, C)
-            part = upstream[begin:end]
-            # What would be its gradient in Wy F, (R', P, X, C), is what `by_row` meets.
-            x_weights = _weights(x_edge, x, size[:, 0]).to(pixels.dtype)
-            by_column = x_weights.transpose(1, 2)[:, None] @ part
-            of_y = by_column.flatten(2) @ window.flatten(2).transpose(1, 2)  # (R', P, Y)
-            by_row = _weights(y_edge, y, size[:, 1]).to(pixels.dtype) @ window.flatten(2)
-            by_row = by_row.view(-1, rows, x.shape[1], channels)
-            of_x = (part @ by_row.transpose(2, 3)).sum(dim=1)  # (R', Q, X)
-            x_sides = _edge_gradient(x_edge, x, size[:, 0], of_x.to(x_edge.dtype))
-            y_sides = _edge_gradient(y_edge, y, size[:, 1], of_y.to(y_edge.dtype))
-            sides = torch.stack([x_sides, y_sides], dim=2).flatten(1)  # x1, y1, x2, y2
-            gradient = torch.cat([gradient, sides])
+    step = _rois_at_once(counts, budget)
+    for i in range((origin.shape[0] + step - 1) // step):
+        part = torch.arange(i * step, min((i + 1) * step, origin.shape[0]), device=origin.device)
+        size, begin, count = sizes[part], first[part], counts[part]
+        x, x_place = _pixels(begin[:, 0], count[:, 0], size[:, 0])
+        y, y_place = _pixels(begin[:, 1], count[:, 1], size[:, 1])
+        x_edge, y_edge, above = x_edges[part], y_edges[part], upstream[part]
+        x_weights, y_weights = _weights(x_edge, x_place), _weights(y_edge, y_place)
+        window = _lookup(pixels, origin[part], size[:, 0], y, x).flatten(2)
+        by_row = y_weights.to(pixels.dtype) @ window
+        by_row = by_row.view(-1, rows, x.shape[1], channels)
+        of_x = (above @ by_row.transpose(2, 3)).sum(dim=1)  # (R, Q, X), gradient in Wx
+        # The gradient in Wy F, (R, P, X, C), which meets F in that in Wy.
+        by_column = x_weights.transpose(1, 2)[:, None].to(pixels.dtype) @ above
+        of_y = by_column.flatten(2) @ window.transpose(1, 2)  # (R, P, Y)
+        x_sides = _edge_gradient(x_edge, x_place, x_weights, of_x.to(x_edge.dtype))
+        y_sides = _edge_gradient(y_edge, y_place, y_weights, of_y.to(y_edge.dtype))
+        sides = torch.stack([x_sides, y_sides], dim=2).flatten(1)  # x1, y1, x2, y2
+        gradient = torch.cat([gradient, sides])
     return gradient
