@@ -30,6 +30,8 @@ ARCHITECTURES = (GeneralizedRCNN, StandaloneIoUNet)
 class TwoStageGraph(ImageGraph):
     """images (N, 3, H, W), 0..255 of any dtype, -> the tensors that `names` says, in that order."""
 
+    exports_program = False
+
     def __init__(self, detector: GeneralizedRCNN, postprocessor: FastRCNN | IoUNet, outputs: str):
         """
         Args:
