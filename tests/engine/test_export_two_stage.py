@@ -23,6 +23,7 @@ IOU_NET = "configs/quick/iou_net_shapes.yaml"
 CASCADE = ("MODEL.ROI_HEADS.NAME", "BoxLossCascadeROIHeads")
 IOU_NET_HEADS = ("MODEL.ROI_HEADS.NAME", "IoUNetROIHeads")
 IOU_NET_CASCADE = ("MODEL.ROI_HEADS.NAME", "IoUNetCascadeROIHeads")
+RPN = ("MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
 AGNOSTIC = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
 MASKS = ("MODEL.MASK_ON", "True")
 # Images, height, width: sides that nothing divides, one image and three, fewer anchors than top-k.
@@ -177,6 +178,40 @@ def test_raw_outputs_are_all_proposals_with_all_classes(tmp_path):
         scores = outputs["scores"][image]
         np.testing.assert_allclose(scores[:count], probabilities[image][:, :3], atol=1e-4)
         assert not scores[count:].any()
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        (FASTER, ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", *RPN)),
+        (FASTER, ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", *RPN, *AGNOSTIC)),
+        (FASTER, ("MODEL.ROI_HEADS.IN_FEATURES", "['p4']", *MASKS)),
+        (FASTER, ("TEST.DETECTIONS_PER_IMAGE", "-1")),
+        (IOU_NET, ("MODEL.META_ARCHITECTURE", "StandaloneIoUNet")),
+        (IOU_NET, ("TEST.DETECTIONS_PER_IMAGE", "-1", "MODEL.IOU_NET.REFINE_STEPS", "0")),
+    ],
+)
+def test_the_graph_of_other_heads_detects_what_the_model_detects(config, overrides):
+    cfg, model = small_two_stage(config, *overrides)
+    graph = build_graph(cfg, model)
+    images = noise(2, 97, 131)
+    found = compare(lambda x: [output.numpy() for output in graph(x)], graph, images, cfg)
+    assert found.pairs > 40 and found.holds()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "part", ["roi_heads.box_predictor.cls_score", "proposal_generator.rpn_head"]
+)
+def test_scores_that_are_no_numbers_are_no_detections(part, value):
+    cfg, model = small_two_stage(FASTER)
+    layer = model.get_submodule(part)
+    layer = getattr(layer, "objectness_logits", layer)
+    layer.bias.data.fill_(value)
+    images = noise(1, 64, 64)
+    with torch.no_grad():
+        assert not len(model([{"image": images[0]}])[0]["instances"])
+    assert build_graph(cfg, model)(images)[3].tolist() == [0]
 
 
 @pytest.mark.parametrize(

@@ -117,5 +117,6 @@ def two_stage_graph(detector: GeneralizedRCNN, outputs: str) -> TwoStageGraph:
 
 
 def postprocessor_of(heads: ROIHeads) -> FastRCNN | IoUNet:
+    """What makes detections of what `heads`, which `require_box_heads` has seen, say."""
     is_iou_net = isinstance(heads, (IoUNetROIHeads, IoUNetCascadeROIHeads))
     return IoUNet(heads) if is_iou_net else FastRCNN(heads)
