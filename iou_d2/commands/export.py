@@ -65,8 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
         choices=OUTPUTS,
         default="detections",
         dest="outputs",
-        help="all points or anchors, what NMS is given, what it leaves (default), or what IoU-Net "
-        "makes of the detections of any detector",
+        help="all points, anchors or proposals, what NMS is given, what it leaves (default), or "
+        "what IoU-Net makes of the detections of any detector",
     )
     add("--size", type=size_of, default="dynamic", metavar="HxW", help="pixels, or dynamic")
     add("--batch", type=batch_of, default="dynamic", metavar="N", help="images, or dynamic")

@@ -30,6 +30,8 @@ ARCHITECTURES = (GeneralizedRCNN, StandaloneIoUNet)
 class TwoStageGraph(ImageGraph):
     """images (N, 3, H, W), 0..255 of any dtype, -> the tensors that `names` says, in that order."""
 
+    exports_program = False
+
     def __init__(self, detector: GeneralizedRCNN, postprocessor: FastRCNN | IoUNet, outputs: str):
         """
         Args:
@@ -115,5 +117,6 @@ def two_stage_graph(detector: GeneralizedRCNN, outputs: str) -> TwoStageGraph:
 
 
 def postprocessor_of(heads: ROIHeads) -> FastRCNN | IoUNet:
+    """What makes detections of what `heads`, which `require_box_heads` has seen, say."""
     is_iou_net = isinstance(heads, (IoUNetROIHeads, IoUNetCascadeROIHeads))
     return IoUNet(heads) if is_iou_net else FastRCNN(heads)
