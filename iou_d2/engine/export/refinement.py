@@ -33,7 +33,8 @@ class RefinementGraph(ImageGraph):
     detector puts out as candidates is of this form.
     """
 
-    input_names = ("images", "boxes", "scores", "classes")
+    # Other names than those of the outputs, of which a file in ONNX has each but once.
+    input_names = ("images", "given_boxes", "given_scores", "given_classes")
     exports_program = False
     doubtful = 0.0
 
