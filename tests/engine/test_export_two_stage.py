@@ -48,9 +48,8 @@ def agreement_of(path, cfg, model, shapes=SHAPES, **options):
 @pytest.mark.parametrize("format", ["onnx", "torchscript"])
 @pytest.mark.parametrize("overrides", [(), OTHER_WAYS], ids=["usual", "others"])
 def test_a_file_of_faster_rcnn_detects_what_the_model_detects(tmp_path, format, overrides):
-    found, graph = agreement_of(
-        tmp_path / "model", *small_two_stage(FASTER, *overrides), format=format
-    )
+    options = {"format": format, "opset": 21 if overrides else 17}
+    found, graph = agreement_of(tmp_path / "model", *small_two_stage(FASTER, *overrides), **options)
     assert set(graph.names) == {"boxes", "scores", "classes", "counts"}
     assert found.pairs >= 70 and found.holds()
 
@@ -254,6 +253,14 @@ def test_heads_of_ones_own_are_not_exported_as_their_parents():
     model.roi_heads.__class__ = type("Own", (type(model.roi_heads),), {})
     with pytest.raises(InputError, match="MODEL.ROI_HEADS.NAME Own cannot be exported"):
         build_graph(cfg, model)
+
+
+def test_an_opset_that_onnx_runtime_has_not_is_refused(tmp_path):
+    cfg, model = small_two_stage(FASTER)
+    with pytest.raises(InputError, match="no RoiAlign of opset 22: --opset is 17 to 21 for this"):
+        write_model(cfg, model, tmp_path / "model", opset=22)
+    cfg, model = small_two_stage(IOU_NET)
+    assert build_graph(cfg, model).last_opset == 22
 
 
 def test_torch_export_is_refused(tmp_path):
