@@ -102,6 +102,7 @@ ASCENTS = {
     "one step": GradientAscent(steps=1, step_size=2.0),
     "rolled back": GradientAscent(step_size=5.0, roll_back=True),
     "never stopped": GradientAscent(step_size=2.0, early_stop=0.0, max_drop=-10.0),
+    "out of the image and over each other": GradientAscent(steps=1, step_size=30.0),
     "stopped at once": GradientAscent(early_stop=10.0),
     "stopped by a drop": GradientAscent(step_size=8.0, early_stop=0.0, max_drop=-0.001),
 }

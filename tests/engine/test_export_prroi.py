@@ -78,7 +78,7 @@ def assert_same(got, expected, **tolerance):
 
 
 @pytest.mark.parametrize("aligned", (True, False))
-@pytest.mark.parametrize("pixels", (2**18, 40))
+@pytest.mark.parametrize("pixels", (2**14, 40))
 def test_is_the_operator_and_its_gradient(aligned, pixels, monkeypatch):
     """All boxes at a time, and one at a time."""
     monkeypatch.setattr(prroi_graph, "PIXELS_AT_ONCE", pixels)
