@@ -25,8 +25,10 @@ def add_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
 
     _add_fine_tuning(cfg)
+    _add_test_augmentation(cfg)
     _add_mobilenet_v2(cfg)
     _add_rcnn(cfg)
+    _add_spp(cfg)
     _add_box_losses(cfg)
     _add_iou_net(cfg)
     add_dense_keys(cfg)
@@ -47,6 +49,28 @@ def _add_fine_tuning(cfg: CfgNode) -> None:
     # Evaluations in a row, every TEST.EVAL_PERIOD iterations, that end the training where none has
     # a better box AP on the first of DATASETS.TEST than one before them; 0 for never (ours).
     cfg.SOLVER.PATIENCE = 0
+
+
+def _add_test_augmentation(cfg: CfgNode) -> None:
+    """Test-time augmentation, for every detector. Detectron2's keys switch it on and say what the
+    views of an image are: TEST.AUG.ENABLED; MIN_SIZES and MAX_SIZE, which stand for
+    INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST or, where INPUT.AUGMENTATIONS names "square", for sides of
+    squares; FLIP, which adds the mirror image of each.
+    """
+    node = cfg.TEST.AUG
+    # For each of MIN_SIZES a pair, such as [0, 160]: of the boxes that are found at that size,
+    # those are kept whose longer side is over the first number and whose shorter side is under the
+    # second one, in pixels of the image (RefineDet's multi-scale test). Empty keeps all.
+    node.BOX_SIZES = []
+    # "nms": the candidates of all views go together through the NMS of the method (Detectron2
+    # merges what NMS has left of each view). "vote": NMS of each view, and then box voting;
+    # "soft_vote" keeps the boxes that voted, too, with lower scores (RefineDet's code for VOC, and
+    # for COCO).
+    node.MERGE = "nms"
+    # Boxes whose IoU with a better one reaches this vote for it; a box that voted is kept by
+    # "soft_vote" where its score times 1 - IoU reaches the second number (RefineDet's code).
+    node.VOTE_THRESH = 0.45
+    node.SOFT_VOTE_MIN_SCORE = 0.01
 
 
 def _add_mobilenet_v2(cfg: CfgNode) -> None:
@@ -83,6 +107,20 @@ def _add_rcnn(cfg: CfgNode) -> None:
     # What of the stages of a Cascade R-CNN is averaged into class scores: "probabilities" (arXiv
     # 1712.00726, Detectron2) or "logits" (mmdetection).
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_MEAN = "probabilities"
+
+
+def _add_spp(cfg: CfgNode) -> None:
+    """Spatial pyramid pooling, arXiv 1406.4729: of boxes, and as the block of YOLOv3-SPP."""
+    # Bins a side of each level of MODEL.ROI_BOX_HEAD.POOLER_TYPE "SPP", the maximum (the paper), or
+    # "PrRoISPP", the exact mean (ours): [4, 2, 1] are the 21 bins of its figure 3, [6, 3, 2, 1] the
+    # 50 of its detector.
+    cfg.MODEL.ROI_BOX_HEAD.SPP_LEVELS = [6, 3, 2, 1]
+    # The block of YOLOv3-SPP before the FPN of another backbone, which has MODEL.BACKBONE.NAME
+    # "build_spp_backbone" and is named here, such as "build_resnet_fpn_backbone".
+    cfg.MODEL.SPP_BLOCK = node = CfgNode()
+    node.BACKBONE = ""
+    # Sides of its max pools in feature pixels, odd (YOLOv3-SPP).
+    node.KERNELS = [5, 9, 13]
 
 
 def _add_box_losses(cfg: CfgNode) -> None:
