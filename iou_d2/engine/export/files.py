@@ -70,11 +70,16 @@ def write_onnx(
             19 on.
 
     Raises:
-        InputError: there is no package onnx, or no such opset.
+        InputError: there is no package onnx, or no such opset or none of it in ONNX Runtime.
     """
     onnx = _require_onnx()
     if opset not in OPSETS:
         raise InputError(f"--opset is {OPSETS[0]} to {OPSETS[-1]}, but it is {opset}.")
+    if opset > graph.last_opset:
+        raise InputError(
+            f"ONNX Runtime has no RoiAlign of opset {opset}: --opset is {OPSETS[0]} to "
+            f"{graph.last_opset} for this detector."
+        )
     if deform_conv == "DeformConv" and opset < DEFORM_CONV_OPSET:
         raise InputError(
             f"ONNX has DeformConv from opset {DEFORM_CONV_OPSET} on, but --opset is {opset}."

@@ -40,6 +40,8 @@ class ImageGraph(nn.Module, ABC):
     input_names: tuple[str, ...] = ("images",)
     # Whether torch.export can follow it.
     exports_program = True
+    # The last opset of ONNX of which ONNX Runtime has all operators.
+    last_opset = 22
     # Share of the detections that may be others in another runtime.
     doubtful: float
     # What the scores of detections are over.

@@ -9,6 +9,7 @@ shape depends on what is found.
 from __future__ import annotations
 
 import torch
+from detectron2.layers import ROIAlign
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.roi_heads import ROIHeads
 from torch import Tensor
@@ -42,6 +43,11 @@ class TwoStageGraph(ImageGraph):
         """
         super().__init__(detector, outputs)
         self.postprocessor = postprocessor
+
+    @property
+    def last_opset(self) -> int:
+        has_align = any(isinstance(module, ROIAlign) for module in self.detector.modules())
+        return 21 if has_align else 22
 
     @property
     def doubtful(self) -> float:
