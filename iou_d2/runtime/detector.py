@@ -11,7 +11,6 @@ class Detector(ImageModel):
     """A model that `iou-d2 export` wrote with `--with detections`."""
 
     outputs = "detections"
-    fault = "before NMS"
 
     def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
         """(H, W, 3) uint8 BGR, as OpenCV reads it -> its D detections, best first.

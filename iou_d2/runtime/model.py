@@ -14,6 +14,13 @@ from iou_d2.errors import InputError, MissingFileError
 from .description import Description
 from .resize import resize
 
+# What `--with` was, and what such a file puts out.
+MEANINGS = {
+    "raw": "before NMS",
+    "candidates": "before NMS",
+    "detections": "of images alone",
+    "refinement": "of boxes that it is given",
+}
 # What ONNX Runtime calls the types of inputs.
 TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
 
@@ -26,9 +33,8 @@ class ImageModel:
         session: ONNX Runtime's, for whoever wants more.
     """
 
-    # What `--with` has to have been, and what is wrong with anything else.
+    # What `--with` has to have been.
     outputs: str
-    fault: str
 
     def __init__(
         self,
@@ -53,7 +59,8 @@ class ImageModel:
         self.description = Description.from_metadata(metadata, path)
         if self.description.outputs != self.outputs:
             raise InputError(
-                f"{path} puts out {self.description.outputs}, {self.fault}: export it with "
+                f"{path} puts out {self.description.outputs}, "
+                f"{MEANINGS.get(self.description.outputs, 'which is unknown')}: export it with "
                 f"`--with {self.outputs}`."
             )
         images = self.session.get_inputs()[0]

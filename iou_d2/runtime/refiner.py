@@ -13,7 +13,6 @@ class Refiner(ImageModel):
     """A model that `iou-d2 export` wrote with `--with refinement`."""
 
     outputs = "refinement"
-    fault = "of images alone"
 
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, classes: np.ndarray, scores: np.ndarray

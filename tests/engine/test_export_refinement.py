@@ -8,7 +8,7 @@ import torch
 
 from exported_models import noise, small_model, small_two_stage, write_model
 from iou_d2.engine.export import build_graph
-from iou_d2.engine.export.agreement import NOTHING
+from iou_d2.engine.export.agreement import NOTHING, agreement, detections_of_outputs
 from iou_d2.engine.export.check import compare, load
 from iou_d2.errors import InputError
 
@@ -84,3 +84,20 @@ def test_other_models_and_archives_are_refused(tmp_path):
         build_graph(*plain, "refinement")
     with pytest.raises(InputError, match="BoxLossRetinaNet has no IoU branch"):
         build_graph(*small_model("configs/quick/retinanet_shapes.yaml"), "refinement")
+
+
+def test_what_another_graph_puts_out_as_candidates_is_taken_as_it_is():
+    cfg, model = excited()
+    graph = build_graph(cfg, model, "refinement")
+    detector = build_graph(*small_model("configs/quick/retinanet_shapes.yaml"), "candidates")
+    images = noise(2, 97, 131)
+    given = dict(zip(("boxes", "scores", "classes"), detector(images)))
+    assert (given["classes"] == -1).any()  # behind those that there are
+    outputs = [x.numpy() for x in graph(images, *given.values())]
+    total = agreement(
+        graph.expected(images, *given.values()),
+        detections_of_outputs(graph.names, outputs),
+        100,
+        graph.score_threshold,
+    )
+    assert total.pairs > 40 and total.holds(pixels=1e-3)

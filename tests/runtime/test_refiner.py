@@ -100,5 +100,5 @@ def test_what_cannot_be_refined_is_a_sentence(exported, name, change, sentence):
 
 
 def test_it_is_no_detector(exported):
-    with pytest.raises(InputError, match="puts out refinement, .* `--with detections`"):
+    with pytest.raises(InputError, match="puts out refinement, of boxes .* `--with detections`"):
         Detector(exported[2])
