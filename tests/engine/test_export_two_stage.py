@@ -217,7 +217,11 @@ def test_scores_that_are_no_numbers_are_no_detections(part, value):
     [
         (
             ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool"),
-            "A pooler of ROIPooler, RoIPool cannot be exported: MODEL.ROI_BOX_HEAD.POOLER_TYPE has",
+            "RoIMaxPool cannot be exported: MODEL.ROI_BOX_HEAD.POOLER_TYPE has to be 'ROIAlignV2'",
+        ),
+        (
+            ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "PrRoISPP"),
+            "A pooler of SPPPooler, SpatialPyramidPool cannot be exported: MODEL.ROI_BOX_HEAD",
         ),
         (
             (*MASKS, "MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIPool"),
