@@ -24,6 +24,7 @@ COMMANDS = (
     "table",
     "refine",
     "iou-branch",
+    "oracle",
     "convert",
     "export",
     "install-detectron2",

@@ -25,6 +25,7 @@ from .dense import part_named
 from .faster_rcnn import BoxLossCascadeROIHeads, BoxLossROIHeads
 from .iou_branch import IoUBranch
 from .iou_net_inference import (
+    Branch,
     GradientAscent,
     Postprocessor,
     build_postprocessor,
@@ -122,8 +123,14 @@ class _IoUNetHeads:
             for *of_image, proposal in zip(boxes, probabilities, proposals)
         ]
 
-    def detect(self, features: dict[str, Tensor], candidates: list[Instances]) -> list[Instances]:
-        """NMS and refinement of boxes of any origin: see Postprocessor."""
+    def detect(
+        self,
+        features: dict[str, Tensor],
+        candidates: list[Instances],
+        branch: Branch | None = None,
+    ) -> list[Instances]:
+        """NMS and refinement of boxes of any origin: see Postprocessor. `branch` predicts their
+        IoUs in the place of the own one."""
 
         def regress(detections: list[Instances]) -> None:
             proposals = [Instances(x.image_size, proposal_boxes=x.pred_boxes) for x in detections]
@@ -133,7 +140,12 @@ class _IoUNetHeads:
                 x.pred_boxes = Boxes(boxes[torch.arange(len(x), device=own.device), own])
                 x.pred_boxes.clip(x.image_size)
 
-        return self.postprocessor(candidates, self.iou_branch, self.levels(features), regress)
+        return self.postprocessor(
+            candidates,
+            self.iou_branch if branch is None else branch,
+            self.levels(features),
+            regress,
+        )
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances], *targets):
         if self.training:

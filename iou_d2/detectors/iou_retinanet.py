@@ -87,6 +87,8 @@ class IoUAwareRetinaNet(BoxLossRetinaNet):
         return {**losses, "loss_iou": loss / count}
 
     def rank(self, prediction: AnchorPrediction, image: int) -> dict[str, Tensor]:
+        if prediction.iou_logits is None:
+            return super().rank(prediction, image)
         probability = prediction.logits[image].float().sigmoid()  # (R, K)
         ranked = self.iou_awareness.rank(probability, prediction.iou_logits[image])
         scores = ranked["scores"]
