@@ -13,6 +13,10 @@ def add_keys(cfg: CfgNode) -> None:
     # Names of the classes, in the order of the model's outputs. Training fills them in from its
     # data, so that a saved config names what its model predicts (ours).
     cfg.MODEL.CLASS_NAMES = []
+    # A file of `iou-d2 calibrate` that says what a predicted IoU is worth, for IoUAwareRetinaNet,
+    # IoUAwareSSD, IoU-Net and a QualityHead of the QUALITY "iou": the calibrated IoU ranks in its
+    # place (ours). Empty for none.
+    cfg.MODEL.CALIBRATION = ""
 
     # What a user insists on where data look wrong (ours): boxes that look like corners (XYXY) or
     # fractions of the image are taken as XYWH in pixels; images outside the image folder are read;

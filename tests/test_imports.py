@@ -24,7 +24,7 @@ FLOORS = {
                      "detectron2"}),
     # Of `data` only what imports no Detectron2: see the test below.
     "analysis": ({"data"}, ARRAYS),
-    "evaluation": ({"analysis"}, {"detectron2", "tabulate"}),
+    "evaluation": ({"analysis"}, {"detectron2", "numpy", "tabulate"}),
     # In use without torch and without Detectron2.
     "runtime": (set(), {"numpy", "cv2", "onnxruntime"}),
     "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation", "runtime",

@@ -25,6 +25,7 @@ COMMANDS = (
     "refine",
     "iou-branch",
     "oracle",
+    "calibrate",
     "convert",
     "export",
     "install-detectron2",

@@ -119,6 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     output = make_folder(args.output or Path(cfg.OUTPUT_DIR) / "oracle")
     name, model = prepare(cfg, args.trust_weights)
     cfg.freeze()
+    if cfg.MODEL.CALIBRATION:
+        raise InputError("A true IoU needs no calibration: leave MODEL.CALIBRATION empty.")
     editor = editor_of(model)
     chosen = plan(editor, args.oracles or list(ORACLES))
     setup_logger(name="detectron2.evaluation.evaluator")  # how far it is
