@@ -24,7 +24,8 @@ def run(tmp_path_factory):
     write_shapes(ShapesSpec("val", 6, 64, 0), folder / "shapes")
     overrides = [
         *("MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"),
-        *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0", "OUTPUT_DIR", str(folder)),
+        *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0", "MODEL.RETINANET.NUM_CLASSES", "5"),
+        *("OUTPUT_DIR", str(folder)),
     ]
     cfg = get_config("configs/quick/iou_retinanet_shapes.yaml", overrides)
     torch.manual_seed(0)
