@@ -108,7 +108,8 @@ def plot_bars(
     axes.set(ylabel=y_label, title=title)
     axes.set_xticks(range(len(groups)), list(groups), rotation=20)
     axes.margins(y=0.1)
-    axes.legend()
+    if names:
+        axes.legend()
     return _save(figure, path)
 
 
