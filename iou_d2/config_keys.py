@@ -107,6 +107,9 @@ def _add_iou_net(cfg: CfgNode) -> None:
     node.LOSS_TYPE = "smooth_l1"
     # Factor of that loss, a mean over RoIs. The paper gives none; 5 in MMI.
     node.LOSS_WEIGHT = 5.0
+    # Whether the loss of the IoU branch trains the backbone, too, as in the paper's joint training;
+    # without, the detector learns as if there were no such branch (ours).
+    node.FEATURE_GRADIENT = True
     # One IoU for all classes in place of one a class (the authors).
     node.CLASS_AGNOSTIC = False
     # Jittered training RoIs around a ground truth, and at most in an image. The paper gives none;

@@ -70,6 +70,7 @@ class IoUBranch(nn.Module):
         loss_weight: float = 5.0,
         rois_per_gt: int = 250,
         rois_per_image: int = 1000,
+        feature_gradient: bool = True,
     ):
         """
         Args:
@@ -79,6 +80,7 @@ class IoUBranch(nn.Module):
             code: what an output means, and its loss.
             loss_weight: factor of that loss.
             rois_per_gt, rois_per_image: training RoIs, see `jittered_boxes`.
+            feature_gradient: whether the loss reaches what makes the features.
         """
         super().__init__()
         self.pooler = pooler
@@ -90,6 +92,7 @@ class IoUBranch(nn.Module):
         self.loss_weight = loss_weight
         self.rois_per_gt = rois_per_gt
         self.rois_per_image = rois_per_image
+        self.feature_gradient = feature_gradient
         self.register_buffer("offsets", jitter_offsets(), persistent=False)
 
     @classmethod
@@ -104,6 +107,7 @@ class IoUBranch(nn.Module):
             "loss_weight": node.LOSS_WEIGHT,
             "rois_per_gt": node.ROIS_PER_GT,
             "rois_per_image": node.ROIS_PER_IMAGE,
+            "feature_gradient": node.FEATURE_GRADIENT,
         }
 
     def forward(
@@ -127,6 +131,8 @@ class IoUBranch(nn.Module):
     def losses(self, features: list[Tensor], targets: list[Instances]) -> dict[str, Tensor]:
         """{"loss_iou": ...}: the mean over jittered boxes, whose number is the mean over processes
         and at least 1. Without a ground truth 0, with gradients."""
+        if not self.feature_gradient:
+            features = [feature.detach() for feature in features]
         boxes, classes, ious = [], [], []
         for target in targets:
             jittered, index, iou = jittered_boxes(

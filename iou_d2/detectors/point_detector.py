@@ -27,7 +27,6 @@ from torchvision.ops import clip_boxes_to_image
 from iou_d2.ops.box_losses import BoxLoss, build_box_loss
 from iou_d2.ops.boxes import aligned_iou, boxes_around, centerness
 from iou_d2.ops.calibration import Calibration, as_predicted
-from iou_d2.ops.losses import focal_loss, quality_focal_loss, varifocal_loss
 from iou_d2.ops.points import PointGrid
 
 from .calibration import build_calibration
@@ -37,17 +36,13 @@ from .point_inference import INFERENCES, PointInference
 from .point_parts import (
     Assigner,
     BoxLossMean,
+    ClassLoss,
     build_assigner,
     build_box_loss_mean,
+    build_class_loss,
     point_offset,
     weights_of_stages,
 )
-
-CLASS_LOSSES = {
-    "varifocal": varifocal_loss,
-    "quality_focal": quality_focal_loss,
-    "focal": focal_loss,
-}
 
 
 def iou_quality(points: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
@@ -94,7 +89,7 @@ class PointDetector(PyramidDetector):
         grid: PointGrid,
         num_classes: int,
         assigner: Assigner,
-        cls_loss: Callable[[Tensor, Tensor], Tensor],
+        cls_loss: ClassLoss,
         quality: Quality,
         box_loss: BoxLoss,
         box_loss_weights: Sequence[float],
@@ -145,7 +140,7 @@ class PointDetector(PyramidDetector):
             "grid": PointGrid(strides, point_offset(cfg)),
             "num_classes": dense.NUM_CLASSES,
             "assigner": build_assigner(cfg),
-            "cls_loss": part_named(CLASS_LOSSES, node.CLS_LOSS, f"{key}.CLS_LOSS"),
+            "cls_loss": build_class_loss(cfg),
             "quality": part_named(QUALITIES, node.QUALITY, f"{key}.QUALITY"),
             "box_loss": build_box_loss(node.BOX_LOSS, dense.SMOOTH_L1_LOSS_BETA, f"{key}.BOX_LOSS"),
             "box_loss_weights": weights_of_stages(node.BOX_LOSS_WEIGHTS, head.num_stages),
