@@ -122,8 +122,8 @@ def _add_iou_net(cfg: CfgNode) -> None:
     node.LOSS_TYPE = "smooth_l1"
     # Factor of that loss, a mean over RoIs. The paper gives none; 5 in MMI.
     node.LOSS_WEIGHT = 5.0
-    # Whether the loss of the IoU branch trains the backbone, too, as in the paper's joint training;
-    # without, the detector learns as if there were no such branch (ours).
+    # Whether the loss of the IoU branch trains what it shares with the detector, too, as in the
+    # paper's joint training; without, the detector learns as if there were no such branch (ours).
     node.FEATURE_GRADIENT = True
     # One IoU for all classes in place of one a class (the authors).
     node.CLASS_AGNOSTIC = False

@@ -88,7 +88,7 @@ class IoUBranch(nn.Module):
                 that their parameters are not the branch's.
             loss_weight: factor of that loss.
             rois_per_gt, rois_per_image: training RoIs, see `jittered_boxes`.
-            feature_gradient: whether the loss reaches what makes the features.
+            feature_gradient: whether the loss reaches what makes the features, and `shared`.
         """
         super().__init__()
         self.pooler = pooler
@@ -138,7 +138,10 @@ class IoUBranch(nn.Module):
         area decides.
         """
         where = (features, boxes) if levels is None else (features, boxes, levels)
-        outputs = self.iou_pred(self.head(self.shared(self.pooler(*where)))).float()
+        pooled = self.shared(self.pooler(*where))
+        if self.training and not self.feature_gradient:
+            pooled = pooled.detach()
+        outputs = self.iou_pred(self.head(pooled)).float()
         if outputs.shape[1] == 1:
             return outputs[:, 0]
         return outputs.gather(1, classes[:, None]).squeeze(1)
@@ -146,8 +149,6 @@ class IoUBranch(nn.Module):
     def losses(self, features: list[Tensor], targets: list[Instances]) -> dict[str, Tensor]:
         """{"loss_iou": ...}: the mean over jittered boxes, whose number is the mean over processes
         and at least 1. Without a ground truth 0, with gradients."""
-        if not self.feature_gradient:
-            features = [feature.detach() for feature in features]
         boxes, classes, ious = [], [], []
         for target in targets:
             jittered, index, iou = jittered_boxes(

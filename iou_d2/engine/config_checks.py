@@ -20,6 +20,7 @@ from iou_d2.errors import InputError
 
 # Architectures that read MODEL.PROPOSAL_GENERATOR, and those that read MODEL.ROI_HEADS.
 _WITH_PROPOSALS = ("GeneralizedRCNN", "ProposalNetwork", "StandaloneIoUNet", "PanopticFPN")
+_WITH_IOU_BRANCH = ("IoUNetROIHeads", "IoUNetCascadeROIHeads", "IoUNetRes5ROIHeads")
 _WITH_ROI_HEADS = ("GeneralizedRCNN", "StandaloneIoUNet", "PanopticFPN")
 
 
@@ -91,7 +92,7 @@ def require_predicted_ious(cfg: CfgNode, what: str) -> None:
         node = cfg.MODEL.POINT_DETECTOR
         predicts = (node.HEAD, node.QUALITY) == ("QualityHead", "iou")
     elif architecture in _WITH_ROI_HEADS:
-        predicts = cfg.MODEL.ROI_HEADS.NAME in ("IoUNetROIHeads", "IoUNetCascadeROIHeads")
+        predicts = cfg.MODEL.ROI_HEADS.NAME in _WITH_IOU_BRANCH
     else:
         predicts = architecture in ("IoUAwareRetinaNet", "IoUAwareSSD")
     if not predicts:

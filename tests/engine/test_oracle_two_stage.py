@@ -27,10 +27,19 @@ CASCADE = (
     "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
     "True",
 )
+RES5 = (
+    *("MODEL.RESNETS.NORM", "BN", "MODEL.ROI_BOX_HEAD.FC_DIM", "16"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "40", "MODEL.ANCHOR_GENERATOR.SIZES", "[[16, 32, 64]]"),
+    *(
+        "MODEL.IOU_NET.REFINE_STEPS",
+        "0",
+    ),
+)
 KINDS = {
-    "faster": ("faster_rcnn_shapes", ()),
-    "cascade": ("faster_rcnn_shapes", CASCADE),
-    "iou_net": ("iou_net_shapes", ("MODEL.IOU_NET.REFINE_ROLL_BACK", "True")),
+    "res5": ("iou_net_R_50_C4_1x", RES5),
+    "faster": ("quick/faster_rcnn_shapes", ()),
+    "cascade": ("quick/faster_rcnn_shapes", CASCADE),
+    "iou_net": ("quick/iou_net_shapes", ("MODEL.IOU_NET.REFINE_ROLL_BACK", "True")),
 }
 
 
@@ -80,7 +89,7 @@ def make_scene(small_cfg, make_batch):
     def make(kind, objects=(2, 1)):
         name, overrides = KINDS[kind]
         few = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.ROI_HEADS.NUM_CLASSES", "3")
-        cfg = small_cfg(f"configs/quick/{name}.yaml", *few, *overrides)
+        cfg = small_cfg(f"configs/{name}.yaml", *few, *overrides)
         return Scene(cfg, make_batch(list(objects)))
 
     return make
@@ -98,7 +107,7 @@ def test_the_row_of_nothing_is_the_detector(make_scene, kind):
     scene = make_scene(kind)
     rows, _ = plan(scene.editor, list(ORACLES))
     outputs = OracleModel(scene.model, scene.editor, rows)(scene.batch)
-    row = next(x for x in rows if x.name == NOTHING and x.with_quality == (kind == "iou_net"))
+    row = next(x for x in rows if x.name == NOTHING and x.with_quality == scene.editor.has_quality)
     with torch.no_grad():
         expected = [x["instances"] for x in scene.model(scene.batch)]
     assert_same([x[row.folder]["instances"] for x in outputs], expected)

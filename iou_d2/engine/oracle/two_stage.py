@@ -17,7 +17,7 @@ from torch import Tensor
 
 from iou_d2.detectors.iou_net_inference import Postprocessor, select_boxes
 from iou_d2.detectors.iou_net_nms import GuidedNMS
-from iou_d2.detectors.pooler import PrRoIPooler
+from iou_d2.detectors.pooler import LayerPooler
 from iou_d2.errors import InputError
 from iou_d2.ops.boxes import aligned_iou
 
@@ -34,7 +34,7 @@ class TrueIoU:
     """
 
     truth: list[Instances]
-    pooler: PrRoIPooler | None = None
+    pooler: LayerPooler | None = None
 
     def predict(
         self,
@@ -83,7 +83,7 @@ class RegionEditor(Editor):
         if not hasattr(detector.roi_heads, "regress"):
             raise InputError(
                 "An oracle needs ROI heads of iou_d2: set MODEL.ROI_HEADS.NAME to BoxLossROIHeads, "
-                "BoxLossCascadeROIHeads, IoUNetROIHeads or IoUNetCascadeROIHeads."
+                "BoxLossCascadeROIHeads, BoxLossRes5ROIHeads, or to those of IoU-Net."
             )
         self.detector = detector
         self.heads = heads = detector.roi_heads
