@@ -13,17 +13,17 @@ from iou_d2.errors import InputError
 from iou_d2.layers import PrRoIPool
 from iou_d2.layers.spp import RoIMaxPool
 
-from .pooler import LayerPooler, SPPPooler, scales_of
+from .pooler import LayerPooler, PrRoIPooler, SPPPooler, scales_of
 
-# POOLER_TYPE -> layer, of bins a side and the scale of a feature level.
-LAYERS = {
-    "PrRoIPool": partial(PrRoIPool, aligned=True),
-    "PrRoIPoolLegacy": partial(PrRoIPool, aligned=False),
-    "ROIPool": RoIMaxPool,
+# POOLER_TYPE -> pooler of an output size, scales and two more arguments, as PrRoIPooler has them.
+POOLERS: dict[str, Callable[..., LayerPooler]] = {
+    "PrRoIPool": partial(PrRoIPooler, aligned=True),
+    "PrRoIPoolLegacy": partial(PrRoIPooler, aligned=False),
+    "ROIPool": lambda size, *levels: LayerPooler(partial(RoIMaxPool, size), size, *levels),
 }
 # POOLER_TYPE -> the layer of each level of a spatial pyramid: the maximum, as in SPP-net (arXiv
 # 1406.4729), or the mean that has gradients for boxes (ours).
-PYRAMIDS = {"SPP": LAYERS["ROIPool"], "PrRoISPP": LAYERS["PrRoIPool"]}
+PYRAMIDS = {"SPP": RoIMaxPool, "PrRoISPP": partial(PrRoIPool, aligned=True)}
 
 
 class AnyPooler:
@@ -59,7 +59,7 @@ def with_pooler(init: Callable, cfg, input_shape, node: str, name: str) -> dict:
 
     The box heads that come with a spatial pyramid are as for a single bin."""
     kind = cfg.MODEL[node].POOLER_TYPE
-    if kind not in LAYERS and kind not in PYRAMIDS:
+    if kind not in POOLERS and kind not in PYRAMIDS:
         return init(cfg, input_shape)
     cfg = cfg.clone()
     cfg.defrost()
@@ -74,13 +74,10 @@ def with_pooler(init: Callable, cfg, input_shape, node: str, name: str) -> dict:
 
 def _build_pooler(cfg, kind: str, like: ROIPooler) -> LayerPooler:
     """The pooler that `kind` names, with the levels of `like`."""
-    canonical = like.canonical_box_size, like.canonical_level
+    levels = scales_of(like), like.canonical_box_size, like.canonical_level
     if kind in PYRAMIDS:
-        return SPPPooler(PYRAMIDS[kind], _spp_levels(cfg), scales_of(like), *canonical)
-    layer = LAYERS[kind]
-    return LayerPooler(
-        lambda scale: layer(like.output_size, scale), like.output_size, scales_of(like), *canonical
-    )
+        return SPPPooler(PYRAMIDS[kind], _spp_levels(cfg), *levels)
+    return POOLERS[kind](like.output_size, *levels)
 
 
 def _spp_levels(cfg) -> tuple[int, ...]:
