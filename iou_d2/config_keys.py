@@ -131,6 +131,10 @@ def _add_iou_net(cfg: CfgNode) -> None:
     # those of MMI, which found 150 to 250 and 1000 alike.
     node.ROIS_PER_GT = 250
     node.ROIS_PER_IMAGE = 1000
+    # Beside them so many of an image's proposals that have an object, at most, drawn among those
+    # that the box head trains on. The paper has none, since few of them have a high IoU (ours). Not
+    # for StandaloneIoUNet, which has no proposals, nor for IoUNetRes5ROIHeads.
+    node.PROPOSALS_PER_IMAGE = 0
     # The box of a proposal that goes to NMS for a class: that of "each_class" (Detectron2), or for
     # all of them that of its "best_class" (MMI).
     node.BOX_OF = "each_class"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from assign_by_hand import iou_by_hand
 from iou_d2.detectors.point_parts import build_class_loss
 from iou_d2.errors import InputError
 from iou_d2.ops.losses import varifocal_loss
@@ -116,3 +117,38 @@ def test_the_loss_of_an_iou_branch_may_leave_the_backbone_alone(
     learns = [x.grad is not None and bool((x.grad != 0).any()) for x in model.backbone.parameters()]
     assert any(learns) == reaches
     assert all(x.grad.abs().sum() > 0 for x in model.roi_heads.iou_branch.iou_pred.parameters())
+
+
+def test_an_iou_branch_may_learn_proposals_too(small_cfg, make_batch, event_storage):
+    counts = ("MODEL.IOU_NET.PROPOSALS_PER_IMAGE", "5", "MODEL.IOU_NET.ROIS_PER_IMAGE", "4")
+    cfg = small_cfg(
+        "configs/quick/iou_net_shapes.yaml", *counts, "MODEL.ROI_HEADS.NUM_CLASSES", "3"
+    )
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    branch, seen = model.roi_heads.iou_branch, []
+    branch.pooler.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
+    outputs = []
+    branch.iou_pred.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    torch.nn.init.normal_(branch.iou_pred.weight, std=0.2)
+    batch = make_batch([3, 0])
+    found = model(batch)["loss_iou"].item()
+    rois, none = (x.tensor.tolist() for x in seen[-1])
+    assert len(rois) == 9 and not none
+    truth = batch[0]["instances"]
+    errors = []
+    for box, output in zip(rois, outputs[-1].tolist()):
+        ious = [iou_by_hand(box, x) for x in truth.gt_boxes.tensor.tolist()]
+        iou, number = max((iou, number) for number, iou in enumerate(ious))
+        assert iou >= 0.5
+        error = abs(output[truth.gt_classes[number]] - 2 * iou + 1)
+        errors.append(error**2 / 2 if error < 1 else error - 0.5)
+    assert found == pytest.approx(5.0 * sum(errors) / 9, rel=1e-4)
+
+
+def test_proposals_of_none_are_refused(small_cfg):
+    counts = ("MODEL.IOU_NET.PROPOSALS_PER_IMAGE", "5")
+    with pytest.raises(InputError, match="StandaloneIoUNet trains its IoU branch on jittered"):
+        build_model(small_cfg("configs/quick/iou_net_standalone_shapes.yaml", *counts))
+    with pytest.raises(InputError, match="IoUNetRes5ROIHeads trains its IoU branch on jittered"):
+        build_model(small_cfg("configs/iou_net_R_50_C4_1x.yaml", *counts))
