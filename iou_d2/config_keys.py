@@ -29,6 +29,7 @@ def add_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
 
     _add_fine_tuning(cfg)
+    _add_test_augmentation(cfg)
     _add_mobilenet_v2(cfg)
     _add_rcnn(cfg)
     _add_spp(cfg)
@@ -52,6 +53,28 @@ def _add_fine_tuning(cfg: CfgNode) -> None:
     # Evaluations in a row, every TEST.EVAL_PERIOD iterations, that end the training where none has
     # a better box AP on the first of DATASETS.TEST than one before them; 0 for never (ours).
     cfg.SOLVER.PATIENCE = 0
+
+
+def _add_test_augmentation(cfg: CfgNode) -> None:
+    """Test-time augmentation, for every detector. Detectron2's keys switch it on and say what the
+    views of an image are: TEST.AUG.ENABLED; MIN_SIZES and MAX_SIZE, which stand for
+    INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST or, where INPUT.AUGMENTATIONS names "square", for sides of
+    squares; FLIP, which adds the mirror image of each.
+    """
+    node = cfg.TEST.AUG
+    # For each of MIN_SIZES a pair, such as [0, 160]: of the boxes that are found at that size,
+    # those are kept whose longer side is over the first number and whose shorter side is under the
+    # second one, in pixels of the image (RefineDet's multi-scale test). Empty keeps all.
+    node.BOX_SIZES = []
+    # "nms": the candidates of all views go together through the NMS of the method (Detectron2
+    # merges what NMS has left of each view). "vote": NMS of each view, and then box voting;
+    # "soft_vote" keeps the boxes that voted, too, with lower scores (RefineDet's code for VOC, and
+    # for COCO).
+    node.MERGE = "nms"
+    # Boxes whose IoU with a better one reaches this vote for it; a box that voted is kept by
+    # "soft_vote" where its score times 1 - IoU reaches the second number (RefineDet's code).
+    node.VOTE_THRESH = 0.45
+    node.SOFT_VOTE_MIN_SCORE = 0.01
 
 
 def _add_mobilenet_v2(cfg: CfgNode) -> None:

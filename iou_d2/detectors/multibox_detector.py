@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from .dense import DenseDetector, DenseNMS
@@ -16,7 +17,7 @@ from .multibox_inference import SoftNMS, build_multibox_nms
 
 class MultiBoxDetector(DenseDetector):
     """A backbone and a head with convolutions for each level. A detector adds `predict`, `losses`
-    and `detect`."""
+    and `image_candidates`."""
 
     def __init__(
         self,
@@ -59,6 +60,9 @@ class MultiBoxDetector(DenseDetector):
         """The L features that the head reads."""
         features = self.backbone(images)
         return [features[name] for name in self.head_in_features]
+
+    def suppress(self, candidates: Sequence[Instances]) -> Instances:
+        return self.nms(candidates)
 
     def divided(self, terms: MultiBoxTerms, prefix: str = "loss") -> dict[str, Tensor]:
         """The losses of classes and of boxes by name, over the number of positive boxes."""

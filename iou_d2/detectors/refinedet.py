@@ -217,13 +217,12 @@ class RefineDet(MultiBoxDetector):
         easy = (assignment.labels == background) & (objectness < self.min_objectness)
         return assignment._replace(labels=assignment.labels.masked_fill(easy, IGNORED))
 
-    @torch.no_grad()
-    def detect(
+    def image_candidates(
         self, predictions: RefineDetPrediction, image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
+    ) -> list[list[Instances]]:
         refined = self.refined_anchors(predictions)
         return [
-            self.nms([self.candidates(predictions, refined[image], image, size)])
+            [self.candidates(predictions, refined[image], image, size)]
             for image, size in enumerate(image_sizes)
         ]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -139,13 +138,11 @@ class SSD(MultiBoxDetector):
         assignment = self.loss.assign(anchors, gt_instances, num_classes)
         return self.loss(anchors, predictions.logits, predictions.deltas, assignment)
 
-    @torch.no_grad()
-    def detect(
+    def image_candidates(
         self, predictions: SSDPrediction, image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
+    ) -> list[list[Instances]]:
         return [
-            self.nms([self.candidates(predictions, image, size)])
-            for image, size in enumerate(image_sizes)
+            [self.candidates(predictions, image, size)] for image, size in enumerate(image_sizes)
         ]
 
     def candidates(

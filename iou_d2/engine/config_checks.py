@@ -16,6 +16,8 @@ from detectron2.modeling import (
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
 from detectron2.utils import comm
 
+from iou_d2.detectors.test_time_augmentation import build_merge
+from iou_d2.detectors.views import build_view_maker
 from iou_d2.errors import InputError
 
 # Architectures that read MODEL.PROPOSAL_GENERATOR, and those that read MODEL.ROI_HEADS.
@@ -24,10 +26,11 @@ _WITH_IOU_BRANCH = ("IoUNetROIHeads", "IoUNetCascadeROIHeads", "IoUNetRes5ROIHea
 _WITH_ROI_HEADS = ("GeneralizedRCNN", "StandaloneIoUNet", "PanopticFPN")
 
 
-def check_config(cfg: CfgNode) -> None:
+def check_config(cfg: CfgNode, augments: bool = False) -> None:
     """Check what every use of a model reads: parts that are there, images, device.
 
-    Raises InputError with the key, its value and what it may be.
+    `augments`: whether this use does what TEST.AUG says. Raises InputError with the key, its value
+    and what it may be.
     """
     _check_parts(cfg)
     _check_images(cfg)
@@ -39,10 +42,14 @@ def check_config(cfg: CfgNode) -> None:
     for key in ("INPUT.MIN_SIZE_TEST", "DATALOADER.NUM_WORKERS"):
         _at_least(cfg, key, 0)
     _at_least(cfg, "INPUT.MAX_SIZE_TEST", 1)
-    if cfg.TEST.AUG.ENABLED:
+    if cfg.TEST.AUG.ENABLED and not augments:
         raise InputError(
-            "TEST.AUG.ENABLED is True, but no command augments test images: set it to False."
+            "TEST.AUG.ENABLED is True, but only `iou-d2 train`, `eval` and `detect` augment test "
+            "images, and no exported model does: set it to False."
         )
+    if cfg.TEST.AUG.ENABLED:
+        build_view_maker(cfg)
+        build_merge(cfg)
 
 
 def check_training(cfg: CfgNode) -> None:
@@ -50,7 +57,7 @@ def check_training(cfg: CfgNode) -> None:
 
     Raises InputError with the key, its value and what it may be.
     """
-    check_config(cfg)
+    check_config(cfg, augments=True)
     check_datasets(cfg, "DATASETS.TRAIN")
     if not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty: name the data to train on with --train.")

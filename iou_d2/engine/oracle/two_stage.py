@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -117,7 +118,11 @@ class RegionEditor(Editor):
         self, predictions: RegionPrediction, branch: TrueIoU | None = None
     ) -> list[Instances]:
         """What IoU-Net does with predicted IoUs, those of its own branch or of another."""
-        return self.heads.detect(predictions.features, self.candidates(predictions), branch)
+        heads, features = self.heads, predictions.features
+        branch = heads.iou_branch if branch is None else branch
+        regress = partial(heads.regress_again, features)
+        candidates = self.candidates(predictions)
+        return heads.postprocessor(candidates, branch, heads.levels(features), regress)
 
     def by_true_rank(
         self, predictions: RegionPrediction, truth: list[Instances]
