@@ -132,10 +132,19 @@ def _add_box_losses(cfg: CfgNode) -> None:
     MODEL.RETINANET (BoxLossRetinaNet, IoUAwareRetinaNet), MODEL.RPN (BoxLossRPN) and
     MODEL.ROI_BOX_HEAD (BoxLossROIHeads, BoxLossCascadeROIHeads, IoU-Net): "smooth_l1", "l2" (of the
     deltas), "iou" (1 - IoU), "unitbox" (-ln IoU), "giou", "diou" or "ciou".
+
+    "smooth_l1" turns from a parabola to a line at the beta of Detectron2's SMOOTH_L1_BETA
+    (RetinaNet: SMOOTH_L1_LOSS_BETA), in units of deltas: 0, its default, is plain L1; 1 is the
+    papers' (arXiv 1504.08083, Eqn. 3, and 1506.01497), 1/9 their code's for the RPN.
     """
     # Factor of that loss in RetinaNet, as Detectron2's BBOX_REG_LOSS_WEIGHT of the other two. With
     # the IoU losses 2 is usual here (ATSS); for the box head 10, and 12 for "ciou" (mmdetection).
     cfg.MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
+    # What a predicted box with x1 > x2 or y1 > y2 counts as in the IoU losses of all detectors: one
+    # that is "collapsed" to the middle of such a side, so that it overlaps nothing (ours), or the
+    # box of the "sorted" corners (GIoU, arXiv 1902.09630, Algorithm 2). The heads here predict
+    # none, since sides come of an exp or a ReLU; a head of your own may.
+    cfg.MODEL.INVERTED_BOXES = "collapsed"
 
 
 def _add_iou_net(cfg: CfgNode) -> None:

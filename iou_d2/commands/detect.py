@@ -35,7 +35,7 @@ from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_wei
 from iou_d2.config import set_class_names
 from iou_d2.detectors.visualize import detection_label, draw_boxes
 from iou_d2.engine.checkpoint import untrained_predictor, use_tta
-from iou_d2.engine.config_checks import check_config
+from iou_d2.engine.config_checks import check_config, require_detections
 from iou_d2.errors import InputError, MissingFileError
 from iou_d2.evaluation.coco import OPTIONAL_FIELDS
 
@@ -164,6 +164,7 @@ def setup(
     `check_config`."""
     cfg = get_config(config_file, overrides)
     check_config(cfg, augments)
+    require_detections(cfg)
     checkpoint = read_weights(cfg, trust)
     names = names_in(checkpoint, cfg.MODEL.WEIGHTS) or cfg.MODEL.CLASS_NAMES
     if names:

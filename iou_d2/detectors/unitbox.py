@@ -184,7 +184,9 @@ class UnitBox(DenseDetector):
             "head_in_features": names,
             "extract": _build_extract(cfg),
             "region": part_named(REGIONS, node.REGION, "MODEL.UNITBOX.REGION"),
-            "box_loss": build_box_loss(node.BOX_LOSS, SMOOTH_L1_BETA, "MODEL.UNITBOX.BOX_LOSS"),
+            "box_loss": build_box_loss(
+                node.BOX_LOSS, SMOOTH_L1_BETA, "MODEL.UNITBOX.BOX_LOSS", cfg.MODEL.INVERTED_BOXES
+            ),
             "box_loss_weight": node.BOX_LOSS_WEIGHT,
             "confidence_loss_weight": node.CONFIDENCE_LOSS_WEIGHT,
         }

@@ -24,6 +24,8 @@ from iou_d2.errors import InputError
 _WITH_PROPOSALS = ("GeneralizedRCNN", "ProposalNetwork", "StandaloneIoUNet", "PanopticFPN")
 _WITH_IOU_BRANCH = ("IoUNetROIHeads", "IoUNetCascadeROIHeads", "IoUNetRes5ROIHeads")
 _WITH_ROI_HEADS = ("GeneralizedRCNN", "StandaloneIoUNet", "PanopticFPN")
+# Detectron2's word for no generator of proposals.
+_PRECOMPUTED = "PrecomputedProposals"
 
 
 def check_config(cfg: CfgNode, augments: bool = False) -> None:
@@ -127,10 +129,35 @@ def _check_parts(cfg: CfgNode) -> None:
     _registered(ANCHOR_GENERATOR_REGISTRY, name, "MODEL.ANCHOR_GENERATOR.NAME")
     if architecture in _WITH_PROPOSALS:
         name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-        if name != "PrecomputedProposals":
+        if name == _PRECOMPUTED:
+            _check_precomputed(cfg)
+        else:
             _registered(PROPOSAL_GENERATOR_REGISTRY, name, "MODEL.PROPOSAL_GENERATOR.NAME")
     if architecture in _WITH_ROI_HEADS:
         _registered(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME, "MODEL.ROI_HEADS.NAME")
+
+
+def _check_precomputed(cfg: CfgNode) -> None:
+    key, architecture = "MODEL.PROPOSAL_GENERATOR.NAME", cfg.MODEL.META_ARCHITECTURE
+    if architecture == "ProposalNetwork":
+        raise InputError(f"{key} is {_PRECOMPUTED!r}, of which ProposalNetwork learns nothing.")
+    # StandaloneIoUNet learns without proposals.
+    if architecture != "StandaloneIoUNet" and not cfg.MODEL.LOAD_PROPOSALS:
+        raise InputError(
+            f"{key} is {_PRECOMPUTED!r}, and these are read with MODEL.LOAD_PROPOSALS True alone."
+        )
+
+
+def require_detections(cfg: CfgNode) -> None:
+    """Raise an InputError where a model detects nothing in a picture alone."""
+    architecture, name = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    if architecture == "ProposalNetwork":
+        raise InputError("MODEL.META_ARCHITECTURE ProposalNetwork proposes boxes of no class.")
+    if architecture in _WITH_ROI_HEADS and name == _PRECOMPUTED:
+        raise InputError(
+            f"MODEL.PROPOSAL_GENERATOR.NAME is {name!r}, but a picture has no proposals: such a "
+            "model can be evaluated on a dataset alone."
+        )
 
 
 def _registered(registry: Any, name: str, key: str) -> None:

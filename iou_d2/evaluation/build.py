@@ -61,7 +61,8 @@ def build_evaluator(
         output_dir: folder for the result files; None for `results_folder`.
 
     Returns:
-        "coco": tasks "bbox" and "localization". "pascal_voc": these, and "voc".
+        "coco": tasks "bbox" and "localization". "pascal_voc": these, and "voc". Of a
+        ProposalNetwork the task "box_proposals".
 
     Raises:
         InputError: the dataset is evaluated in another way.
@@ -77,7 +78,7 @@ def build_evaluator(
     coco = COCOLocalizationEvaluator(
         dataset_name, output_dir, max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
     )
-    if evaluator_type == "coco":
+    if evaluator_type == "coco" or cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
         return coco
     return DatasetEvaluators([coco, VOCEvaluator(dataset_name)])
 
