@@ -13,6 +13,10 @@ def add_keys(cfg: CfgNode) -> None:
     # Names of the classes, in the order of the model's outputs. Training fills them in from its
     # data, so that a saved config names what its model predicts (ours).
     cfg.MODEL.CLASS_NAMES = []
+    # A file of `iou-d2 calibrate` that says what a predicted IoU is worth, for IoUAwareRetinaNet,
+    # IoUAwareSSD, IoU-Net and a QualityHead of the QUALITY "iou": the calibrated IoU ranks in its
+    # place (ours). Empty for none.
+    cfg.MODEL.CALIBRATION = ""
 
     # What a user insists on where data look wrong (ours): boxes that look like corners (XYXY) or
     # fractions of the image are taken as XYWH in pixels; images outside the image folder are read;
@@ -150,12 +154,19 @@ def _add_iou_net(cfg: CfgNode) -> None:
     node.LOSS_TYPE = "smooth_l1"
     # Factor of that loss, a mean over RoIs. The paper gives none; 5 in MMI.
     node.LOSS_WEIGHT = 5.0
+    # Whether the loss of the IoU branch trains what it shares with the detector, too, as in the
+    # paper's joint training; without, the detector learns as if there were no such branch (ours).
+    node.FEATURE_GRADIENT = True
     # One IoU for all classes in place of one a class (the authors).
     node.CLASS_AGNOSTIC = False
     # Jittered training RoIs around a ground truth, and at most in an image. The paper gives none;
     # those of MMI, which found 150 to 250 and 1000 alike.
     node.ROIS_PER_GT = 250
     node.ROIS_PER_IMAGE = 1000
+    # Beside them so many of an image's proposals that have an object, at most, drawn among those
+    # that the box head trains on. The paper has none, since few of them have a high IoU (ours). Not
+    # for StandaloneIoUNet, which has no proposals, nor for IoUNetRes5ROIHeads.
+    node.PROPOSALS_PER_IMAGE = 0
     # The box of a proposal that goes to NMS for a class: that of "each_class" (Detectron2), or for
     # all of them that of its "best_class" (MMI).
     node.BOX_OF = "each_class"

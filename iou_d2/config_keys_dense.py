@@ -53,6 +53,9 @@ def _add_iou_retinanet(cfg: CfgNode) -> None:
     # Whether the gradient of the target, the IoU of the decoded box, reaches the box branch
     # (Eqn. 5). True in the authors' code and in the best row of their Table 4.
     node.IOU_TARGET_GRADIENT = True
+    # Whether the IoU of RetinaNet is read off a tower of its own, like that of the boxes, and not
+    # off theirs (the paper and its code). The authors' code can share fewer convolutions, too.
+    node.IOU_TOWER = False
 
 
 def _add_point_detector(cfg: CfgNode) -> None:
@@ -104,6 +107,15 @@ def _add_point_detector(cfg: CfgNode) -> None:
     # Loss of the classes: "varifocal" (2008.13367), "quality_focal" (2006.04388) or "focal" (ATSS,
     # FCOS).
     node.CLS_LOSS = "varifocal"
+    # "varifocal": a negative has the weight ALPHA * p^GAMMA (Eqn. 2; 0.75 and 2 in the paper, which
+    # finds 0.5 to 1.5 and 1 to 3 alike), a positive that of its quality, or 1 (the paper's
+    # ablation).
+    node.VARIFOCAL_ALPHA = 0.75
+    node.VARIFOCAL_GAMMA = 2.0
+    node.VARIFOCAL_IOU_WEIGHTED = True
+    # "quality_focal": the weight |q - p|^BETA (2006.04388, Eqn. 4; 2 is best there). "focal" reads
+    # Detectron2's MODEL.RETINANET.FOCAL_LOSS_ALPHA and FOCAL_LOSS_GAMMA.
+    node.QUALITY_FOCAL_BETA = 2.0
     # What weighs the box losses and is learnt by class scores or by a quality branch: "iou" of the
     # predicted box with its object, or the "centerness" of a point in its object (ATSS, FCOS).
     node.QUALITY = "iou"

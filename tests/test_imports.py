@@ -25,7 +25,7 @@ FLOORS = {
     # Of `data` only what imports no Detectron2: see the test below.
     "analysis": ({"data"}, ARRAYS),
     "report": ({"data", "analysis"}, {"numpy", "PIL"}),
-    "evaluation": ({"analysis"}, {"detectron2", "tabulate"}),
+    "evaluation": ({"analysis"}, {"detectron2", "numpy", "tabulate"}),
     "zoo": (set(), {"yaml", "tabulate"}),
     # In use without torch and without Detectron2.
     "runtime": (set(), {"numpy", "cv2", "onnxruntime"}),

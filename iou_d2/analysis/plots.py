@@ -87,6 +87,32 @@ def plot_curves(
     return _save(figure, path)
 
 
+def plot_bars(
+    groups: dict[str, dict[str, float]], path: str | os.PathLike, *, y_label: str, title: str = ""
+) -> Figure:
+    """Draw bars side by side, each with its value, and write them to `path`.
+
+    `groups` are bars by the name of their group, and in it by that of their colour; NaN, or a name
+    that a group lacks, leaves a gap.
+    """
+    names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    figure = Figure(figsize=(2 + 1.1 * len(groups), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / max(len(names), 1)
+    for number, name in enumerate(names):
+        heights = [bars.get(name, np.nan) for bars in groups.values()]
+        x = np.arange(len(groups)) + (number - (len(names) - 1) / 2) * width
+        drawn = axes.bar(x, heights, width, label=name)
+        labels = ["" if np.isnan(height) else f"{height:.1f}" for height in heights]
+        axes.bar_label(drawn, labels, fontsize=8)
+    axes.set(ylabel=y_label, title=title)
+    axes.set_xticks(range(len(groups)), list(groups), rotation=20)
+    axes.margins(y=0.1)
+    if names:
+        axes.legend()
+    return _save(figure, path)
+
+
 def _save(figure: Figure, path: str | os.PathLike) -> Figure:
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=120)

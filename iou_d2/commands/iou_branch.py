@@ -22,7 +22,7 @@ from torch import Tensor
 from iou_d2.commands.finished_runs import trained_config
 from iou_d2.commands.run_data import use_test_set
 from iou_d2.commands.trained import add_trust_argument, load_trained
-from iou_d2.data.mapper import CheckedDatasetMapper
+from iou_d2.data.mapper import truth_mapper
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
 from iou_d2.detectors.iou_net_nms import PlainNMS
 from iou_d2.errors import InputError
@@ -35,8 +35,7 @@ MIN_SCORE, MIN_IOU = 0.3, 0.5
 def read_images(cfg: CfgNode, count: int, clean_dir: Path):
     """The first images of DATASETS.TEST at their test size, with their ground truth."""
     name = use_test_set(cfg, clean_dir)
-    mapper = CheckedDatasetMapper(cfg, is_train=True)
-    mapper.augmentations = CheckedDatasetMapper(cfg, is_train=False).augmentations
+    mapper = truth_mapper(cfg)
     for record in DatasetCatalog.get(name)[:count]:
         image = mapper(record)
         if image is not None and len(image["instances"]):

@@ -26,6 +26,8 @@ COMMANDS = (
     "zoo",
     "refine",
     "iou-branch",
+    "oracle",
+    "calibrate",
     "convert",
     "export",
     "install-detectron2",

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
@@ -74,6 +75,15 @@ class CheckedDatasetMapper(DatasetMapper):
             raise InputError(
                 f"{_name(dataset_dict)} cannot be used: {type(error).__name__}: {error}"
             ) from error
+
+
+def truth_mapper(cfg: CfgNode) -> CheckedDatasetMapper:
+    """The mapper of test images that keeps their objects, but for crowds, as "instances" of boxes
+    and classes at the size of the network input."""
+    mapper = CheckedDatasetMapper(cfg, is_train=True)
+    mapper.augmentations = CheckedDatasetMapper(cfg, is_train=False).augmentations
+    mapper.use_instance_mask = mapper.use_keypoint = mapper.recompute_boxes = False
+    return mapper
 
 
 def boxes_of(dataset_dict: dict[str, Any]) -> np.ndarray:

@@ -15,7 +15,9 @@ from torch import Tensor
 from iou_d2.errors import InputError
 from iou_d2.ops.box_losses import BoxDeltas
 from iou_d2.ops.boxes import aligned_iou
+from iou_d2.ops.calibration import Calibration, as_predicted
 
+from .calibration import build_calibration
 from .dense import part_named
 
 
@@ -57,12 +59,14 @@ class IoUAwareness:
         alpha: weight of the class score in the confidence, in [0, 1].
         loss_of, loss_weight: one of IOU_LOSSES; factor of it.
         target_gradient: let the gradient of the target reach the deltas.
+        calibration: what a predicted IoU counts for in detections.
     """
 
     alpha: float = 0.5
     loss_of: IoULoss = cross_entropy
     loss_weight: float = 1.0
     target_gradient: bool = True
+    calibration: Calibration = as_predicted
 
     def loss(self, iou_logits: Tensor, predicted: BoxDeltas, gt_boxes: Tensor) -> Tensor:
         """The sum over P positive anchors, of logits (P,), their boxes and ground truth (P, 4)."""
@@ -74,7 +78,7 @@ class IoUAwareness:
     def rank(self, probability: Tensor, iou_logits: Tensor) -> dict[str, Tensor]:
         """Class scores p (R, K) and logits (R, 1) -> {"scores": p^alpha * IoU^(1 - alpha),
         "cls_scores": p, "pred_ious": IoU}, each (R, K)."""
-        iou = iou_logits.float().sigmoid()
+        iou = self.calibration(iou_logits.float().sigmoid())
         return {
             "scores": confidence(probability, iou, self.alpha),
             "cls_scores": probability,
@@ -92,4 +96,5 @@ def build_iou_awareness(cfg) -> IoUAwareness:
         loss_of=part_named(IOU_LOSSES, node.IOU_LOSS_TYPE, f"{key}.IOU_LOSS_TYPE"),
         loss_weight=node.IOU_LOSS_WEIGHT,
         target_gradient=node.IOU_TARGET_GRADIENT,
+        calibration=build_calibration(cfg),
     )

@@ -6,8 +6,9 @@ pixels of the network input.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from detectron2.modeling.roi_heads import build_box_head
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from iou_d2.ops.boxes import aligned_iou
 from iou_d2.ops.jitter import jitter_offsets, jittered_boxes
 
 from .dense import part_named, reduce_mean
@@ -56,6 +58,14 @@ IOU_CODES = {
 }
 
 
+class TrainingRoIs(NamedTuple):
+    """Of an image."""
+
+    boxes: Tensor  # (R, 4)
+    classes: Tensor  # (R,), of their objects
+    ious: Tensor  # (R,), with them
+
+
 def as_pooled(pooled: Tensor) -> Tensor:
     """What the branch reads where it shares no layer with the box head: the pooled features."""
     return pooled
@@ -76,6 +86,8 @@ class IoUBranch(nn.Module):
         loss_weight: float = 5.0,
         rois_per_gt: int = 250,
         rois_per_image: int = 1000,
+        proposals_per_image: int = 0,
+        feature_gradient: bool = True,
     ):
         """
         Args:
@@ -87,6 +99,8 @@ class IoUBranch(nn.Module):
                 that their parameters are not the branch's.
             loss_weight: factor of that loss.
             rois_per_gt, rois_per_image: training RoIs, see `jittered_boxes`.
+            proposals_per_image: of the proposals at most so many are training RoIs, too.
+            feature_gradient: whether the loss reaches what makes the features, and `shared`.
         """
         super().__init__()
         self.pooler = pooler
@@ -99,6 +113,8 @@ class IoUBranch(nn.Module):
         self.loss_weight = loss_weight
         self.rois_per_gt = rois_per_gt
         self.rois_per_image = rois_per_image
+        self.proposals_per_image = proposals_per_image
+        self.feature_gradient = feature_gradient
         self.register_buffer("offsets", jitter_offsets(), persistent=False)
 
     @classmethod
@@ -119,6 +135,8 @@ class IoUBranch(nn.Module):
             "loss_weight": node.LOSS_WEIGHT,
             "rois_per_gt": node.ROIS_PER_GT,
             "rois_per_image": node.ROIS_PER_IMAGE,
+            "proposals_per_image": node.PROPOSALS_PER_IMAGE,
+            "feature_gradient": node.FEATURE_GRADIENT,
         }
 
     def forward(
@@ -134,29 +152,59 @@ class IoUBranch(nn.Module):
         area decides.
         """
         where = (features, boxes) if levels is None else (features, boxes, levels)
-        outputs = self.iou_pred(self.head(self.shared(self.pooler(*where)))).float()
+        pooled = self.shared(self.pooler(*where))
+        if self.training and not self.feature_gradient:
+            pooled = pooled.detach()
+        outputs = self.iou_pred(self.head(pooled)).float()
         if outputs.shape[1] == 1:
             return outputs[:, 0]
         return outputs.gather(1, classes[:, None]).squeeze(1)
 
-    def losses(self, features: list[Tensor], targets: list[Instances]) -> dict[str, Tensor]:
-        """{"loss_iou": ...}: the mean over jittered boxes, whose number is the mean over processes
-        and at least 1. Without a ground truth 0, with gradients."""
-        boxes, classes, ious = [], [], []
-        for target in targets:
-            jittered, index, iou = jittered_boxes(
-                target.gt_boxes.tensor,
-                target.image_size,
-                self.offsets,
-                per_gt=self.rois_per_gt,
-                per_image=self.rois_per_image,
-            )
-            boxes.append(Boxes(jittered))
-            classes.append(target.gt_classes[index])
-            ious.append(iou)
-        outputs, ious = self(features, boxes, torch.cat(classes)), torch.cat(ious)
+    def losses(
+        self,
+        features: list[Tensor],
+        targets: list[Instances],
+        proposals: Sequence[Instances] = (),
+    ) -> dict[str, Tensor]:
+        """{"loss_iou": ...}: the mean over training RoIs, whose number is the mean over processes
+        and at least 1. Without a ground truth 0, with gradients.
+
+        Args:
+            targets: the ground truth of N images.
+            proposals: N, those that have an object, with `proposal_boxes`, `gt_boxes` and
+                `gt_classes`; nothing where none are to be learnt from.
+        """
+        rois = [self._jittered(target) for target in targets]
+        if self.proposals_per_image:
+            rois = [
+                TrainingRoIs(*map(torch.cat, zip(jittered, self._drawn(of_image))))
+                for jittered, of_image in zip(rois, proposals, strict=True)
+            ]
+        boxes, classes, ious = zip(*rois)
+        outputs = self(features, [Boxes(x) for x in boxes], torch.cat(classes))
+        ious = torch.cat(ious)
         count = reduce_mean(ious.new_tensor(float(len(ious)))).clamp(min=1)
         return {"loss_iou": self.loss_weight * self.code.loss(outputs, ious) / count}
+
+    def _jittered(self, target: Instances) -> TrainingRoIs:
+        boxes, index, ious = jittered_boxes(
+            target.gt_boxes.tensor,
+            target.image_size,
+            self.offsets,
+            per_gt=self.rois_per_gt,
+            per_image=self.rois_per_image,
+        )
+        return TrainingRoIs(boxes, target.gt_classes[index], ious)
+
+    def _drawn(self, proposals: Instances) -> TrainingRoIs:
+        """At most `proposals_per_image` of the proposals of an image."""
+        if not len(proposals):  # of an image without objects, which may lack the fields
+            nothing = proposals.proposal_boxes.tensor
+            return TrainingRoIs(nothing, nothing.new_zeros(0, dtype=torch.int64), nothing[:, 0])
+        chosen = proposals[torch.randperm(len(proposals))[: self.proposals_per_image]]
+        boxes = chosen.proposal_boxes.tensor
+        ious = aligned_iou(boxes, chosen.gt_boxes.tensor)
+        return TrainingRoIs(boxes, chosen.gt_classes, ious)
 
     def predict(
         self,

@@ -58,6 +58,13 @@ def box_of_best_class(boxes: Tensor, probabilities: Tensor) -> Tensor:
 BOX_CHOICES = {"each_class": box_of_each_class, "best_class": box_of_best_class}
 
 
+def no_proposals(name: str) -> InputError:
+    return InputError(
+        f"MODEL.IOU_NET.PROPOSALS_PER_IMAGE is over 0, but {name} trains its IoU branch on "
+        "jittered boxes alone: set it to 0."
+    )
+
+
 class _IoUNetHeads:
     """What both kinds of IoU-Net heads share; it stands before a class that has `regress`."""
 
@@ -116,8 +123,9 @@ class _IoUNetHeads:
     def forward(self, images, features: dict[str, Tensor], proposals, targets=None):
         """See Detectron2's ROIHeads; the losses have a "loss_iou" more."""
         results, losses = super().forward(images, features, proposals, targets)
-        if self.training:
-            losses.update(self.iou_branch.losses(self.levels(features), targets))
+        if self.training:  # the results are the proposals that the box head was trained on
+            objects = [x[x.gt_classes < self.num_classes] for x in results]
+            losses.update(self.iou_branch.losses(self.levels(features), targets, objects))
         return results, losses
 
     def levels(self, features: dict[str, Tensor]) -> list[Tensor]:
@@ -174,6 +182,8 @@ class IoUNetRes5ROIHeads(_IoUNetHeads, BoxLossRes5ROIHeads):
     @classmethod
     def _init_iou_branch(cls, cfg, input_shape, arguments: dict) -> IoUBranch:
         require_box_head(cfg)
+        if cfg.MODEL.IOU_NET.PROPOSALS_PER_IMAGE:
+            raise no_proposals(cfg.MODEL.ROI_HEADS.NAME)
         shared = MeanOfRes5(arguments["res5"])
         return IoUBranch(cfg, arguments["pooler"], shared.output_shape, shared)
 
@@ -188,6 +198,8 @@ class StandaloneIoUNet(GeneralizedRCNN):
     @configurable
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        if self.roi_heads.iou_branch.proposals_per_image:
+            raise no_proposals("StandaloneIoUNet")
         self.requires_grad_(False)
         self.roi_heads.iou_branch.requires_grad_(True)
 

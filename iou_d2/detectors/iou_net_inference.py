@@ -14,8 +14,10 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from iou_d2.ops.calibration import Calibration, as_predicted
 from iou_d2.ops.refine import leave_inference_mode, refine_boxes
 
+from .calibration import build_calibration
 from .dense import first, part_named
 from .iou_net_nms import NMS, build_nms
 from .pooler import LayerPooler
@@ -154,12 +156,15 @@ class Postprocessor:
         max_detections: boxes that an image keeps after NMS; negative for all.
         refiner: what moves them then; None leaves them where they are.
         score_times_iou: multiply the final score by the predicted IoU.
+        calibration: what a predicted IoU counts for in NMS and in detections; refinement is by the
+            IoU as it is predicted.
     """
 
     nms: NMS
     max_detections: int = 100
     refiner: Refiner | None = None
     score_times_iou: bool = False
+    calibration: Calibration = as_predicted
 
     @torch.no_grad()
     def __call__(
@@ -183,6 +188,8 @@ class Postprocessor:
         """
         if self.nms.needs_ious:
             predict_ious(candidates, branch, features)
+            for instances in candidates:
+                instances.pred_ious = self.calibration(instances.pred_ious)
         detections = [self.suppress(instances) for instances in candidates]
         self.refine(detections, branch, features, regress)
         return [self.score(instances) for instances in detections]
@@ -211,7 +218,7 @@ class Postprocessor:
     def score(self, detections: Instances) -> Instances:
         """The detections of one image with their final scores, best first."""
         detections.cls_scores = detections.scores
-        detections.pred_ious = detections.pred_ious.clamp(0, 1)
+        detections.pred_ious = self.calibration(detections.pred_ious.clamp(0, 1))
         if not self.score_times_iou:
             return detections
         detections.scores = detections.scores * detections.pred_ious
@@ -225,6 +232,7 @@ def build_postprocessor(cfg) -> Postprocessor:
         max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
         refiner=_build_refiner(cfg.MODEL.IOU_NET),
         score_times_iou=cfg.MODEL.IOU_NET.SCORE_TIMES_IOU,
+        calibration=build_calibration(cfg),
     )
 
 

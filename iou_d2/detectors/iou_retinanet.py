@@ -9,8 +9,11 @@ sigmoid.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
@@ -25,11 +28,24 @@ class IoUAwareRetinaNetHead(RetinaNetHead):
     """RetinaNetHead and the IoU conv, `iou_pred`, on the last feature of the box tower."""
 
     @configurable
-    def __init__(self, *, num_anchors: int, conv_dims: list[int], **kwargs):
+    def __init__(
+        self, *, num_anchors: int, conv_dims: list[int], iou_tower: bool = False, **kwargs
+    ):
+        """
+        Args:
+            iou_tower: whether the IoU conv reads a tower of its own, `iou_subnet`.
+            kwargs: those of RetinaNetHead.
+        """
         super().__init__(num_anchors=num_anchors, conv_dims=conv_dims, **kwargs)
         self.iou_pred = nn.Conv2d(conv_dims[-1], num_anchors, kernel_size=3, padding=1)
         nn.init.normal_(self.iou_pred.weight, std=0.01)
         nn.init.zeros_(self.iou_pred.bias)
+        self.iou_subnet = like_tower(self.bbox_subnet) if iou_tower else None
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: list[ShapeSpec]):
+        arguments = super().from_config(cfg, input_shape)
+        return {**arguments, "iou_tower": cfg.MODEL.IOU_RETINANET.IOU_TOWER}
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """L features (N, C, H, W) -> L class logits (N, AK, H, W), L deltas (N, 4A, H, W) and
@@ -39,8 +55,18 @@ class IoUAwareRetinaNetHead(RetinaNetHead):
             box_feature = self.bbox_subnet(feature)
             logits.append(self.cls_score(self.cls_subnet(feature)))
             deltas.append(self.bbox_pred(box_feature))
-            iou_logits.append(self.iou_pred(box_feature))
+            iou_feature = box_feature if self.iou_subnet is None else self.iou_subnet(feature)
+            iou_logits.append(self.iou_pred(iou_feature))
         return logits, deltas, iou_logits
+
+
+def like_tower(tower: nn.Sequential) -> nn.Sequential:
+    """A tower of the same layers, with weights of its own."""
+    tower = copy.deepcopy(tower)
+    for layer in tower:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.01)
+    return tower
 
 
 @META_ARCH_REGISTRY.register()
@@ -87,6 +113,8 @@ class IoUAwareRetinaNet(BoxLossRetinaNet):
         return {**losses, "loss_iou": loss / count}
 
     def rank(self, prediction: AnchorPrediction, image: int) -> dict[str, Tensor]:
+        if prediction.iou_logits is None:
+            return super().rank(prediction, image)
         probability = prediction.logits[image].float().sigmoid()  # (R, K)
         ranked = self.iou_awareness.rank(probability, prediction.iou_logits[image])
         scores = ranked["scores"]

@@ -26,26 +26,23 @@ from torchvision.ops import clip_boxes_to_image
 
 from iou_d2.ops.box_losses import BoxLoss, build_box_loss
 from iou_d2.ops.boxes import aligned_iou, boxes_around, centerness
-from iou_d2.ops.losses import focal_loss, quality_focal_loss, varifocal_loss
+from iou_d2.ops.calibration import Calibration, as_predicted
 from iou_d2.ops.points import PointGrid
 
+from .calibration import build_calibration
 from .dense import PyramidDetector, build_dense_nms, part_named, reduce_mean, round_up
 from .point_heads import POINT_HEAD_REGISTRY, PointPrediction
 from .point_inference import INFERENCES, PointInference
 from .point_parts import (
     Assigner,
     BoxLossMean,
+    ClassLoss,
     build_assigner,
     build_box_loss_mean,
+    build_class_loss,
     point_offset,
     weights_of_stages,
 )
-
-CLASS_LOSSES = {
-    "varifocal": varifocal_loss,
-    "quality_focal": quality_focal_loss,
-    "focal": focal_loss,
-}
 
 
 def iou_quality(points: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
@@ -92,12 +89,13 @@ class PointDetector(PyramidDetector):
         grid: PointGrid,
         num_classes: int,
         assigner: Assigner,
-        cls_loss: Callable[[Tensor, Tensor], Tensor],
+        cls_loss: ClassLoss,
         quality: Quality,
         box_loss: BoxLoss,
         box_loss_weights: Sequence[float],
         box_loss_mean: BoxLossMean,
         inference: PointInference,
+        calibration: Calibration = as_predicted,
         **kwargs,
     ):
         """
@@ -110,6 +108,7 @@ class PointDetector(PyramidDetector):
             box_loss_weights: a factor of the box loss for each stage of the head.
             box_loss_mean: what becomes of the losses of the positive boxes.
             inference: how class scores and qualities choose and rank the candidates of NMS.
+            calibration: what a predicted quality counts for there.
             kwargs: those of PyramidDetector; `head` makes L PointPredictions of L features.
         """
         super().__init__(**kwargs)
@@ -122,6 +121,7 @@ class PointDetector(PyramidDetector):
         self.box_loss_weights = tuple(box_loss_weights)
         self.box_loss_mean = box_loss_mean
         self.inference = inference
+        self.calibration = calibration
 
     @classmethod
     def from_config(cls, cfg):
@@ -140,7 +140,7 @@ class PointDetector(PyramidDetector):
             "grid": PointGrid(strides, point_offset(cfg)),
             "num_classes": dense.NUM_CLASSES,
             "assigner": build_assigner(cfg),
-            "cls_loss": part_named(CLASS_LOSSES, node.CLS_LOSS, f"{key}.CLS_LOSS"),
+            "cls_loss": build_class_loss(cfg),
             "quality": part_named(QUALITIES, node.QUALITY, f"{key}.QUALITY"),
             "box_loss": build_box_loss(
                 node.BOX_LOSS,
@@ -151,6 +151,7 @@ class PointDetector(PyramidDetector):
             "box_loss_weights": weights_of_stages(node.BOX_LOSS_WEIGHTS, head.num_stages),
             "box_loss_mean": build_box_loss_mean(cfg),
             "inference": part_named(INFERENCES, node.INFERENCE, f"{key}.INFERENCE"),
+            "calibration": build_calibration(cfg),
         }
 
     def predict(self, images: Tensor) -> list[PointPrediction]:
@@ -235,7 +236,7 @@ class PointDetector(PyramidDetector):
         threshold = self.nms.score_threshold
         if prediction.quality_logits is None:
             return {"scores": probability * (probability > threshold)}
-        quality = _of_image(prediction.quality_logits, image)  # (R, 1)
+        quality = self.calibration(_of_image(prediction.quality_logits, image))  # (R, 1)
         return {
             "scores": self.inference.order(probability, quality, threshold),
             "cls_scores": probability,

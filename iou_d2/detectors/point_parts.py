@@ -8,17 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from iou_d2.errors import InputError
 from iou_d2.ops.assign import ATSSAssigner, FCOSAssigner
+from iou_d2.ops.losses import focal_loss, quality_focal_loss, varifocal_loss
 
 from .dense import part_named, reduce_mean
 
 # (points, strides, boxes) -> ground truth of each point: see ops/assign.py.
 Assigner = Callable[[Sequence[Tensor], Sequence[int], Tensor], Tensor]
+
+# (logits, targets) -> sum: see ops/losses.py.
+ClassLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,30 @@ def build_box_loss_mean(cfg) -> BoxLossMean:
     node = cfg.MODEL.POINT_DETECTOR
     means = {"weighted": BoxLossMean(True, node.MIN_QUALITY_SUM), "plain": BoxLossMean(False)}
     return part_named(means, node.BOX_LOSS_MEAN, "MODEL.POINT_DETECTOR.BOX_LOSS_MEAN")
+
+
+def build_class_loss(cfg) -> ClassLoss:
+    """The loss that MODEL.POINT_DETECTOR.CLS_LOSS names, with its constants."""
+    node, dense = cfg.MODEL.POINT_DETECTOR, cfg.MODEL.RETINANET
+    constants = {
+        "MODEL.POINT_DETECTOR.VARIFOCAL_ALPHA": node.VARIFOCAL_ALPHA,
+        "MODEL.POINT_DETECTOR.VARIFOCAL_GAMMA": node.VARIFOCAL_GAMMA,
+        "MODEL.POINT_DETECTOR.QUALITY_FOCAL_BETA": node.QUALITY_FOCAL_BETA,
+    }
+    for key, value in constants.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{key} is at least 0 and finite, but it is {value}.")
+    losses = {
+        "varifocal": partial(
+            varifocal_loss,
+            alpha=node.VARIFOCAL_ALPHA,
+            gamma=node.VARIFOCAL_GAMMA,
+            iou_weighted=node.VARIFOCAL_IOU_WEIGHTED,
+        ),
+        "quality_focal": partial(quality_focal_loss, beta=node.QUALITY_FOCAL_BETA),
+        "focal": partial(focal_loss, alpha=dense.FOCAL_LOSS_ALPHA, gamma=dense.FOCAL_LOSS_GAMMA),
+    }
+    return part_named(losses, node.CLS_LOSS, "MODEL.POINT_DETECTOR.CLS_LOSS")
 
 
 def build_assigner(cfg) -> Assigner:

@@ -45,6 +45,14 @@ class RefineDetPrediction(NamedTuple):
     arm_deltas: Tensor  # (N, R, 4), from the anchors
     logits: Tensor  # (N, R, K + 1), the background last
     deltas: Tensor  # (N, R, 4), from the refined anchors
+    # (N, R, K), in the place of the softmax of `logits`: for what is no softmax.
+    scores: Tensor | None = None
+
+    def class_scores(self, images: int | slice = slice(None)) -> Tensor:
+        """(N, R, K), or (R, K) of one image."""
+        if self.scores is None:
+            return class_scores(self.logits[images])
+        return self.scores[images]
 
 
 class TransferBlock(nn.Module):
@@ -233,7 +241,7 @@ class RefineDet(MultiBoxDetector):
             )
 
         objectness = class_scores(predictions.arm_logits[image])  # (R, 1)
-        scores = class_scores(predictions.logits[image])
+        scores = predictions.class_scores(image)
         ranked = {"scores": scores * (objectness >= self.min_objectness)}
         return candidates_of(ranked, boxes, self.nms, image_size, self.clip_before_nms)
 

@@ -174,10 +174,7 @@ class BoxLossRetinaNet(PyramidDetector):
     ) -> dict[str, Tensor]:
         """The losses "loss_cls" and "loss_box_reg", both divided as the normaliser says."""
         anchors = Boxes.cat([level.anchors for level in predictions])
-        if self.padding_is_background:
-            labels, gt_boxes = self.label_anchors(anchors, gt_instances)
-        else:
-            labels, gt_boxes = self._label_inside(predictions, image_sizes, gt_instances)
+        labels, gt_boxes = self.assign(predictions, image_sizes, gt_instances)
         mask = (labels >= 0) & (labels != self.num_classes)  # (N, R)
         shares = self._shares(mask)
         losses = {"loss_cls": self.class_loss(predictions, labels, shares)}
@@ -223,6 +220,19 @@ class BoxLossRetinaNet(PyramidDetector):
             loss = self.box_loss.of_deltas(chosen.predicted, chosen.gt_boxes)
             total = total + self.box_loss_weight * loss / divisor
         return {"loss_box_reg": total}
+
+    def assign(
+        self,
+        predictions: list[AnchorPrediction],
+        image_sizes: list[tuple[int, int]],
+        gt_instances: list[Instances],
+    ) -> tuple[Tensor, Tensor]:
+        """What the anchors of the predictions learn: as `label_anchors`, where the padding counts
+        as `padding_is_background` says."""
+        if not self.padding_is_background:
+            return self._label_inside(predictions, image_sizes, gt_instances)
+        anchors = Boxes.cat([level.anchors for level in predictions])
+        return self.label_anchors(anchors, gt_instances)
 
     @torch.no_grad()
     def label_anchors(self, anchors: Boxes, gt_instances: list[Instances]) -> tuple[Tensor, Tensor]:

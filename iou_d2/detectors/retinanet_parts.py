@@ -158,7 +158,7 @@ def build_head(kind: type[RetinaNetHead], cfg, shapes) -> RetinaNetHead:
 def drop_bias_before_norm(head: RetinaNetHead) -> None:
     """Take their bias from the convolutions of the towers that a norm follows, as in torchvision
     and mmdetection."""
-    for tower in (head.cls_subnet, head.bbox_subnet):
+    for tower in (x for x in head.children() if isinstance(x, nn.Sequential)):
         for layer, following in zip(tower, tower[1:]):
             if isinstance(layer, nn.Conv2d) and not isinstance(following, nn.ReLU):
                 layer.bias = None

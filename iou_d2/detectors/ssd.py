@@ -36,6 +36,14 @@ class SSDPrediction(NamedTuple):
     logits: Tensor  # (N, R, K + 1), the background last
     deltas: Tensor  # (N, R, 4)
     iou_logits: Tensor | None = None  # (N, R, 1)
+    # (N, R, K), in the place of the softmax of `logits`: for what is no softmax.
+    scores: Tensor | None = None
+
+    def class_scores(self, images: int | slice = slice(None)) -> Tensor:
+        """(N, R, K), or (R, K) of one image."""
+        if self.scores is None:
+            return class_scores(self.logits[images])
+        return self.scores[images]
 
 
 class SSDHead(nn.Module):
@@ -152,7 +160,7 @@ class SSD(MultiBoxDetector):
 
     def rank(self, predictions: SSDPrediction, image: int) -> dict[str, Tensor]:
         """{"scores": (R, K)}, the confidences of an image, and whatever else detections carry."""
-        return {"scores": class_scores(predictions.logits[image])}
+        return {"scores": predictions.class_scores(image)}
 
 
 @META_ARCH_REGISTRY.register()
@@ -192,5 +200,7 @@ class IoUAwareSSD(SSD):
         return {**self.divided(terms), "loss_iou": loss / terms.count}
 
     def rank(self, predictions: SSDPrediction, image: int) -> dict[str, Tensor]:
-        probability = class_scores(predictions.logits[image])  # (R, K)
+        probability = predictions.class_scores(image)  # (R, K)
+        if predictions.iou_logits is None:
+            return {"scores": probability}
         return self.iou_awareness.rank(probability, predictions.iou_logits[image])

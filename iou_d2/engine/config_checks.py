@@ -22,6 +22,7 @@ from iou_d2.errors import InputError
 
 # Architectures that read MODEL.PROPOSAL_GENERATOR, and those that read MODEL.ROI_HEADS.
 _WITH_PROPOSALS = ("GeneralizedRCNN", "ProposalNetwork", "StandaloneIoUNet", "PanopticFPN")
+_WITH_IOU_BRANCH = ("IoUNetROIHeads", "IoUNetCascadeROIHeads", "IoUNetRes5ROIHeads")
 _WITH_ROI_HEADS = ("GeneralizedRCNN", "StandaloneIoUNet", "PanopticFPN")
 # Detectron2's word for no generator of proposals.
 _PRECOMPUTED = "PrecomputedProposals"
@@ -36,6 +37,8 @@ def check_config(cfg: CfgNode, augments: bool = False) -> None:
     _check_parts(cfg)
     _check_images(cfg)
     _check_device(cfg.MODEL.DEVICE)
+    if cfg.MODEL.CALIBRATION:
+        require_predicted_ious(cfg, "MODEL.CALIBRATION")
     _at_least(cfg, "MODEL.RETINANET.NUM_CLASSES", 1)
     _at_least(cfg, "MODEL.ROI_HEADS.NUM_CLASSES", 1)
     for key in ("INPUT.MIN_SIZE_TEST", "DATALOADER.NUM_WORKERS"):
@@ -89,6 +92,24 @@ def check_datasets(cfg: CfgNode, key: str) -> None:
     wrong = [name for name in value if not isinstance(name, str) or not name]
     if wrong:
         raise InputError(f"{key} holds {wrong[0]!r}, which is no name of a dataset.")
+
+
+def require_predicted_ious(cfg: CfgNode, what: str) -> None:
+    """Raise an InputError, in which `what` needs them, where the detector predicts no IoUs."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture == "PointDetector":
+        node = cfg.MODEL.POINT_DETECTOR
+        predicts = (node.HEAD, node.QUALITY) == ("QualityHead", "iou")
+    elif architecture in _WITH_ROI_HEADS:
+        predicts = cfg.MODEL.ROI_HEADS.NAME in _WITH_IOU_BRANCH
+    else:
+        predicts = architecture in ("IoUAwareRetinaNet", "IoUAwareSSD")
+    if not predicts:
+        raise InputError(
+            f"{what} needs predicted IoUs, as IoUAwareRetinaNet, IoUAwareSSD, IoU-Net and a "
+            "QualityHead with MODEL.POINT_DETECTOR.QUALITY 'iou' have them; this "
+            f"{architecture} has none."
+        )
 
 
 def require_no_masks(cfg: CfgNode, has_masks: bool) -> None:

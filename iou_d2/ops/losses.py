@@ -14,16 +14,21 @@ from torchvision.ops import sigmoid_focal_loss
 
 
 def varifocal_loss(
-    logits: Tensor, targets: Tensor, alpha: float = 0.75, gamma: float = 2.0
+    logits: Tensor,
+    targets: Tensor,
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    iou_weighted: bool = True,
 ) -> Tensor:
     """Varifocal loss, arXiv 2008.13367, Eqn. 2.
 
-    A positive has the weight of its quality, a negative alpha * p^gamma, through which the gradient
-    flows.
+    A positive has the weight of its quality, or 1 without `iou_weighted`; a negative alpha *
+    p^gamma, through which the gradient flows.
     """
     logits, targets = _at_least_float32(logits), _at_least_float32(targets)
     negative_weight = alpha * logits.sigmoid().pow(gamma)
-    weight = targets.where(targets > 0, negative_weight)
+    positive_weight = targets if iou_weighted else torch.ones_like(targets)
+    weight = positive_weight.where(targets > 0, negative_weight)
     return (weight * _cross_entropy(logits, targets)).sum()
 
 

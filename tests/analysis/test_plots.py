@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from iou_d2.analysis import make_records, plot_ap_by_iou, plot_score_vs_iou
+from iou_d2.analysis import make_records, plot_ap_by_iou, plot_bars, plot_score_vs_iou
 from iou_d2.commands import analyze as analyze
 from iou_d2.errors import InputError, MissingFileError
 
@@ -61,6 +61,19 @@ def test_plots_of_nothing_and_of_many(tmp_path):
     assert 10_000 < len(figure.axes[0].collections[0].get_offsets()) <= 20_000
     plot_ap_by_iou(np.arange(10) / 20 + 0.5, np.full(10, np.nan), tmp_path / "nan.png")
     assert (tmp_path / "none.png").exists() and (tmp_path / "nan.png").exists()
+
+
+def test_bars_have_their_values_and_gaps(tmp_path):
+    groups = {"nothing": {"a": 41.26, "b": 42.0}, "boxes": {"b": 60.0}, "classes": {"a": np.nan}}
+    figure = plot_bars(groups, tmp_path / "bars.png", y_label="AP")
+    (axes,) = figure.axes
+    first, second = axes.containers
+    assert [bar.get_height() for bar in second][:2] == [42, 60] and first[0].get_height() == 41.26
+    assert first[0].get_x() + first[0].get_width() == pytest.approx(second[0].get_x())
+    assert [text.get_text() for text in axes.texts] == ["41.3", "", "", "42.0", "60.0", ""]
+    assert [text.get_text() for text in axes.get_xticklabels()] == list(groups)
+    plot_bars({}, tmp_path / "none.png", y_label="AP")
+    assert (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_analyze_command(tmp_path, capsys):

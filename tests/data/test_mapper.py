@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from detectron2.data import (
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from iou_d2.data.mapper import CheckedDatasetMapper
+from iou_d2.data.mapper import CheckedDatasetMapper, truth_mapper
 from iou_d2.errors import InputError
 
 WIDTH, HEIGHT = 48, 32
@@ -144,3 +145,20 @@ def test_what_is_no_fault_of_the_file_is_named_and_keeps_its_type(tmp_path, cfg)
     del broken["annotations"][0]["bbox"]
     with pytest.raises(RuntimeError, match=r"a\.png \(image_id 17\): KeyError: 'bbox'"):
         CheckedDatasetMapper(cfg, is_train=True)(broken)
+
+
+def test_test_images_with_their_truth(tmp_path, cfg):
+    file = tmp_path / "a.png"
+    Image.new("RGB", (WIDTH, HEIGHT)).save(file)
+    cfg.INPUT.MIN_SIZE_TEST = 2 * HEIGHT
+    cfg.INPUT.RANDOM_FLIP = "horizontal"
+    cfg.INPUT.CROP.ENABLED = cfg.MODEL.MASK_ON = True
+    image = record(file)
+    image["annotations"].append({**image["annotations"][0], "iscrowd": 1})
+    original = copy.deepcopy(image)
+    for _ in range(3):
+        found = truth_mapper(cfg)(image)
+        assert found["image"].shape == (3, 2 * HEIGHT, 2 * WIDTH)
+        assert found["instances"].gt_boxes.tensor.tolist() == [[8, 10, 40, 50]]
+        assert (found["height"], found["width"]) == (HEIGHT, WIDTH)
+    assert image == original

@@ -54,7 +54,8 @@ def kind_of_score(detector: nn.Module) -> str:
     if hasattr(detector.head, "quality_pred"):
         product = f"cls_scores * {detector.quality.field}"
         return f"sqrt({product})" if detector.inference.root else product
-    is_aware = detector.cls_loss is not focal_loss
+    loss = getattr(detector.cls_loss, "func", detector.cls_loss)  # which constants it has or not
+    is_aware = loss is not focal_loss
     return "class probability that knows the IoU" if is_aware else "class probability"
 
 
