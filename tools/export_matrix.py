@@ -39,10 +39,15 @@ class Case(NamedTuple):
     overrides: tuple[str, ...] = ()
 
 
-QUICK = ("retinanet", "iou_retinanet", "atss", "atss_iou", "fcos", "vfnet_star", "vfnet", "unitbox")
+ANCHORS = ("retinanet", "iou_retinanet", "ssd", "ssd_iou", "refinedet")
+POINTS = ("atss", "atss_iou", "fcos", "vfnet_star", "vfnet", "unitbox")
+QUICK = (*ANCHORS, *POINTS)
 CASES = (
     *(Case(name, f"configs/quick/{name}_shapes.yaml") for name in QUICK),
     Case("vfnet_dcn", "configs/vfnet_R_50_FPN_dcn_2x_ms.yaml"),
+    Case("ssd300", "configs/ssd300_VGG16_voc.yaml"),
+    Case("ssd512", "configs/ssd512_VGG16_voc.yaml"),
+    Case("refinedet320", "configs/refinedet320_VGG16_voc.yaml"),
 )
 VARIANTS = {
     "onnx": ((17, "GridSample"), (19, "DeformConv"), (22, "GridSample")),

@@ -3,7 +3,7 @@
 detections = Detector("model.onnx")(cv2.imread("image.jpg"))
 """
 
-from .description import Description, ShortestEdge
+from .description import Description, ShortestEdge, Square
 from .detector import Detector
 
-__all__ = ["Description", "Detector", "ShortestEdge"]
+__all__ = ["Description", "Detector", "ShortestEdge", "Square"]

@@ -38,7 +38,8 @@ def build_graph(
     if not isinstance(detector, DenseDetector):
         raise InputError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} cannot be exported: only the "
-            "dense detectors can, BoxLossRetinaNet, IoUAwareRetinaNet, PointDetector and UnitBox."
+            "dense detectors can, BoxLossRetinaNet, IoUAwareRetinaNet, PointDetector, UnitBox, SSD "
+            "and RefineDet."
         )
     if deform_conv == "DeformConv":
         detector = with_operator_stars(detector)
