@@ -75,10 +75,8 @@ class Detector:
         Raises:
             InputError: `image` is something else.
         """
-        _require_image(image)
-        height, width = self._size_of(*image.shape[:2])
-        pixels = resize(np.ascontiguousarray(image), (height, width))
-        outputs = self.session.run(None, {"images": self._batch(pixels)})
+        images, (height, width) = self.prepare(image)
+        outputs = self.session.run(None, {"images": images})
         names = [output.name for output in self.session.get_outputs()]
         found = {name: value[0] for name, value in zip(names, outputs)}
         count = found.pop("counts")
@@ -88,6 +86,13 @@ class Detector:
         # As Detectron2 does: what lay in the padding is no detection.
         there = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(axis=1)
         return {name: value[there] for name, value in found.items()}
+
+    def prepare(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+        """An image as `__call__` takes it -> the input of the model (1, 3, h, w), and the height
+        and the width that the image has in it."""
+        _require_image(image)
+        size = self._size_of(*image.shape[:2])
+        return self._batch(resize(np.ascontiguousarray(image), size)), size
 
     def _size_of(self, height: int, width: int) -> tuple[int, int]:
         """What an image is scaled to: as the description says, and into the size of a model for

@@ -74,7 +74,7 @@ def write_onnx(
     Raises:
         InputError: there is no package onnx, or no such opset.
     """
-    onnx = _require_onnx()
+    onnx = require_onnx()
     if opset not in OPSETS:
         raise InputError(f"--opset is {OPSETS[0]} to {OPSETS[-1]}, but it is {opset}.")
     if deform_conv == "DeformConv" and opset < DEFORM_CONV_OPSET:
@@ -179,7 +179,8 @@ def _dynamic_axes(names: list[str], spec: InputSpec) -> dict[str, dict[int, str]
     return axes
 
 
-def _require_onnx():
+def require_onnx():
+    """The package onnx. Raises InputError where it is not installed."""
     try:
         import onnx
         import onnx.version_converter
