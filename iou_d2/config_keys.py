@@ -27,6 +27,7 @@ def add_keys(cfg: CfgNode) -> None:
     _add_fine_tuning(cfg)
     _add_mobilenet_v2(cfg)
     _add_rcnn(cfg)
+    _add_spp(cfg)
     _add_box_losses(cfg)
     _add_iou_net(cfg)
     add_dense_keys(cfg)
@@ -83,6 +84,20 @@ def _add_rcnn(cfg: CfgNode) -> None:
     # What of the stages of a Cascade R-CNN is averaged into class scores: "probabilities" (arXiv
     # 1712.00726, Detectron2) or "logits" (mmdetection).
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_MEAN = "probabilities"
+
+
+def _add_spp(cfg: CfgNode) -> None:
+    """Spatial pyramid pooling, arXiv 1406.4729: of boxes, and as the block of YOLOv3-SPP."""
+    # Bins a side of each level of MODEL.ROI_BOX_HEAD.POOLER_TYPE "SPP", the maximum (the paper), or
+    # "PrRoISPP", the exact mean (ours): [4, 2, 1] are the 21 bins of its figure 3, [6, 3, 2, 1] the
+    # 50 of its detector.
+    cfg.MODEL.ROI_BOX_HEAD.SPP_LEVELS = [6, 3, 2, 1]
+    # The block of YOLOv3-SPP before the FPN of another backbone, which has MODEL.BACKBONE.NAME
+    # "build_spp_backbone" and is named here, such as "build_resnet_fpn_backbone".
+    cfg.MODEL.SPP_BLOCK = node = CfgNode()
+    node.BACKBONE = ""
+    # Sides of its max pools in feature pixels, odd (YOLOv3-SPP).
+    node.KERNELS = [5, 9, 13]
 
 
 def _add_box_losses(cfg: CfgNode) -> None:

@@ -25,6 +25,7 @@ FLOORS = {
     # Of `data` only what imports no Detectron2: see the test below.
     "analysis": ({"data"}, ARRAYS),
     "evaluation": ({"analysis"}, {"detectron2", "tabulate"}),
+    "zoo": (set(), {"yaml", "tabulate"}),
     # In use without torch and without Detectron2.
     "runtime": (set(), {"numpy", "cv2", "onnxruntime"}),
     "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation", "runtime",

@@ -5,6 +5,7 @@ from . import (  # noqa: F401
     mobilenet_v2,
     resnet10,
     retinanet_fpn,
+    spp,
     ssd_vgg,
     torchvision_resnet,
     vgg,

@@ -22,6 +22,7 @@ COMMANDS = (
     "compare",
     "draw",
     "table",
+    "zoo",
     "refine",
     "iou-branch",
     "convert",

@@ -11,6 +11,7 @@ from . import (  # noqa: F401
     iou_retinanet,
     point_detector,
     refinedet,
+    res5_heads,
     retinanet,
     ssd,
     unitbox,

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
@@ -30,8 +31,8 @@ from torch import Tensor
 
 from iou_d2.ops.box_losses import BoxDeltas, BoxLoss, build_box_loss
 
+from .any_pooler import AnyPooler
 from .dense import part_named
-from .pooler import AnyPooler
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -184,7 +185,8 @@ class BoxLossROIHeads(AnyPooler, StandardROIHeads):
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
         parts = super()._init_box_head(cfg, input_shape)
-        parts["box_predictor"] = _with_box_loss(cfg, parts["box_head"], parts["box_predictor"])
+        shape = parts["box_head"].output_shape
+        parts["box_predictor"] = with_box_loss(cfg, shape, parts["box_predictor"])
         return parts
 
     def regress(
@@ -252,7 +254,9 @@ class BoxLossCascadeROIHeads(AnyPooler, CascadeROIHeads):
     def _init_box_head(cls, cfg, input_shape):
         parts = super()._init_box_head(cfg, input_shape)
         stages = zip(parts["box_heads"], parts["box_predictors"])
-        parts["box_predictors"] = [_with_box_loss(cfg, *stage) for stage in stages]
+        parts["box_predictors"] = [
+            with_box_loss(cfg, head.output_shape, predictor) for head, predictor in stages
+        ]
         return parts
 
     def regress(
@@ -278,12 +282,14 @@ class BoxLossCascadeROIHeads(AnyPooler, CascadeROIHeads):
         return self.box_predictor[-1].select(boxes, probabilities, image_sizes)[0]
 
 
-def _with_box_loss(cfg, box_head, predictor: FastRCNNOutputLayers) -> BoxLossOutputLayers:
+def with_box_loss(
+    cfg, input_shape: ShapeSpec, predictor: FastRCNNOutputLayers
+) -> BoxLossOutputLayers:
     """BoxLossOutputLayers with the weights and the transform of `predictor`."""
     # Draws no random numbers, so that a seed gives the weights that it gives to Detectron2's heads.
     with torch.random.fork_rng(devices=[]):
         layers = BoxLossOutputLayers(
-            cfg, box_head.output_shape, box2box_transform=predictor.box2box_transform
+            cfg, input_shape, box2box_transform=predictor.box2box_transform
         )
     layers.load_state_dict(predictor.state_dict())
     return layers

@@ -56,6 +56,11 @@ IOU_CODES = {
 }
 
 
+def as_pooled(pooled: Tensor) -> Tensor:
+    """What the branch reads where it shares no layer with the box head: the pooled features."""
+    return pooled
+
+
 class IoUBranch(nn.Module):
     """PrRoI pooling -> FC layers like those of the box head -> one IoU a class."""
 
@@ -67,6 +72,7 @@ class IoUBranch(nn.Module):
         head: nn.Module,
         num_outputs: int,
         code: IoUCode = IOU_CODES["smooth_l1"],
+        shared: Callable[[Tensor], Tensor] = as_pooled,
         loss_weight: float = 5.0,
         rois_per_gt: int = 250,
         rois_per_image: int = 1000,
@@ -74,9 +80,11 @@ class IoUBranch(nn.Module):
         """
         Args:
             pooler: that of the box head.
-            head: (R, C, P, P) -> (R, output_shape.channels).
+            head: (R, C, P, P), what `shared` puts out -> (R, output_shape.channels).
             num_outputs: K, or 1 for an IoU that knows no class.
             code: what an output means, and its loss.
+            shared: between pooler and head, the layers that the box head has too. No module, so
+                that their parameters are not the branch's.
             loss_weight: factor of that loss.
             rois_per_gt, rois_per_image: training RoIs, see `jittered_boxes`.
         """
@@ -87,18 +95,25 @@ class IoUBranch(nn.Module):
         nn.init.normal_(self.iou_pred.weight, std=0.01)
         nn.init.zeros_(self.iou_pred.bias)
         self.code = code
+        self.shared = shared
         self.loss_weight = loss_weight
         self.rois_per_gt = rois_per_gt
         self.rois_per_image = rois_per_image
         self.register_buffer("offsets", jitter_offsets(), persistent=False)
 
     @classmethod
-    def from_config(cls, cfg, pooler: ROIPooler, channels: int):
-        side = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+    def from_config(
+        cls,
+        cfg,
+        pooler: ROIPooler,
+        input_shape: ShapeSpec,
+        shared: Callable[[Tensor], Tensor] = as_pooled,
+    ):
         node = cfg.MODEL.IOU_NET
         return {
             "pooler": pooler,
-            "head": build_box_head(cfg, ShapeSpec(channels=channels, height=side, width=side)),
+            "head": build_box_head(cfg, input_shape),
+            "shared": shared,
             "num_outputs": 1 if node.CLASS_AGNOSTIC else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "code": part_named(IOU_CODES, node.LOSS_TYPE, "MODEL.IOU_NET.LOSS_TYPE"),
             "loss_weight": node.LOSS_WEIGHT,
@@ -115,11 +130,11 @@ class IoUBranch(nn.Module):
     ) -> Tensor:
         """Outputs (R,) for the class (R,) of each of the boxes of N images.
 
-        `levels` (R,) fixes the pyramid level of each box, which takes a PrRoIPooler; by default its
+        `levels` (R,) fixes the pyramid level of each box, which takes a LayerPooler; by default its
         area decides.
         """
         where = (features, boxes) if levels is None else (features, boxes, levels)
-        outputs = self.iou_pred(self.head(self.pooler(*where))).float()
+        outputs = self.iou_pred(self.head(self.shared(self.pooler(*where)))).float()
         if outputs.shape[1] == 1:
             return outputs[:, 0]
         return outputs.gather(1, classes[:, None]).squeeze(1)
@@ -151,7 +166,7 @@ class IoUBranch(nn.Module):
         levels: Tensor | None = None,
     ) -> Tensor:
         """Predicted IoU (R,) of boxes of these classes, in float32 also under autocast, since the
-        gradients that refine boxes are small. Differentiable in the boxes through a PrRoIPooler; by
+        gradients that refine boxes are small. Differentiable in the boxes through a PrRoIPool; by
         smooth L1 it may leave [0, 1]. Arguments as in `forward`."""
         with torch.autocast(features[0].device.type, enabled=False):
             features = [feature.float() for feature in features]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from iou_d2.errors import InputError
 
+from .any_pooler import require_box_head
 from .dense import part_named
 from .faster_rcnn import BoxLossCascadeROIHeads, BoxLossROIHeads
 from .iou_branch import IoUBranch
@@ -30,7 +32,8 @@ from .iou_net_inference import (
     build_postprocessor,
     select_boxes,
 )
-from .pooler import PrRoIPooler
+from .pooler import has_box_gradients
+from .res5_heads import BoxLossRes5ROIHeads, MeanOfRes5
 
 # Boxes (R, 4 or 4K) and class probabilities (R, K + 1) -> boxes (R, 4 or 4K), one for all classes
 # or one for each.
@@ -83,22 +86,31 @@ class _IoUNetHeads:
     @classmethod
     def from_config(cls, cfg, input_shape):
         arguments = super().from_config(cfg, input_shape)
-        pooler, postprocessor = arguments["box_pooler"], build_postprocessor(cfg)
+        iou_branch = cls._init_iou_branch(cfg, input_shape, arguments)
+        postprocessor = build_postprocessor(cfg)
         ascends = isinstance(postprocessor.refiner, GradientAscent)
-        if ascends and not isinstance(pooler, PrRoIPooler):
+        if ascends and not has_box_gradients(iou_branch.pooler):
             raise InputError(
                 f"MODEL.ROI_BOX_HEAD.POOLER_TYPE is {cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE!r}, which "
-                "has no gradient for boxes: IoU-Net refines them through 'PrRoIPool'. Set that, or "
-                "MODEL.IOU_NET.REFINE_STEPS 0."
+                "has no gradient for boxes: IoU-Net refines them through 'PrRoIPool' or "
+                "'PrRoISPP'. Set one of these, or MODEL.IOU_NET.REFINE_STEPS 0."
             )
-        channels = input_shape[arguments["box_in_features"][0]].channels
         return {
             **arguments,
-            "iou_branch": IoUBranch(cfg, pooler, channels),
+            "iou_branch": iou_branch,
             "postprocessor": postprocessor,
             "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
             "box_choice": part_named(BOX_CHOICES, cfg.MODEL.IOU_NET.BOX_OF, "MODEL.IOU_NET.BOX_OF"),
         }
+
+    @classmethod
+    def _init_iou_branch(cls, cfg, input_shape, arguments: dict) -> IoUBranch:
+        """The branch over the pooler of `arguments`, those of the class behind this one."""
+        pooler = arguments["box_pooler"]
+        height, width = pooler.output_size
+        channels = input_shape[arguments["box_in_features"][0]].channels
+        shape = ShapeSpec(channels=channels, height=height, width=width)
+        return IoUBranch(cfg, pooler, shape)
 
     def forward(self, images, features: dict[str, Tensor], proposals, targets=None):
         """See Detectron2's ROIHeads; the losses have a "loss_iou" more."""
@@ -109,7 +121,7 @@ class _IoUNetHeads:
 
     def levels(self, features: dict[str, Tensor]) -> list[Tensor]:
         """The features that the box head and the IoU branch pool from, by level."""
-        return [features[name] for name in self.box_in_features]
+        return [features[name] for name in self.in_features]
 
     def candidates(
         self, features: dict[str, Tensor], proposals: list[Instances]
@@ -149,6 +161,19 @@ class IoUNetROIHeads(_IoUNetHeads, BoxLossROIHeads):
 @ROI_HEADS_REGISTRY.register()
 class IoUNetCascadeROIHeads(_IoUNetHeads, BoxLossCascadeROIHeads):
     """CascadeROIHeads with an IoU branch."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class IoUNetRes5ROIHeads(_IoUNetHeads, BoxLossRes5ROIHeads):
+    """Res5ROIHeads with an IoU branch, a layout that no paper has: res5 is shared, so that it runs
+    once for every box of which the IoU is predicted, and the branch has the fully connected layers
+    of MODEL.ROI_BOX_HEAD behind the mean that the box head reads."""
+
+    @classmethod
+    def _init_iou_branch(cls, cfg, input_shape, arguments: dict) -> IoUBranch:
+        require_box_head(cfg)
+        shared = MeanOfRes5(arguments["res5"])
+        return IoUBranch(cfg, arguments["pooler"], shared.output_shape, shared)
 
 
 @META_ARCH_REGISTRY.register()

@@ -18,7 +18,7 @@ from iou_d2.ops.refine import leave_inference_mode, refine_boxes
 
 from .dense import first, part_named
 from .iou_net_nms import NMS, build_nms
-from .pooler import PrRoIPooler
+from .pooler import LayerPooler
 
 
 def select_boxes(
@@ -124,7 +124,7 @@ class IteratedRegression:
 class Branch(Protocol):
     """What predicts IoUs: see IoUBranch. GradientAscent needs its `pooler` to keep levels."""
 
-    pooler: PrRoIPooler
+    pooler: LayerPooler
 
     def predict(
         self,

@@ -1,12 +1,12 @@
-"""Precise RoI pooling over the levels of a feature pyramid, in place of Detectron2's ROIPooler.
+"""Detectron2's ROIPooler with other layers: precise RoI pooling, the maximum, spatial pyramids.
 
-Letters: N images, M boxes of all images, C channels, L levels; boxes XYXY in pixels of the network
-    input.
+Letters: N images, M boxes of all images, C channels, L levels of the feature pyramid, P x Q bins, B
+    bins of all levels of a spatial pyramid; boxes XYXY in pixels of the network input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.modeling.poolers import (
@@ -18,28 +18,28 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from iou_d2.layers import PrRoIPool
-
-# POOLER_TYPE of precise RoI pooling -> whether it is aligned.
-ALIGNED = {"PrRoIPool": True, "PrRoIPoolLegacy": False}
+from iou_d2.layers.spp import SpatialPyramidPool
 
 
-class PrRoIPooler(ROIPooler):
-    """A ROIPooler whose level poolers are PrRoIPool, so that gradients reach the boxes.
+class LayerPooler(ROIPooler):
+    """A ROIPooler that pools each level of the feature pyramid with a layer that it is given.
 
-    ``output_size``, ``scales``, ``canonical_box_size`` and ``canonical_level`` are those of
-    ROIPooler. ``aligned`` moves boxes by half a feature pixel, as ROIAlignV2 does; without it
-    levels of different stride disagree about where a box is. There is no ``sampling_ratio``: the
-    mean over a bin is exact.
+    ``scales``, ``canonical_box_size`` and ``canonical_level`` are those of ROIPooler.
     """
 
     def __init__(
         self,
+        layer: Callable[[float], nn.Module],
         output_size: int | tuple[int, int],
-        scales: list[float],
+        scales: Sequence[float],
         canonical_box_size: int = 224,
         canonical_level: int = 4,
-        aligned: bool = True,
     ):
+        """
+        Args:
+            layer: scale -> (N, C, H, W), (M, 5) -> (M, C, P, Q).
+            output_size: (P, Q), or one number for both.
+        """
         super().__init__(
             output_size,
             scales,
@@ -48,18 +48,18 @@ class PrRoIPooler(ROIPooler):
             canonical_box_size=canonical_box_size,
             canonical_level=canonical_level,
         )
-        self.level_poolers = nn.ModuleList(
-            PrRoIPool(self.output_size, scale, aligned) for scale in scales
-        )
+        self.level_poolers = nn.ModuleList(layer(scale) for scale in scales)
 
     def assign_levels(self, box_lists: list[Boxes]) -> torch.Tensor:
-        """(M,) int64: each box's level in [0, L) by its area (FPN, eq. 1)."""
+        """(M,) int64: each box's level in [0, L) by its area (FPN, eq. 1); 0 for one with NaN."""
         if len(self.level_poolers) == 1:
             count = sum(len(boxes) for boxes in box_lists)
             return torch.zeros(count, dtype=torch.int64, device=box_lists[0].device)
-        return assign_boxes_to_levels(
-            box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+        range_ = self.min_level, self.max_level
+        levels = assign_boxes_to_levels(
+            box_lists, *range_, self.canonical_box_size, self.canonical_level
         )
+        return levels.clamp(0, len(self.level_poolers) - 1)
 
     def forward(
         self,
@@ -82,9 +82,7 @@ class PrRoIPooler(ROIPooler):
             ValueError: when the number of maps, images or levels does not fit.
         """
         if len(x) != len(self.level_poolers):
-            raise ValueError(
-                f"PrRoIPooler has {len(self.level_poolers)} levels, got {len(x)} maps."
-            )
+            raise ValueError(f"The pooler has {len(self.level_poolers)} levels, got {len(x)} maps.")
         if len(box_lists) != len(x[0]):
             raise ValueError(f"There are {len(x[0])} images and boxes for {len(box_lists)}.")
         if not box_lists:
@@ -101,9 +99,62 @@ class PrRoIPooler(ROIPooler):
         return torch.cat(pooled)[torch.argsort(torch.cat(order))]
 
 
+class PrRoIPooler(LayerPooler):
+    """A ROIPooler whose level poolers are PrRoIPool, so that gradients reach the boxes.
+
+    ``output_size``, ``scales``, ``canonical_box_size`` and ``canonical_level`` are those of
+    ROIPooler. ``aligned`` moves boxes by half a feature pixel, as ROIAlignV2 does; without it
+    levels of different stride disagree about where a box is. There is no ``sampling_ratio``: the
+    mean over a bin is exact.
+    """
+
+    def __init__(
+        self,
+        output_size: int | tuple[int, int],
+        scales: Sequence[float],
+        canonical_box_size: int = 224,
+        canonical_level: int = 4,
+        aligned: bool = True,
+    ):
+        super().__init__(
+            lambda scale: PrRoIPool(self.output_size, scale, aligned),
+            *(output_size, scales, canonical_box_size, canonical_level),
+        )
+
+
+class SPPPooler(LayerPooler):
+    """Spatial pyramid pooling: see SpatialPyramidPool. (M, C, B, 1), so that it goes to fully
+    connected heads alone."""
+
+    def __init__(
+        self,
+        layer: Callable[[int, float], nn.Module],
+        levels: Sequence[int],
+        scales: Sequence[float],
+        canonical_box_size: int = 224,
+        canonical_level: int = 4,
+    ):
+        """
+        Args:
+            layer: bins a side and scale -> (N, C, H, W), (M, 5) -> (M, C, P, P).
+            levels: bins a side of each level of the spatial pyramid.
+        """
+        super().__init__(
+            lambda scale: SpatialPyramidPool(levels, lambda side: layer(side, scale)),
+            (sum(side * side for side in levels), 1),
+            *(scales, canonical_box_size, canonical_level),
+        )
+
+
+def has_box_gradients(pooler: ROIPooler) -> bool:
+    """Whether gradients reach the boxes, as refinement needs: only precise RoI pooling has them."""
+    layers = [layer for layer in pooler.level_poolers.modules() if not list(layer.children())]
+    return all(isinstance(layer, PrRoIPool) for layer in layers)
+
+
 def use_prroi_pool(model: nn.Module, aligned: bool = True) -> nn.Module:
     """Replaces every ROIPooler in a built model by a PrRoIPooler of the same size and levels, in
-    place.
+    place; those that pool precisely already stay.
 
     Works for the box, mask and keypoint branches of StandardROIHeads, CascadeROIHeads and their
     subclasses: poolers have no parameters, so that checkpoints fit before and after.
@@ -112,7 +163,7 @@ def use_prroi_pool(model: nn.Module, aligned: bool = True) -> nn.Module:
         The model itself.
 
     Raises:
-        ValueError: if there is no ROIPooler in the model.
+        ValueError: if there is no ROIPooler in the model, or one of spatial pyramids of maxima.
     """
     replaced = 0
     for module in list(model.modules()):
@@ -120,7 +171,7 @@ def use_prroi_pool(model: nn.Module, aligned: bool = True) -> nn.Module:
             if not isinstance(child, ROIPooler):
                 continue
             replaced += 1
-            if not isinstance(child, PrRoIPooler):
+            if not has_box_gradients(child):
                 setattr(module, name, from_roi_pooler(child, aligned))
     if replaced == 0:
         raise ValueError(f"{type(model).__name__} has no ROIPooler to replace.")
@@ -128,45 +179,20 @@ def use_prroi_pool(model: nn.Module, aligned: bool = True) -> nn.Module:
 
 
 def from_roi_pooler(pooler: ROIPooler, aligned: bool = True) -> PrRoIPooler:
-    """A PrRoIPooler with the output size, scales and level assignment of `pooler`."""
+    """A PrRoIPooler with the output size, scales and level assignment of `pooler`.
+
+    Raises ValueError for an SPPPooler, whose bins do not make a map."""
+    if isinstance(pooler, SPPPooler):
+        raise ValueError("An SPPPooler has no output size that a PrRoIPooler could have.")
     return PrRoIPooler(
         pooler.output_size,
-        [level.spatial_scale for level in pooler.level_poolers],
+        scales_of(pooler),
         pooler.canonical_box_size,
         pooler.canonical_level,
         aligned,
     )
 
 
-class AnyPooler:
-    """Stands before Detectron2's ROI heads: POOLER_TYPE of ROI_BOX_HEAD, ROI_MASK_HEAD and
-    ROI_KEYPOINT_HEAD may also be "PrRoIPool" or "PrRoIPoolLegacy" (not aligned), beside "ROIPool",
-    "ROIAlign" (not aligned) and "ROIAlignV2"."""
-
-    @classmethod
-    def _init_box_head(cls, cfg, input_shape):
-        return _with_pooler(super()._init_box_head, cfg, input_shape, "ROI_BOX_HEAD", "box_pooler")
-
-    @classmethod
-    def _init_mask_head(cls, cfg, input_shape):
-        names = "ROI_MASK_HEAD", "mask_pooler"
-        return _with_pooler(super()._init_mask_head, cfg, input_shape, *names)
-
-    @classmethod
-    def _init_keypoint_head(cls, cfg, input_shape):
-        names = "ROI_KEYPOINT_HEAD", "keypoint_pooler"
-        return _with_pooler(super()._init_keypoint_head, cfg, input_shape, *names)
-
-
-def _with_pooler(init: Callable, cfg, input_shape, node: str, name: str) -> dict:
-    """What `init`, one of Detectron2's, makes of `cfg`, with the pooler that POOLER_TYPE names."""
-    pooler_type = cfg.MODEL[node].POOLER_TYPE
-    if pooler_type not in ALIGNED:
-        return init(cfg, input_shape)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL[node].POOLER_TYPE = "ROIAlignV2"
-    parts = init(cfg, input_shape)
-    if name in parts:
-        parts[name] = from_roi_pooler(parts[name], ALIGNED[pooler_type])
-    return parts
+def scales_of(pooler: ROIPooler) -> list[float]:
+    """Feature pixels an input pixel of each level, but for an SPPPooler."""
+    return [level.spatial_scale for level in pooler.level_poolers]

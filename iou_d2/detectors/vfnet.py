@@ -18,7 +18,7 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from iou_d2.layers.deform_conv import deform_conv
+from iou_d2.layers.deform_conv import deform_conv, is_compiled_for
 from iou_d2.ops.box_codec import exp_distances
 
 from .point_heads import (
@@ -53,8 +53,8 @@ def sampled_conv(feature: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """`deform_conv` of a 3x3 kernel with padding 1, as nine bilinear look-ups and a 1x1
     convolution.
 
-    On the CPU torchvision's op works on one thread and takes four times as long, forward and
-    backward. On CUDA it saves the memory of the (N, 9 * C, H, W) look-ups.
+    For graphs, and for the CPU where iou_d2 runs without its compiled operators: torchvision's op
+    works on one thread there and takes four times as long, forward and backward.
 
     Args:
         feature: (N, C, H, W).
@@ -95,7 +95,7 @@ class StarConv(nn.Module):
 
     def forward(self, feature: Tensor, offsets: Tensor) -> Tensor:
         """(N, C, H, W) and (N, 18, H, W) -> (N, C, H, W)."""
-        if feature.is_cuda:
+        if feature.is_cuda or is_compiled_for(feature):
             return deform_conv(feature, offsets, self.weight, padding=1)
         return sampled_conv(feature, offsets, self.weight)
 

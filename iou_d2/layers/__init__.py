@@ -1,5 +1,7 @@
-"""Compiled layers, written on torch alone: precise RoI pooling."""
+"""Layers with compiled operators, written on torch alone: precise RoI pooling, deformable
+convolution."""
 
-from .prroi_pool import HAS_EXTENSION, PrRoIPool, prroi_pool, prroi_pool_reference
+from .extension import HAS_EXTENSION
+from .prroi_pool import PrRoIPool, prroi_pool, prroi_pool_reference
 
 __all__ = ["HAS_EXTENSION", "PrRoIPool", "prroi_pool", "prroi_pool_reference"]

@@ -1,7 +1,8 @@
-"""Deformable convolution on torchvision's op.
+"""Deformable convolution on the CPU by an operator of our own, elsewhere by torchvision's.
 
-Unlike Detectron2's, the op runs forward and backward on the CPU and needs no compiled Detectron2.
-Parameters are named as in Detectron2's DeformBottleneckBlock, whose checkpoints load.
+torchvision's runs on one thread of the CPU. Unlike Detectron2's, both run there forward and
+backward and need no compiled Detectron2. Parameters are named as in Detectron2's
+DeformBottleneckBlock, whose checkpoints load.
 
 Shape letters: N images, C channels, H and W of the input, h and w of the output, G offset groups,
 T the taps of the kernel (9 of a 3x3), row-major.
@@ -13,6 +14,9 @@ import torch
 import torchvision
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from .extension import HAS_EXTENSION
 
 
 def deform_conv(
@@ -26,7 +30,8 @@ def deform_conv(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
 ) -> Tensor:
-    """`torchvision.ops.deform_conv2d`, safe under autocast and where training diverges.
+    """Dai et al., arXiv 1703.06211, and with a mask Zhu et al., arXiv 1811.11168, eq. 1: what
+    `torchvision.ops.deform_conv2d` computes, safe under autocast and where training diverges.
 
     Args:
         x: (N, C, H, W). Half precision is computed in float32, as the CPU has no bfloat16.
@@ -36,17 +41,32 @@ def deform_conv(
 
     Returns:
         (N, C_out, h, w) in the dtype of `x`; N may be 0. NaN where an offset is not finite.
+
+    Raises:
+        ValueError: on the CPU, shapes do not fit each other. torchvision raises RuntimeError.
+        RuntimeError: on a second derivative.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     parts = (None if part is None else part.to(dtype) for part in (offset, weight, bias, mask))
     offset, weight, bias, mask = parts
+    places = (_pair(stride), _pair(padding), _pair(dilation))
     with torch.autocast(x.device.type, enabled=False):
+        if is_compiled_for(x):
+            y = torch.ops.iou_d2.deform_conv(x.to(dtype), offset, mask, weight, *places)
+            return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
         # The op reads outside of its memory where an offset is NaN.
         y = torchvision.ops.deform_conv2d(
-            x.to(dtype), offset.nan_to_num(), weight, bias, stride, padding, dilation, mask
+            x.to(dtype), offset.nan_to_num(), weight, bias, *places, mask
         )
     nan_or_zero = (0 * offset.detach()).sum(dim=1, keepdim=True)
     return (y + nan_or_zero).to(x.dtype)
+
+
+def is_compiled_for(x: Tensor) -> bool:
+    """Whether `deform_conv` of `x` runs on the operator of iou_d2. In a graph that is to run
+    elsewhere it does not, for that operator is not there."""
+    becomes_graph = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return HAS_EXTENSION and x.device.type == "cpu" and not becomes_graph
 
 
 def split_offsets(prediction: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,3 +116,35 @@ def offset_conv(conv: nn.Conv2d, values: int, groups: int) -> nn.Conv2d:
     nn.init.zeros_(offset.weight)
     nn.init.zeros_(offset.bias)
     return offset
+
+
+def _output_shape(x, offset, mask, weight, stride, padding, dilation):
+    return x.new_empty(x.shape[0], weight.shape[0], *offset.shape[-2:])
+
+
+def _shapes_of_gradients(grad, x, offset, mask, weight, stride, padding, dilation):
+    grad_mask = x.new_empty(0) if mask is None else x.new_empty(mask.shape)
+    return *(x.new_empty(part.shape) for part in (x, offset)), grad_mask, x.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):
+    x, offset, mask, weight, *ctx.places = inputs
+    ctx.save_for_backward(x, offset, mask, weight)
+
+
+def _backward(ctx, grad):
+    x, offset, mask, weight = ctx.saved_tensors
+    grads = torch.ops.iou_d2.deform_conv_backward(grad, x, offset, mask, weight, *ctx.places)
+    of_x, of_offset, of_mask, of_weight = grads
+    return of_x, of_offset, None if mask is None else of_mask, of_weight, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("deform_conv has no second derivative: call backward without create_graph.")
+
+
+if HAS_EXTENSION:
+    torch.library.register_fake("iou_d2::deform_conv", _output_shape)
+    torch.library.register_fake("iou_d2::deform_conv_backward", _shapes_of_gradients)
+    torch.library.register_autograd("iou_d2::deform_conv", _backward, setup_context=_save)
+    torch.library.register_autograd("iou_d2::deform_conv_backward", _no_second_derivative)

@@ -18,21 +18,14 @@ import warnings
 import torch
 from torch import nn
 
-try:
-    import iou_d2._C  # noqa: F401  (registers the operators)
-
-    HAS_EXTENSION = True
-except ImportError as error:
-    # Not there, or compiled for another torch, whose symbols it does not find.
-    HAS_EXTENSION = False
-    _REASON = str(error)
+from .extension import HAS_EXTENSION, WHY_NOT
 
 
 @functools.cache
 def _warn_of_slowness() -> None:
     warnings.warn(
         "iou_d2 runs without its compiled operator: PrRoI pooling uses plain tensor operations, "
-        f"which are slow and need much memory ({_REASON}). Installing iou_d2 from its source with "
+        f"which are slow and need much memory ({WHY_NOT}). Installing iou_d2 from its source with "
         "`pip install -v --no-build-isolation --no-cache-dir --no-deps --force-reinstall` compiles "
         "it for this torch, or says why not.",
         stacklevel=3,

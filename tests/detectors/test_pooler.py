@@ -7,10 +7,10 @@ from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from torchvision.ops import RoIPool
 
 from iou_d2.detectors.pooler import PrRoIPooler, use_prroi_pool
 from iou_d2.layers import PrRoIPool, prroi_pool_reference
+from iou_d2.layers.spp import RoIMaxPool
 
 SCALES = [1 / 4, 1 / 8, 1 / 16]
 
@@ -170,7 +170,7 @@ POOLERS = {
     "PrRoIPoolLegacy": (PrRoIPool, False),
     "ROIAlignV2": (ROIAlign, True),
     "ROIAlign": (ROIAlign, False),
-    "ROIPool": (RoIPool, None),
+    "ROIPool": (RoIMaxPool, None),
 }
 
 
@@ -203,6 +203,16 @@ def test_iou_net_pools_by_config_and_refuses_to_climb_without_a_gradient(small_c
     assert type(model.roi_heads.iou_branch.pooler.level_poolers[0]) is ROIAlign
     with torch.no_grad():
         assert model(make_batch([0]))[0]["instances"].has("pred_ious")
+
+
+@pytest.mark.parametrize("samples", [0, 1, 2])
+def test_the_samples_of_roi_align_are_chosen_by_config(small_cfg, samples):
+    cfg = small_cfg(
+        "configs/quick/faster_rcnn_shapes.yaml",
+        *("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", str(samples)),
+    )
+    pooler = build_model(cfg).roi_heads.box_pooler
+    assert {x.sampling_ratio for x in pooler.level_poolers} == {samples}
 
 
 def test_an_unknown_pooler_is_named(small_cfg):

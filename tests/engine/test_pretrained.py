@@ -74,6 +74,23 @@ def test_a_resnet_152_and_a_deformable_resnet_load(publish):
     assert torch.equal(deformable.bottom_up.res5[2].conv2.weight, peer.layer4[2].conv2.weight)
 
 
+def test_res5_of_c4_heads_loads_too(publish):
+    peer = publish("resnet50")
+    keys = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.STRIDE_IN_1X1", "False"]
+    model = build_model(get_config("iou_net_R_50_C4_1x", keys)).eval()
+    fc1 = model.roi_heads.iou_branch.head.fc1.weight.clone()
+    loaded = load_pretrained(model, "torchvision://resnet50")
+    assert {x for x in loaded if "res5" in x} == {
+        f"roi_heads.res5.{x}" for x in model.roi_heads.res5.state_dict()
+    }
+    pooled = torch.randn(2, 1024, 14, 14)
+    with torch.no_grad():
+        expected = peer.layer4(pooled)
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(model.roi_heads.res5(pooled), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.roi_heads.iou_branch.head.fc1.weight, fc1)
+
+
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 def test_the_mobilenet_of_torchvision_loads(publish, norm):
     peer = publish("mobilenet_v2")

@@ -72,6 +72,10 @@ def test_frozen_random_layers_are_refused(frozen):
     check_pretrained(own_data(*frozen))
     with pytest.raises(InputError, match='give MODEL.WEIGHTS "" MODEL.BACKBONE.FREEZE_AT 0 '):
         check_pretrained(own_data("MODEL.WEIGHTS", "", *frozen))
+    behind = ("MODEL.SPP_BLOCK.BACKBONE", "build_retinanet_mobilenet_v2_fpn_backbone")
+    with pytest.raises(InputError, match="frozen layers of the backbone would stay random"):
+        spp = ("MODEL.BACKBONE.NAME", "build_spp_backbone", *behind)
+        check_pretrained(own_data("MODEL.WEIGHTS", "", *spp, *frozen))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-// The op's schema and its argument checks; the kernels are in the files that end in _cpu and _cuda.
+// The schemas of the operators and the argument checks of PrRoI pooling; the kernels are in the
+// files that end in _cpu and _cuda.
 #include "prroi_pool.h"
 
 #include <Python.h>
@@ -52,6 +53,12 @@ TORCH_LIBRARY(iou_d2, m) {
   m.def(
       "prroi_pool_backward_rois(Tensor grad, Tensor features, Tensor output, Tensor rois, float "
       "spatial_scale, bool aligned) -> Tensor");
+  m.def(
+      "deform_conv(Tensor x, Tensor offset, Tensor? mask, Tensor weight, SymInt[2] stride, "
+      "SymInt[2] padding, SymInt[2] dilation) -> Tensor");
+  m.def(
+      "deform_conv_backward(Tensor grad, Tensor x, Tensor offset, Tensor? mask, Tensor weight, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 // `import iou_d2._C` runs the registrations above; the module itself is empty.

@@ -1,0 +1,27 @@
+"""The compiled operators of iou_d2, `torch.ops.iou_d2`, where they are there.
+
+Attributes:
+    HAS_EXTENSION: whether they are.
+    WHY_NOT: what is wrong else, in a few words.
+"""
+
+from __future__ import annotations
+
+import torch
+
+OPERATORS = ("prroi_pool", "deform_conv")
+
+
+def _load() -> str:
+    try:
+        import iou_d2._C  # noqa: F401  (registers the operators)
+    except ImportError as error:
+        # Not there, or compiled for another torch, whose symbols it does not find.
+        return str(error)
+    if not all(hasattr(torch.ops.iou_d2, name) for name in OPERATORS):
+        return "it was compiled from an older source"
+    return ""
+
+
+WHY_NOT = _load()
+HAS_EXTENSION = not WHY_NOT

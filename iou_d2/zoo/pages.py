@@ -1,0 +1,123 @@
+"""Pages with tables of runs. Pure functions: plan and records in, Markdown out."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+
+from tabulate import tabulate
+
+from iou_d2.errors import InputError
+
+from .plan import Dataset, Plan
+from .records import kept
+
+METRICS = ("AP", "AP50", "AP75", "AP90")
+CORRELATION = "localization/pearson_confidence"
+HEADERS = (*METRICS, "r", "minutes")
+HEAD = """# Model zoo
+
+Written by `iou-d2 zoo write` from the records in `docs/runs`; `make zoo DATA=...` trains what has
+no record yet. DATA is the folder of the sets, as docs/runs/zoo.yaml has them. Figures are means
+over
+the seeds, ± their standard deviation; r is Pearson's correlation of the score with the true IoU;
+minutes are of one run, start and evaluation included."""
+_MARKED = re.compile(r"(<!-- runs: (?P<table>\S+) -->\n).*?(<!-- end of runs -->)", re.DOTALL)
+
+
+def with_tables(page: str, plan: Plan) -> str:
+    """`page` with each table anew that stands between `<!-- runs: TABLE -->` and
+    `<!-- end of runs -->`.
+
+    Raises InputError: the plan has no such table.
+    """
+
+    def anew(match: re.Match) -> str:
+        if match["table"] not in plan.tables:
+            raise InputError(f"{plan.path} has no table {match['table']}, which a page names.")
+        return f"{match[1]}{tables_of(match['table'], plan)}\n{match[3]}"
+
+    return _MARKED.sub(anew, page)
+
+
+def tables_of(name: str, plan: Plan) -> str:
+    """A table for each set, of the rows that have a record."""
+    table = plan.tables[name]
+    parts = []
+    for dataset in table.sets:
+        rows = []
+        for row in table.rows:
+            runs = [plan.run(name, dataset, row, seed) for seed in table.seeds]
+            records = [record for run in runs if (record := kept(plan, run)) is not None]
+            if records:
+                rows.append([table.rows[row].name, *figures(records)])
+        if rows:
+            headers = [dataset.replace("_", " "), *HEADERS]
+            parts.append(tabulate(rows, headers, "github", disable_numparse=True))
+    return "\n\n".join(parts) if parts else "No run of this table has a record yet."
+
+
+def figures(records: Sequence[Mapping]) -> list[str]:
+    """Of the runs of one row, which differ by their seed: the mean, and with more than one seed
+    the standard deviation over them."""
+    results = [record["results"] for record in records]
+    cells = [spread([one.get(f"bbox/{name}") for one in results], 1) for name in METRICS]
+    cells.append(spread([one.get(CORRELATION) for one in results], 3))
+    return [*cells, spread([record["seconds"] / 60 for record in records], 1)]
+
+
+def spread(values: Sequence[float | None], digits: int) -> str:
+    """The mean, with "± standard deviation" of more than one value; a dash where one is missing."""
+    if any(value is None for value in values):
+        return "-"
+    text = f"{mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
+
+
+def model_zoo(plan: Plan) -> str:
+    """The page of all runs with a record, each with its seeds, its command and its figures."""
+    parts = [HEAD]
+    for name, table in plan.tables.items():
+        parts += [f"## {table.title}", _about(name, plan)]
+        parts += [tables_of(name, plan), *_commands(name, plan)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(name: str, plan: Plan) -> str:
+    """On what the runs of a table ran."""
+    runs = [run for run in plan.runs() if run.table == name]
+    records = [record for run in runs if (record := kept(plan, run)) is not None]
+    devices = sorted({device for record in records for device in record["devices"]})
+    torch = sorted({record["versions"]["torch"].split("+")[0] for record in records})
+    seeds = ", ".join(map(str, plan.tables[name].seeds))
+    on = f"; {', '.join(devices)}; torch {', '.join(torch)}" if records else ""
+    return f"{len(records)} of {len(runs)} runs have a record. Seeds: {seeds}{on}."
+
+
+def _commands(name: str, plan: Plan) -> list[str]:
+    """What is typed for each run: what the rows share, what differs, what each set adds."""
+    table = plan.tables[name]
+    train = f"    iou-d2 train --num-gpus 0 --config CONFIG SET SEED N {_pairs(table.overrides)}"
+    rows = [
+        [row.name, f"`{row.config}`", f"`{_pairs(row.overrides)}`" if row.overrides else ""]
+        for row in table.rows.values()
+    ]
+    sets = [
+        [dataset.replace("_", " "), f"`{_of_set(plan.sets[dataset])}`"]
+        for dataset in table.sets
+        if plan.sets[dataset].train
+    ]
+    told = [f"{train.rstrip()} ...", tabulate(rows, ["row", "CONFIG", "..."], "github")]
+    return [*told, tabulate(sets, ["set", "SET"], "github")] if sets else told
+
+
+def _of_set(dataset: Dataset) -> str:
+    options = [("--train", dataset.train), ("--test", dataset.test)]
+    words = [word for option, value in options if value for word in (option, value)]
+    return " ".join([shlex.join(words), _pairs(dataset.overrides)]).strip()
+
+
+def _pairs(overrides: Mapping[str, str]) -> str:
+    return shlex.join([word for pair in overrides.items() for word in pair])

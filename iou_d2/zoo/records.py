@@ -1,0 +1,81 @@
+"""Records of finished runs: what run.json says of one, without what only its machine knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from iou_d2.errors import InputError, MissingFileError
+
+from .plan import Plan, Run
+
+# Of run.json. Paths of the machine stand in its overrides and sets, which the plan has.
+KEPT = ("config", "seed", "devices", "versions", "commit", "start", "seconds", "results")
+# Keys that say where and on what a run runs, but not what it computes.
+ASIDE = {"OUTPUT_DIR", "SEED", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}
+
+
+def path_of(plan: Plan, run: Run) -> Path:
+    return plan.path.parent / f"{run.name}.json"
+
+
+def kept(plan: Plan, run: Run) -> dict | None:
+    """The record of a run; None where there is none yet.
+
+    Raises InputError: the file is damaged, or is of other settings than the plan's.
+    """
+    path = path_of(plan, run)
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["results"]["bbox/AP"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no record of a run: {error!r}.") from error
+    expected = {"config": run.config, "seed": run.seed, "overrides": dict(run.overrides)}
+    for key, value in expected.items():
+        if record.get(key) != value:
+            raise InputError(
+                f"{path} has {key} {record.get(key)}, but the plan has {value}: delete the record "
+                "to train anew."
+            )
+    return record
+
+
+def keep(plan: Plan, run: Run, folder: Path) -> Path:
+    """Keep the record of `run`, which has been trained in `folder`.
+
+    Raises:
+        MissingFileError: `folder` holds no run.json.
+        InputError: it has not finished, or is of other settings than the plan's.
+    """
+    source = folder / "run.json"
+    if not source.is_file():
+        raise MissingFileError(f"{folder} holds no run.json: it is no run.")
+    record = json.loads(source.read_text(encoding="utf-8"))
+    if record["outcome"] != "finished" or not record["results"]:
+        raise InputError(f"{source}: the run has not finished ({record['outcome']}).")
+    words = record["overrides"]
+    overrides = dict(zip(words[::2], words[1::2]))
+    settings = {key: value for key, value in overrides.items() if key not in ASIDE}
+    wanted = {"config": run.config, "seed": run.seed}
+    found = {"config": record["config"], "seed": record["seed"]}
+    expected = {key: value for key, value in run.overrides.items() if key not in ASIDE}
+    if found != wanted or settings != expected:
+        raise InputError(
+            f"{source} is of {found} with {settings}, but the plan's {run.name} is of {wanted} "
+            f"with {expected}."
+        )
+    chosen = {key: record[key] for key in KEPT}
+    # A run that was stopped and resumed took the time of all its parts.
+    chosen["seconds"] += sum(part["seconds"] or 0 for part in record.get("earlier", []))
+    chosen["results"] = {name: _rounded(value) for name, value in chosen["results"].items()}
+    path = path_of(plan, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**chosen, "overrides": dict(run.overrides)}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

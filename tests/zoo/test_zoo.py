@@ -1,0 +1,208 @@
+"""The plan of runs, their records and the pages made of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from iou_d2 import get_config
+from iou_d2.commands import zoo as command
+from iou_d2.errors import InputError
+from iou_d2.zoo import keep, kept, model_zoo, path_of, read_plan, with_tables
+
+ROOT = Path(__file__).parents[2]
+PLAN = """
+sets:
+  cells:
+    train: "coco:DATA/a.json"
+    test: "coco:DATA/b.json"
+    overrides: {TEST.DETECTIONS_PER_IMAGE: "7"}
+  shapes:
+tables:
+  losses:
+    title: "Losses"
+    sets: [cells, shapes]
+    seeds: [1, 2]
+    overrides: {SOLVER.MAX_ITER: "3"}
+    rows:
+      plain: {name: "Plain", config: quick/vfnet_shapes}
+      other: {name: "Other", config: quick/vfnet_shapes, overrides: {SOLVER.MAX_ITER: "4"}}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    path = tmp_path / "runs" / "zoo.yaml"
+    path.parent.mkdir()
+    path.write_text(PLAN)
+    return read_plan(path)
+
+
+def finished(folder: Path, run, ap: float = 40.0, **changes) -> Path:
+    """A folder as training leaves it."""
+    words = ["OUTPUT_DIR", "/somewhere", "SEED", str(run.seed), "MODEL.DEVICE", "cpu"]
+    words += [word for pair in run.overrides.items() for word in pair]
+    metrics = {"AP": ap, "AP50": ap + 30, "AP75": ap - 5, "AP90": None}
+    record = {
+        "config": run.config,
+        "overrides": words,
+        "train": ["/somewhere/a.json"],
+        "seed": run.seed,
+        "devices": ["cpu, 1 threads"],
+        "versions": {"torch": "2.11.0+cpu"},
+        "commit": "abc",
+        "start": "2026-01-01",
+        "seconds": 90.0,
+        "outcome": "finished",
+        "results": {
+            **{f"bbox/{name}": value for name, value in metrics.items()},
+            "localization/pearson_confidence": 0.51234567,
+        },
+        **changes,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_the_plan_names_every_row_on_every_set_with_every_seed(plan):
+    names = [run.name for run in plan.runs()]
+    assert len(names) == len(set(names)) == 2 * 2 * 2
+    assert names[:3] == ["losses/cells/plain-seed1", "losses/cells/other-seed1",
+                         "losses/shapes/plain-seed1"]  # fmt: skip
+
+
+def test_overrides_of_a_row_win_over_those_of_its_table(plan):
+    run = plan.run("losses", "cells", "other", 2)
+    assert run.overrides == {"TEST.DETECTIONS_PER_IMAGE": "7", "SOLVER.MAX_ITER": "4"}
+    words = run.arguments("/data", "out")
+    assert words[words.index("--train") + 1] == "coco:/data/a.json"
+    assert words[words.index("SEED") + 1] == "2"
+    assert "--train" not in plan.run("losses", "shapes", "plain", 1).arguments()
+
+
+def test_a_kept_record_holds_nothing_of_the_machine(plan, tmp_path):
+    run = plan.run("losses", "cells", "plain", 1)
+    path = keep(plan, run, finished(tmp_path / "out", run))
+    assert path == path_of(plan, run)
+    assert "somewhere" not in path.read_text()
+    record = kept(plan, run)
+    assert record["results"]["localization/pearson_confidence"] == 0.5123
+    assert record["overrides"] == dict(run.overrides)
+
+
+def test_a_resumed_run_took_the_time_of_all_its_parts(plan, tmp_path):
+    run = plan.run("losses", "cells", "plain", 1)
+    earlier = [{"seconds": 10.0}, {"seconds": None}]
+    keep(plan, run, finished(tmp_path / "out", run, earlier=earlier))
+    assert kept(plan, run)["seconds"] == 100.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": "quick/atss_shapes"},
+        {"seed": 3},
+        {"overrides": ["SOLVER.MAX_ITER", "5"]},
+        {"outcome": "KeyboardInterrupt: ", "results": None},
+    ],
+)
+def test_a_run_of_other_settings_is_not_kept(plan, tmp_path, changes):
+    run = plan.run("losses", "cells", "plain", 1)
+    with pytest.raises(InputError):
+        keep(plan, run, finished(tmp_path / "out", run, **changes))
+    assert kept(plan, run) is None
+
+
+def test_a_record_that_the_plan_has_left_behind_is_told(plan, tmp_path):
+    run = plan.run("losses", "cells", "plain", 1)
+    keep(plan, run, finished(tmp_path / "out", run))
+    plan.path.write_text(PLAN.replace('"3"', '"30"'))
+    with pytest.raises(InputError, match="train anew"):
+        kept(read_plan(plan.path), run=read_plan(plan.path).run("losses", "cells", "plain", 1))
+
+
+def test_tables_show_mean_and_deviation_over_seeds(plan, tmp_path):
+    for seed, ap in ((1, 40.0), (2, 42.0)):
+        run = plan.run("losses", "cells", "plain", seed)
+        keep(plan, run, finished(tmp_path / str(seed), run, ap))
+    page = "before\n<!-- runs: losses -->\nold\n<!-- end of runs -->\nafter\n"
+    written = with_tables(page, plan)
+    row = next(line for line in written.splitlines() if line.startswith("| Plain"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    # Standard deviation of 40 and 42: sqrt(2).
+    assert cells == ["Plain", "41.0 ± 1.4", "71.0 ± 1.4", "36.0 ± 1.4", "-",
+                     "0.512 ± 0.000", "1.5 ± 0.0"]  # fmt: skip
+    assert "old" not in written and written.startswith("before") and written.endswith("after\n")
+    assert with_tables(written, plan) == written
+    assert "Other" not in written.split("after")[0]
+
+
+def test_a_page_that_names_no_table_of_the_plan_is_told(plan):
+    with pytest.raises(InputError, match="has no table nothing"):
+        with_tables("<!-- runs: nothing -->\n<!-- end of runs -->", plan)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "sets: {}", "sets: {}\ntables: {a: {rows: {}}}", "a: [", "sets: 3"]
+)
+def test_what_is_no_plan_is_told(tmp_path, text):
+    (tmp_path / "zoo.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"zoo\.yaml"):
+        read_plan(tmp_path / "zoo.yaml")
+
+
+def test_training_goes_on_where_it_was_stopped(plan, tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train_one(plan, run, args):
+        trained.append(run.name)
+        keep(plan, run, finished(args.output / run.name, run))
+        return run.row != "other"
+
+    monkeypatch.setattr(command, "train_one", train_one)
+    words = ["--plan", str(plan.path), "train", "--data", "x", "--output", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=r"2 runs failed: losses/cells/other-seed1"):
+        command.main([*words, "--only", "losses/cells/*"])
+    assert "4 runs to train, about 0.7 hours." in capsys.readouterr().out
+    command.main([*words, "--only", "losses/cells/*", "*/shapes/plain-*"])
+    assert trained[4:] == ["losses/shapes/plain-seed1", "losses/shapes/plain-seed2"]
+    # Two runs, 90 seconds each as those before.
+    assert "2 runs to train, about 0.1 hours." in capsys.readouterr().out
+
+
+def test_every_run_of_the_documents_has_a_config_that_takes_its_keys():
+    plan = read_plan(ROOT / "docs/runs/zoo.yaml")
+    settings = {(run.config, tuple(run.overrides.items())) for run in plan.runs()}
+    for config, overrides in settings:
+        get_config(config, [word for pair in overrides for word in pair])
+
+
+def test_no_record_is_of_no_run_of_the_plan():
+    plan = read_plan(ROOT / "docs/runs/zoo.yaml")
+    assert set((ROOT / "docs/runs").rglob("*.json")) <= {path_of(plan, run) for run in plan.runs()}
+
+
+def test_the_documents_say_what_the_records_say():
+    plan = read_plan(ROOT / "docs/runs/zoo.yaml")
+    results = (ROOT / "docs/RESULTS.md").read_text()
+    assert with_tables(results, plan) == results, "run `iou-d2 zoo write`"
+    assert (ROOT / "MODEL_ZOO.md").read_text() == model_zoo(plan), "run `iou-d2 zoo write`"
+
+
+def test_the_parts_of_the_commands_on_the_page_make_the_commands_of_the_plan(plan):
+    page = model_zoo(plan)
+    whole = next(line for line in page.splitlines() if line.startswith("    iou-d2"))
+    cells = re.findall(r"\| other +\|(.*)\|", page, re.IGNORECASE)[-1].split("|")
+    config, own = (cell.strip(" `") for cell in cells)
+    dataset = re.search(r"\| cells +\| `(.*)`", page)[1]
+    typed = whole.replace("CONFIG", config).replace("SET", dataset).replace(" N ", " 1 ")
+    words = shlex.split(typed.replace("...", own))[1:]
+    run = plan.run("losses", "cells", "other", 1)
+    found = dict(zip(words[7::2], words[8::2]))
+    assert words[:7] == run.arguments()[:7]
+    assert {**found} == dict(zip(run.arguments()[7::2], run.arguments()[8::2]))
