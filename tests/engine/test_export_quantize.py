@@ -59,8 +59,8 @@ def test_it_is_still_a_file_for_the_detector(tmp_path):
     spec = InputSpec((128, 128), 1)
     write_model(cfg, model, tmp_path / "model.onnx", spec=spec)
     picture = noise(1, 90, 70)[0].permute(1, 2, 0).numpy()
-    images, size = Detector(tmp_path / "model.onnx").prepare(picture)
-    assert size == (128, 128) and images.shape == (1, 3, 128, 128)
+    images, _ = Detector(tmp_path / "model.onnx").prepare(picture)
+    assert images.shape == (1, 3, 128, 128)
     quantize(tmp_path / "model.onnx", tmp_path / "int8.onnx", [images])
     detector = Detector(tmp_path / "int8.onnx")
     assert detector.description.class_names == ["a", "b", "c"]
