@@ -21,9 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +37,7 @@ from torch import Tensor, nn
 
 from common import in_turn, machine
 from iou_d2 import get_config
-from iou_d2.commands.detect import find_images
 from iou_d2.commands.eval import evaluate_exported
-from iou_d2.commands.pictures import read_picture
 from iou_d2.commands.trained import load_trained
 from iou_d2.engine.export import build_graph
 from iou_d2.engine.export.describe import describe
@@ -47,6 +45,9 @@ from iou_d2.engine.export.files import InputSpec, write
 from iou_d2.engine.export.quantize import quantize
 from iou_d2.errors import InputError
 from iou_d2.runtime import Detector
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from quantize import inputs_of
 
 try:
     import openvino
@@ -91,18 +92,13 @@ def trained_model(config_file: str, weights: str) -> Trained:
     return Trained(cfg, load_trained(cfg))
 
 
-def calibration(path: Path, folder: str, count: int) -> Iterator[np.ndarray]:
-    """Inputs of the file `path`: noise, or of the pictures in a folder `count` at equal steps."""
-    detector = Detector(path)
-    if not folder:
-        generator = np.random.default_rng(0)
-        size = (*(detector.size or (480, 640)), 3)
-        for _ in range(2):
-            yield detector.prepare(generator.integers(0, 256, size, dtype=np.uint8))[0]
+def calibration(path: Path, args: argparse.Namespace) -> Iterator[np.ndarray]:
+    """Inputs of the file `path`: of the pictures in --calibrate, or noise."""
+    if args.calibrate:
+        yield from inputs_of(path, [args.calibrate], args.images)
         return
-    names = find_images([folder])
-    for name in islice(names, 0, None, max(len(names) // count, 1)):
-        yield detector.prepare(read_picture(name))[0]
+    size = Detector(path).size or (480, 640)
+    yield np.random.default_rng(0).integers(0, 256, (1, 3, *size), dtype=np.uint8)
 
 
 def session(path: Path, threads: int) -> Run:
@@ -151,7 +147,7 @@ def runs_of(
     script, file, small = folder / "model.pt", folder / "model.onnx", folder / "int8.onnx"
     trained.write(file, "onnx", spec)
     trained.write(script, "torchscript", spec)
-    quantize(file, small, calibration(file, args.calibrate, args.images))
+    quantize(file, small, calibration(file, args))
     threads = args.threads
     runs = {"PyTorch eager": eager(trained.model), "TorchScript": scripted(script)}
     runs["ONNX Runtime"] = session(file, threads)
@@ -176,21 +172,11 @@ def table(runs: dict[str, Run], image: Tensor, rounds: int) -> str:
     return tabulate(rows, headers, "pipe", disable_numparse=True)
 
 
-def image_of(size: tuple[int, int], args: argparse.Namespace) -> Tensor:
-    """The first picture of --calibrate, stretched to `size`, or noise."""
-    if not args.calibrate:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(256, (1, 3, *size), generator=generator, dtype=torch.uint8)
-    picture = torch.from_numpy(read_picture(find_images([args.calibrate])[0])).permute(2, 0, 1)
-    return nn.functional.interpolate(picture[None].float(), size).byte()
-
-
 def accuracy(trained: Trained, args: argparse.Namespace, folder: Path) -> str:
     """AP of the files in float32 and in 8 bits, of images of any size."""
     files = {"float32": folder / "any.onnx", "int8": folder / "any_int8.onnx"}
     trained.write(files["float32"])
-    inputs = calibration(files["float32"], args.calibrate, args.images)
-    quantize(files["float32"], files["int8"], inputs)
+    quantize(files["float32"], files["int8"], calibration(files["float32"], args))
     rows = []
     for name, file in files.items():
         output = folder / name
@@ -232,7 +218,8 @@ def measure(name: str, trained: Trained, args: argparse.Namespace, folder: Path)
         except InputError as error:
             print(f"There is no row: {error}\n")
             return
-        print(table(runs, image_of((height, width), args), args.rounds) + "\n", flush=True)
+        image = torch.from_numpy(next(calibration(folder / "model.onnx", args)))
+        print(table(runs, image, args.rounds) + "\n", flush=True)
     if args.test:
         print(accuracy(trained, args, folder))
 
