@@ -19,6 +19,29 @@ SMALL = (
 )
 
 
+SMALL_TWO_STAGE = (
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", "3"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8"),
+    *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "8", "MODEL.ROI_MASK_HEAD.NUM_CONV", "1"),
+    *("MODEL.RPN.PRE_NMS_TOPK_TEST", "60", "MODEL.RPN.POST_NMS_TOPK_TEST", "50"),
+)
+
+
+def small_two_stage(config_file: str, *overrides: str) -> tuple:
+    """A config and its model in test mode, with objects of each size and scores of each height."""
+    cfg = get_config(config_file, [*SMALL_TWO_STAGE, *overrides])
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    rpn, heads = model.proposal_generator.rpn_head, model.roi_heads
+    for name, parameter in [*rpn.named_parameters(), *heads.named_parameters()]:
+        if parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter)
+            is_box = "bbox_pred" in name or "anchor_deltas" in name
+            parameter.data *= 0.2 if is_box else 1.0
+    return cfg, model
+
+
 def small_model(config_file: str, *overrides: str) -> tuple:
     """A config and its model in test mode. Heads as they start give all points nearly one score,
     which rounding would sort."""

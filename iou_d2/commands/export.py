@@ -76,7 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
         choices=OUTPUTS,
         default="detections",
         dest="outputs",
-        help="all points or anchors, what NMS is given, or what it leaves (default)",
+        help="all points, anchors or proposals, what NMS is given, what it leaves (default), or "
+        "what IoU-Net makes of the detections of any detector",
     )
     add("--size", type=size_of, default="dynamic", metavar="HxW", help="pixels, or dynamic")
     add("--batch", type=batch_of, default="dynamic", metavar="N", help="images, or dynamic")
@@ -106,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     spec = InputSpec(args.size, args.batch, TYPES[args.input])
     write(args.format, graph, args.output, spec, description, args.opset, args.deform_conv)
     size = os.path.getsize(args.output) / 2**20
-    print(f"{args.output} ({size:.1f} MB) gives {', '.join(graph.names)} of images.")
+    inputs = ", ".join(graph.input_names)
+    print(f"{args.output} ({size:.1f} MB) gives {', '.join(graph.names)} of {inputs}.")
     fault = check_file(args.output, args.format, graph, spec, cfg)
     if fault:
         sys.exit(fault)

@@ -32,8 +32,15 @@ class ExportedPredictor:
         return self.detector.description.class_names
 
     def __call__(self, image: np.ndarray) -> dict[str, Instances]:
-        """(H, W, 3) uint8 BGR -> {"instances": its detections, best first}."""
-        found = {name: torch.from_numpy(x) for name, x in self.detector(image).items()}
+        """(H, W, 3) uint8 BGR -> {"instances": its detections, best first}, with `pred_masks`
+        (D, H, W) bool where the model is a Mask R-CNN."""
+        from iou_d2.runtime import paste_masks
+
+        found = self.detector(image)
+        if "masks" in found:
+            masks = found.pop("masks")
+            found["pred_masks"] = paste_masks(masks, found["boxes"], image.shape[:2])
+        found = {name: torch.from_numpy(x) for name, x in found.items()}
         instances = Instances(image.shape[:2])
         instances.pred_boxes = Boxes(found.pop("boxes"))
         instances.pred_classes = found.pop("classes")

@@ -64,7 +64,7 @@ def refine_boxes(
         return boxes.new_zeros((0, 4), dtype=torch.float32), boxes.new_zeros(0)
 
     with torch.inference_mode(False), torch.no_grad():
-        boxes, limits = _clip(boxes.detach().float(), limits), limits.clone()
+        boxes, limits = clip_boxes(boxes.detach().float(), limits), limits.clone()
         moving = torch.arange(len(boxes), device=boxes.device)
         scores, gradient = _evaluate(score_function, boxes, moving, with_gradient=steps > 0)
         scores = scores.clone()
@@ -72,7 +72,7 @@ def refine_boxes(
             size = boxes[moving, 2:] - boxes[moving, :2]
             moved = boxes[moving] + step_size * gradient * size.repeat(1, 2)
             finite = moved.isfinite().all(1)
-            moved = _clip(moved, limits[moving])
+            moved = clip_boxes(moved, limits[moving])
             taken = finite & (moved[:, 2:] > moved[:, :2]).all(1)
             moving, moved, gradient = moving[taken], moved[taken], None
             if not len(moving):
@@ -93,7 +93,7 @@ def leave_inference_mode(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def _clip(boxes: Tensor, limits: Tensor) -> Tensor:
+def clip_boxes(boxes: Tensor, limits: Tensor) -> Tensor:
     """Boxes inside (0, 0, width, height); an inverted side becomes 0."""
     top_left = boxes[:, :2].clamp(min=0).minimum(limits)
     bottom_right = boxes[:, 2:].clamp(min=0).minimum(limits)

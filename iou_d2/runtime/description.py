@@ -62,7 +62,7 @@ class Description:
         pixel_mean: of these channels; what an image may be padded with.
         size_divisibility: height and width are padded to multiples of it, in the graph.
         resize: what images were scaled to before the model saw them.
-        outputs: "raw", "candidates" or "detections".
+        outputs: "raw", "candidates", "detections" or "refinement".
         score: what `scores` are.
         version: of the iou_d2 that wrote the file.
         weights_sha256: of the file of the weights; empty where there was none.

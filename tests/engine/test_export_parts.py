@@ -9,6 +9,7 @@ import torchvision
 from iou_d2.engine.export.agreement import agreement
 from iou_d2.engine.export.candidates import Candidates, best, suppress, top, usable
 from iou_d2.engine.export.deform import SampledDeformConv
+from iou_d2.engine.export.proposals import positive
 from iou_d2.ops.nms import batched_nms
 
 
@@ -36,6 +37,15 @@ def test_suppression_of_a_batch_is_that_of_its_images(threshold):
         parts = (x[image, there] for x in (boxes, scores, classes))
         keep = there[batched_nms(*parts, threshold)]
         assert mask[image].nonzero().squeeze(1).tolist() == keep.sort().values.tolist()
+
+
+def test_objectness_becomes_positive_and_keeps_its_order():
+    logits = torch.tensor(
+        [-1e30, -90.0, -17.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 17.0, 17.1, 90.0, 1e30]
+    )
+    found = positive(logits)
+    assert (found > 0).all() and (found.diff() > 0).all()
+    assert positive(torch.tensor([torch.nan, torch.inf, -torch.inf])).tolist() == [0, 0, 0]
 
 
 def test_a_box_that_is_not_finite_is_none():

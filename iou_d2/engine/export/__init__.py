@@ -1,12 +1,9 @@
-"""Dense detectors as files for ONNX Runtime, TorchScript and torch.export.
-
-A two-stage detector needs a graph of its own, with the `names`, the `detector` and the outputs of a
-DetectorGraph, beside that in `build_graph`; all else serves it too.
-"""
+"""Detectors as files for ONNX Runtime, TorchScript and torch.export."""
 
 from __future__ import annotations
 
 from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch import GeneralizedRCNN
 from torch import nn
 
 from iou_d2.detectors.dense import DenseDetector
@@ -14,8 +11,10 @@ from iou_d2.errors import InputError
 
 from .deform import with_operator_stars
 from .files import FORMATS
-from .graph import OUTPUTS, DetectorGraph
+from .graph import OUTPUTS, DetectorGraph, ImageGraph
 from .readers import reader_of
+from .refinement import refinement_graph
+from .two_stage import two_stage_graph
 
 __all__ = ["FORMATS", "OUTPUTS", "build_graph"]
 
@@ -25,7 +24,7 @@ def build_graph(
     detector: nn.Module,
     outputs: str = "detections",
     deform_conv: str = "GridSample",
-) -> DetectorGraph:
+) -> ImageGraph:
     """The graph of `detector`, the model of `cfg` on the CPU, that the writers in files.py take.
 
     Args:
@@ -35,11 +34,15 @@ def build_graph(
     Raises:
         InputError: a detector that cannot be exported, with the key to change.
     """
+    if outputs == "refinement":
+        return refinement_graph(detector).eval()
+    if isinstance(detector, GeneralizedRCNN):
+        return two_stage_graph(detector, outputs).eval()
     if not isinstance(detector, DenseDetector):
         raise InputError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} cannot be exported: only the "
-            "dense detectors can, BoxLossRetinaNet, IoUAwareRetinaNet, PointDetector, UnitBox, SSD "
-            "and RefineDet."
+            "dense detectors BoxLossRetinaNet, IoUAwareRetinaNet, PointDetector, UnitBox, SSD and "
+            "RefineDet can, and the two-stage ones, GeneralizedRCNN and StandaloneIoUNet."
         )
     if deform_conv == "DeformConv":
         detector = with_operator_stars(detector)

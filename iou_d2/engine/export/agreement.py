@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
 # By how much the score of a detection may differ that only one of both has, because the other put
@@ -26,7 +28,7 @@ class Agreement(NamedTuple):
     missing: int  # that only the model has, without those at the edge
     extra: int  # that only the file has, without those at the edge
     boxes: float  # the largest difference of a pair in pixels
-    scores: float  # and of its scores, and of its other fields
+    scores: float  # and of its scores, its other fields and the probabilities of its mask
 
     def joined(self, other: Agreement) -> Agreement:
         """Of both sets of images."""
@@ -61,14 +63,27 @@ NOTHING = Agreement(0, 0, 0, 0.0, 0.0)
 @torch.no_grad()
 def detections_of_model(detector: nn.Module, images: Tensor) -> list[dict[str, np.ndarray]]:
     """What `detector`, in test mode, makes of images (N, 3, H, W): for each "boxes" (D, 4),
-    "scores", "classes" and its other fields (D,)."""
-    found = []
-    for output in detector([{"image": image} for image in images]):
-        fields = output["instances"].to("cpu").get_fields()
-        boxes, classes = fields.pop("pred_boxes").tensor, fields.pop("pred_classes")
-        fields = {"boxes": boxes, "classes": classes, **fields}
-        found.append({name: value.numpy() for name, value in fields.items()})
-    return found
+    "scores", "classes", its other fields (D,) and of Mask R-CNN "masks" (D, M, M)."""
+    inputs = [{"image": image} for image in images]
+    return [arrays_of(instances) for instances in _instances_of_model(detector, inputs)]
+
+
+def arrays_of(instances: Instances) -> dict[str, np.ndarray]:
+    """The fields of detections, as `detections_of_model` has them."""
+    fields = instances.to("cpu").get_fields()
+    if "pred_masks" in fields:
+        fields["masks"] = fields.pop("pred_masks").squeeze(1)
+    boxes, classes = fields.pop("pred_boxes").tensor, fields.pop("pred_classes")
+    fields = {"boxes": boxes, "classes": classes, **fields}
+    return {name: value.numpy() for name, value in fields.items()}
+
+
+def _instances_of_model(detector: nn.Module, inputs: list[dict]) -> list[Instances]:
+    """With masks as probabilities in their box, which the model itself draws into the image."""
+    if not (isinstance(detector, GeneralizedRCNN) and detector.roi_heads.mask_on):
+        return [output["instances"] for output in detector(inputs)]
+    found = detector.inference(inputs, do_postprocess=False)
+    return [instances[instances.pred_boxes.nonempty()] for instances in found]
 
 
 def detections_of_outputs(
@@ -118,7 +133,8 @@ def _agreement_of_image(ours: dict, theirs: dict, limit: int, threshold: float) 
         free[match] = False
         boxes = max(boxes, float(np.abs(ours["boxes"][index] - theirs["boxes"][match]).max()))
         for name in ours.keys() - {"boxes", "classes"}:
-            scores = max(scores, abs(float(ours[name][index]) - float(theirs[name][match])))
+            difference = np.abs(ours[name][index] - theirs[name][match]).max()
+            scores = max(scores, float(difference))
     edges = [threshold]
     if 0 <= limit <= max(len(ours["scores"]), len(theirs["scores"])):
         edges += [min(x["scores"].min(initial=np.inf) for x in (ours, theirs))]

@@ -7,6 +7,7 @@ none: no shape depends on what is found.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,19 +65,35 @@ def outputs_of(candidates: Candidates) -> dict[str, Tensor]:
     return {"boxes": boxes, "scores": scores, "classes": classes, **fields, "counts": counts}
 
 
-def without_empty(candidates: Candidates) -> Candidates:
-    """Those whose box has an area; the others are made none."""
+def joined(parts: Sequence[Candidates]) -> Candidates:
+    """The candidates of several levels as those of one."""
+    boxes, scores, classes, fields = zip(*parts)
+    return Candidates(
+        torch.cat(boxes, dim=1),
+        torch.cat(scores, dim=1),
+        torch.cat(classes, dim=1),
+        {name: torch.cat([x[name] for x in fields], dim=1) for name in fields[0]},
+    )
+
+
+def without_empty(candidates: Candidates, min_side: float = 0.0) -> Candidates:
+    """Those of whose box both sides are over `min_side` pixels; the others are made none."""
     sides = candidates.boxes[..., 2:] - candidates.boxes[..., :2]
-    full = (sides > 0).all(dim=-1)
+    full = (sides > min_side).all(dim=-1)
     scores = torch.where(full, candidates.scores, torch.zeros_like(candidates.scores))
     return candidates._replace(scores=scores)
 
 
 def clipped(candidates: Candidates, size: tuple[int, int]) -> Candidates:
     """With the boxes cut at the edges of images of `size`, (height, width)."""
-    x1, y1, x2, y2 = candidates.boxes.unbind(dim=-1)
+    return candidates._replace(boxes=clip(candidates.boxes, size))
+
+
+def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes (..., 4) inside images of `size`, (height, width)."""
+    x1, y1, x2, y2 = boxes.unbind(dim=-1)
     sides = [_clip(side, size[axis]) for side, axis in ((x1, 1), (y1, 0), (x2, 1), (y2, 0))]
-    return candidates._replace(boxes=torch.stack(sides, dim=-1))
+    return torch.stack(sides, dim=-1)
 
 
 def _clip(x: Tensor, limit: int) -> Tensor:

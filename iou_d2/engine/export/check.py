@@ -10,12 +10,12 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from .agreement import Agreement, agreement, detections_of_model, detections_of_outputs
+from .agreement import Agreement, agreement, detections_of_outputs
 from .files import InputSpec, program_example
-from .graph import DetectorGraph
+from .graph import ImageGraph
 
-# Images (N, 3, H, W) -> the outputs of a file, in their order.
-Run = Callable[[Tensor], list[np.ndarray]]
+# Images (N, 3, H, W), and what else it takes, -> the outputs of a file, in their order.
+Run = Callable[..., list[np.ndarray]]
 
 
 def load(path: str | os.PathLike, format: str) -> Run:
@@ -25,27 +25,29 @@ def load(path: str | os.PathLike, format: str) -> Run:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return lambda images: session.run(None, {"images": images.numpy()})
+        names = [x.name for x in session.get_inputs()]
+        return lambda *inputs: session.run(None, dict(zip(names, (x.numpy() for x in inputs))))
     if format == "torchscript":
         module = torch.jit.load(path)
     else:
         module = torch.export.load(path).module()
-    return lambda images: [output.detach().numpy() for output in module(images)]
+    return lambda *inputs: [output.detach().numpy() for output in module(*inputs)]
 
 
-def compare(run: Run, graph: DetectorGraph, images: Tensor, cfg: CfgNode) -> Agreement:
+def compare(run: Run, graph: ImageGraph, images: Tensor, cfg: CfgNode) -> Agreement:
     """How a file with detections agrees with the detector of `graph`, the model of `cfg`, which
-    knows nothing of graphs."""
+    knows nothing of graphs, about images and what else `graph` takes with them."""
+    inputs = graph.inputs_with(images)
     return agreement(
-        detections_of_model(graph.detector, images),
-        detections_of_outputs(graph.names, run(images)),
+        graph.expected(*inputs),
+        detections_of_outputs(graph.names, run(*inputs)),
         cfg.TEST.DETECTIONS_PER_IMAGE,
-        cfg.MODEL.RETINANET.SCORE_THRESH_TEST,
+        graph.score_threshold,
     )
 
 
 def check_file(
-    path: str | os.PathLike, format: str, graph: DetectorGraph, spec: InputSpec, cfg: CfgNode
+    path: str | os.PathLike, format: str, graph: ImageGraph, spec: InputSpec, cfg: CfgNode
 ) -> str:
     """Run a file that was just written on random images, and print how it agrees with its model.
 
@@ -58,14 +60,14 @@ def check_file(
         return ""
     is_program = format == "pt2"
     images = program_example(graph, spec) if is_program else spec.example(graph.divisor)
-    if graph.outputs != "detections":
-        outputs = run(images)
+    if graph.outputs in ("raw", "candidates"):
+        outputs = run(*graph.inputs_with(images))
         shapes = (f"{name} {x.shape}" for name, x in zip(graph.names, outputs))
         print(f"It runs: {', '.join(shapes)}.")
         return ""
     found = compare(run, graph, images, cfg)
     text = f"{found.pairs} detections in {len(images)} random images: {found}"
-    if found.holds(graph.reader.doubtful):
+    if found.holds(graph.doubtful):
         print(f"It and the model agree about {text}.")
         return ""
     return f"{path} and its model do not agree about {text}."

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch import GeneralizedRCNN
 from torch import nn
 
 from iou_d2.detectors.iou_retinanet import IoUAwareRetinaNet
@@ -15,6 +16,8 @@ from iou_d2.detectors.unitbox import UnitBox
 from iou_d2.engine.compat import versions
 from iou_d2.ops.losses import focal_loss
 from iou_d2.runtime.description import Description, Resize, ShortestEdge, Square
+
+from .two_stage import postprocessor_of
 
 
 def describe(cfg: CfgNode, detector: nn.Module, outputs: str, weights: str = "") -> Description:
@@ -46,7 +49,9 @@ def resize_of(cfg: CfgNode) -> Resize:
 
 
 def kind_of_score(detector: nn.Module) -> str:
-    """What the `scores` of a dense detector are, in terms of its other outputs."""
+    """What the `scores` of a detector are, in terms of its other outputs."""
+    if isinstance(detector, GeneralizedRCNN):
+        return postprocessor_of(detector.roi_heads).score
     if isinstance(detector, UnitBox):
         return "confidence of a pixel"
     if isinstance(detector, (IoUAwareRetinaNet, IoUAwareSSD)):

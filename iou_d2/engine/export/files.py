@@ -22,7 +22,7 @@ from iou_d2.errors import InputError
 from iou_d2.runtime.description import Description
 
 from .deform import DEFORM_CONV_OPSET, SampledDeformConv, deform_conv_symbolic
-from .graph import DetectorGraph
+from .graph import ImageGraph
 
 # What the exporter that works on TorchScript writes at most; above it the file is converted.
 TRACED_OPSETS = range(17, 21)
@@ -58,7 +58,7 @@ class InputSpec:
 
 
 def write_onnx(
-    graph: DetectorGraph,
+    graph: ImageGraph,
     path: str | os.PathLike,
     spec: InputSpec,
     description: Description,
@@ -72,26 +72,31 @@ def write_onnx(
             19 on.
 
     Raises:
-        InputError: there is no package onnx, or no such opset.
+        InputError: there is no package onnx, or no such opset or none of it in ONNX Runtime.
     """
     onnx = require_onnx()
     if opset not in OPSETS:
         raise InputError(f"--opset is {OPSETS[0]} to {OPSETS[-1]}, but it is {opset}.")
+    if opset > graph.last_opset:
+        raise InputError(
+            f"ONNX Runtime has no RoiAlign of opset {opset}: --opset is {OPSETS[0]} to "
+            f"{graph.last_opset} for this detector."
+        )
     if deform_conv == "DeformConv" and opset < DEFORM_CONV_OPSET:
         raise InputError(
             f"ONNX has DeformConv from opset {DEFORM_CONV_OPSET} on, but --opset is {opset}."
         )
     traced = min(opset, TRACED_OPSETS[-1])
-    example = spec.example(graph.divisor)
+    example = graph.inputs_with(spec.example(graph.divisor))
     sampling = SampledDeformConv() if deform_conv == "GridSample" else _deform_conv_operator()
     with _whole(path) as unfinished, sampling, _quiet():
         torch.onnx.export(
             graph,
-            (example,),
+            example,
             unfinished,
-            input_names=["images"],
+            input_names=list(graph.input_names),
             output_names=graph.names,
-            dynamic_axes=_dynamic_axes(graph.names, spec),
+            dynamic_axes=_dynamic_axes(graph, spec),
             opset_version=traced,
             dynamo=False,
         )
@@ -106,29 +111,38 @@ def write_onnx(
 
 
 def write_torchscript(
-    graph: DetectorGraph, path: str | os.PathLike, spec: InputSpec, description: Description
+    graph: ImageGraph, path: str | os.PathLike, spec: InputSpec, description: Description
 ) -> None:
     """`graph` as a file for `torch.jit.load`."""
     graph = copy.deepcopy(graph).requires_grad_(False)  # what `no_grad` does is not traced
     with _whole(path) as unfinished, _quiet():
-        traced = torch.jit.trace(graph, (spec.example(graph.divisor),), check_trace=False)
+        example = graph.inputs_with(spec.example(graph.divisor))
+        traced = torch.jit.trace(graph, example, check_trace=False)
         torch.jit.save(traced, unfinished, _extra_files=_described(graph, description))
 
 
-def program_example(graph: DetectorGraph, spec: InputSpec) -> Tensor:
+def program_example(graph: ImageGraph, spec: InputSpec) -> Tensor:
     """Random images of a size that `write_program` allows."""
     size = spec.size or (2 * graph.coarsest, 3 * graph.coarsest)
     return replace(spec, size=size).example(graph.divisor)
 
 
 def write_program(
-    graph: DetectorGraph, path: str | os.PathLike, spec: InputSpec, description: Description
+    graph: ImageGraph, path: str | os.PathLike, spec: InputSpec, description: Description
 ) -> None:
     """`graph` as a file for `torch.export.load`.
 
     Where it takes any size, that has to be a multiple of `graph.coarsest`: padding, and features
     of odd sizes, are more than torch.export can reason about.
+
+    Raises:
+        InputError: a graph that torch.export cannot follow.
     """
+    if not graph.exports_program:
+        raise InputError(
+            "torch.export does not follow loops over boxes, which these outputs need: --format is "
+            "onnx or torchscript for them."
+        )
     example = program_example(graph, spec)
     if spec.size is None:
         graph = copy.copy(graph)
@@ -146,7 +160,7 @@ def write_program(
 
 def write(
     format: str,
-    graph: DetectorGraph,
+    graph: ImageGraph,
     path: str | os.PathLike,
     spec: InputSpec,
     description: Description,
@@ -155,7 +169,7 @@ def write(
 ) -> None:
     """Write `graph` in one of FORMATS, whole or not at all; the last two are for ONNX."""
     # The exporter of ONNX gives all parts the training flag of the graph.
-    graph.eval()(spec.example(graph.divisor))  # which makes its names
+    graph.eval()(*graph.inputs_with(spec.example(graph.divisor)))  # which makes its names
     if format == "onnx":
         write_onnx(graph, path, spec, description, opset, deform_conv)
     else:
@@ -164,18 +178,20 @@ def write(
         )
 
 
-def _described(graph: DetectorGraph, description: Description) -> dict[str, str]:
+def _described(graph: ImageGraph, description: Description) -> dict[str, str]:
     content = {**description.to_metadata(), "outputs": graph.names}
     return {DESCRIPTION_FILE: json.dumps(content, indent=1)}
 
 
-def _dynamic_axes(names: list[str], spec: InputSpec) -> dict[str, dict[int, str]]:
-    axes = {name: {} for name in ("images", *names)}
+def _dynamic_axes(graph: ImageGraph, spec: InputSpec) -> dict[str, dict[int, str]]:
+    axes = {name: {} for name in (*graph.input_names, *graph.names)}
     if spec.batch is None:
         for name in axes:
             axes[name][0] = "batch"
     if spec.size is None:
         axes["images"].update({2: "height", 3: "width"})
+    for name in graph.input_names[1:]:
+        axes[name][1] = "candidates"
     return axes
 
 

@@ -22,7 +22,7 @@ from iou_d2.detectors.unitbox import PixelPredictions, UnitBox
 from iou_d2.detectors.unitbox_inference import PixelNMS, boxes_of
 from iou_d2.errors import InputError
 
-from .candidates import Candidates, clipped, top, without_empty
+from .candidates import Candidates, clipped, joined, top, without_empty
 from .multibox_readers import MultiBoxReader
 from .reader import Reader, as_one_image, number_of_images
 
@@ -46,14 +46,7 @@ class PyramidReader(Reader):
         return {name: torch.cat([x[name] for x in levels], dim=1) for name in levels[0]}
 
     def candidates(self, predictions: list, size: tuple[int, int]) -> Candidates:
-        levels = [self.of_level(level, size) for level in predictions]
-        boxes, scores, classes, fields = zip(*levels)
-        return Candidates(
-            torch.cat(boxes, dim=1),
-            torch.cat(scores, dim=1),
-            torch.cat(classes, dim=1),
-            {name: torch.cat([x[name] for x in fields], dim=1) for name in fields[0]},
-        )
+        return joined([self.of_level(level, size) for level in predictions])
 
     def of_level(self, level: Any, size: tuple[int, int]) -> Candidates:
         """The best `topk` of one level."""
