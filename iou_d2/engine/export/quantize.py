@@ -24,6 +24,9 @@ from .files import require_onnx
 # In the backbone integers pass through these too. Elsewhere, as in what decodes boxes, they are
 # arithmetic of coordinates and stay as they are.
 BACKBONE, BETWEEN = "/backbone/", {"Add", "Clip", "MaxPool", "Relu", "Resize"}
+# The fully connected layers of two-stage detectors. Those of the IoU branch stay, whose gradient is
+# in the graph too.
+BOX_HEAD = "/box_head/"
 # Layers that predict classes, boxes or offsets, by the names of their modules: 8 bits are too few
 # for what they say.
 PREDICTS = re.compile(r"pred|score|logits|deltas|offset|arm_bbox|odm_bbox")
@@ -80,6 +83,7 @@ def nodes_to_quantize(model) -> dict[str, str]:
         for node in model.graph.node
         if (node.op_type == "Conv" and not PREDICTS.search(node.name))
         or (node.op_type in BETWEEN and node.name.startswith(BACKBONE))
+        or (node.op_type == "Gemm" and node.name.startswith(BOX_HEAD))
     }
 
 
