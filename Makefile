@@ -41,7 +41,8 @@ demo: $(VENV)/built
 		--results $(RUN)/inference/coco_instances_results.json --output $(DEMO)
 	$(PYTHON) -m iou_d2 analyze --gt $(SHAPES_VAL)/instances.json \
 		--results $(RUN)/inference/coco_instances_results.json --output $(DEMO)
-	@echo "The model and its figures are in $(RUN), the pictures in $(DEMO)."
+	$(PYTHON) -m iou_d2 report $(RUN) --output $(DEMO)/report.html
+	@echo "The model and its figures are in $(RUN), the pictures and report.html in $(DEMO)."
 
 test: $(VENV)/built
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -n 2 --dist loadfile

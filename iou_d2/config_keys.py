@@ -25,6 +25,7 @@ def add_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
 
     _add_fine_tuning(cfg)
+    _add_test_augmentation(cfg)
     _add_mobilenet_v2(cfg)
     _add_rcnn(cfg)
     _add_spp(cfg)
@@ -48,6 +49,28 @@ def _add_fine_tuning(cfg: CfgNode) -> None:
     # Evaluations in a row, every TEST.EVAL_PERIOD iterations, that end the training where none has
     # a better box AP on the first of DATASETS.TEST than one before them; 0 for never (ours).
     cfg.SOLVER.PATIENCE = 0
+
+
+def _add_test_augmentation(cfg: CfgNode) -> None:
+    """Test-time augmentation, for every detector. Detectron2's keys switch it on and say what the
+    views of an image are: TEST.AUG.ENABLED; MIN_SIZES and MAX_SIZE, which stand for
+    INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST or, where INPUT.AUGMENTATIONS names "square", for sides of
+    squares; FLIP, which adds the mirror image of each.
+    """
+    node = cfg.TEST.AUG
+    # For each of MIN_SIZES a pair, such as [0, 160]: of the boxes that are found at that size,
+    # those are kept whose longer side is over the first number and whose shorter side is under the
+    # second one, in pixels of the image (RefineDet's multi-scale test). Empty keeps all.
+    node.BOX_SIZES = []
+    # "nms": the candidates of all views go together through the NMS of the method (Detectron2
+    # merges what NMS has left of each view). "vote": NMS of each view, and then box voting;
+    # "soft_vote" keeps the boxes that voted, too, with lower scores (RefineDet's code for VOC, and
+    # for COCO).
+    node.MERGE = "nms"
+    # Boxes whose IoU with a better one reaches this vote for it; a box that voted is kept by
+    # "soft_vote" where its score times 1 - IoU reaches the second number (RefineDet's code).
+    node.VOTE_THRESH = 0.45
+    node.SOFT_VOTE_MIN_SCORE = 0.01
 
 
 def _add_mobilenet_v2(cfg: CfgNode) -> None:
@@ -105,10 +128,19 @@ def _add_box_losses(cfg: CfgNode) -> None:
     MODEL.RETINANET (BoxLossRetinaNet, IoUAwareRetinaNet), MODEL.RPN (BoxLossRPN) and
     MODEL.ROI_BOX_HEAD (BoxLossROIHeads, BoxLossCascadeROIHeads, IoU-Net): "smooth_l1", "l2" (of the
     deltas), "iou" (1 - IoU), "unitbox" (-ln IoU), "giou", "diou" or "ciou".
+
+    "smooth_l1" turns from a parabola to a line at the beta of Detectron2's SMOOTH_L1_BETA
+    (RetinaNet: SMOOTH_L1_LOSS_BETA), in units of deltas: 0, its default, is plain L1; 1 is the
+    papers' (arXiv 1504.08083, Eqn. 3, and 1506.01497), 1/9 their code's for the RPN.
     """
     # Factor of that loss in RetinaNet, as Detectron2's BBOX_REG_LOSS_WEIGHT of the other two. With
     # the IoU losses 2 is usual here (ATSS); for the box head 10, and 12 for "ciou" (mmdetection).
     cfg.MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
+    # What a predicted box with x1 > x2 or y1 > y2 counts as in the IoU losses of all detectors: one
+    # that is "collapsed" to the middle of such a side, so that it overlaps nothing (ours), or the
+    # box of the "sorted" corners (GIoU, arXiv 1902.09630, Algorithm 2). The heads here predict
+    # none, since sides come of an exp or a ReLU; a head of your own may.
+    cfg.MODEL.INVERTED_BOXES = "collapsed"
 
 
 def _add_iou_net(cfg: CfgNode) -> None:

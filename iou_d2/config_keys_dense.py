@@ -176,7 +176,9 @@ def _add_ssd(cfg: CfgNode) -> None:
     # whatever the shape (with an interpolation by chance), "shortest_edge" as Detectron2 does,
     # "flip" mirrors as RANDOM_FLIP says. Test images are resized alike, and no more.
     cfg.INPUT.AUGMENTATIONS = []
-    # Side in pixels of "square", and of the image that the sizes of SSD's default boxes are for.
+    # Side in pixels of "square", and of the image that the sizes of SSD's default boxes are for. No
+    # anchor of MODEL.ANCHOR_GENERATOR.NAME "ClippedAnchorGenerator" is longer, which a port of
+    # RefineDet needs.
     cfg.INPUT.SQUARE_SIZE = 300
     # The canvas of "expand" is at most so many times as wide and as high (the code; "16 times" the
     # area in the paper).

@@ -24,6 +24,7 @@ FLOORS = {
                      "detectron2"}),
     # Of `data` only what imports no Detectron2: see the test below.
     "analysis": ({"data"}, ARRAYS),
+    "report": ({"data", "analysis"}, {"numpy", "PIL"}),
     "evaluation": ({"analysis"}, {"detectron2", "tabulate"}),
     "zoo": (set(), {"yaml", "tabulate"}),
     # In use without torch and without Detectron2.

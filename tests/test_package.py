@@ -112,7 +112,9 @@ def test_a_build_without_the_extension_has_every_module_and_config(tmp_path):
     assert done.returncode == 0, done.stderr
     built = {path.relative_to(tmp_path / "lib") for path in tmp_path.rglob("*") if path.is_file()}
     modules = set(Path("iou_d2").rglob("*.py"))
-    assert built == modules | {Path("iou_d2", path) for path in Path("configs").rglob("*.yaml")}
+    page = {Path("iou_d2/report", name) for name in ("page.html", "style.css", "script.js")}
+    configs = {Path("iou_d2", path) for path in Path("configs").rglob("*.yaml")}
+    assert built == modules | configs | page
 
 
 @pytest.mark.parametrize("compiler", ["nowhere", "false"])

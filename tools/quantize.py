@@ -29,7 +29,7 @@ def inputs_of(model: str | Path, folders: list[str], count: int) -> Iterator[np.
         yield detector.prepare(read_picture(names[index]))[0]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,7 +38,7 @@ def main() -> None:
     add("--images", required=True, nargs="+", metavar="FOLDER", help="folders, files, globs")
     add("--count", type=int, default=64, metavar="N", help="of the pictures, 64 by default")
     add("--output", required=True, metavar="FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_output_file(args.output)
     convolutions = quantize(args.model, args.output, inputs_of(args.model, args.images, args.count))
     before, after = (Path(x).stat().st_size / 2**20 for x in (args.model, args.output))

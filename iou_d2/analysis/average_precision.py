@@ -20,15 +20,21 @@ IOU_THRESHOLDS = np.arange(50, 100, 5) / 100
 _AREAS = {"all": 0, "small": 1, "medium": 2, "large": 3}
 
 
-def coco_precision(
+def coco_precision(ground_truth: dict, results: list[dict], **arguments) -> np.ndarray:
+    """Interpolated precision, the array that every AP of COCO is a mean of: (T, R, K, A), the first
+    of `coco_precision_recall`, which takes the same arguments."""
+    return coco_precision_recall(ground_truth, results, **arguments)[0]
+
+
+def coco_precision_recall(
     ground_truth: dict,
     results: list[dict],
     *,
     image_ids: Iterable | None = None,
     max_dets: int = 100,
     backend: str | None = None,
-) -> np.ndarray:
-    """Interpolated precision, the array that every AP of COCO is a mean of.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Interpolated precision, and the recall that is reached in the end, as COCO counts.
 
     Both back ends agree to 1e-6 (a test): "pycocotools", the official one, and "faster", the
     package faster-coco-eval, which counts in C++. Ids may be of any kind: they are renumbered from
@@ -44,7 +50,8 @@ def coco_precision(
         backend: "pycocotools", "faster", or None for the faster one where it is installed.
 
     Returns:
-        (T, R, K, A) float64 in [0, 1]; -1 for a class and area range without objects.
+        precision: (T, R, K, A) float64 in [0, 1]; -1 for a class and area range without objects.
+        recall: (T, K, A), the same of the share of the objects that are found at any score.
 
     Raises:
         ValueError: unknown back end, or a detection of an unknown image or category.
@@ -64,7 +71,7 @@ def coco_precision(
             evaluation.params.imgIds = [number[id_] for id_ in image_ids]
         evaluation.evaluate()
         evaluation.accumulate()
-    return evaluation.eval["precision"][..., 0]
+    return evaluation.eval["precision"][..., 0], evaluation.eval["recall"][..., 0]
 
 
 def _backend(name: str | None) -> tuple[type, type]:
@@ -129,9 +136,16 @@ def summarize_ap(precision: np.ndarray, class_names: list[str]) -> dict[str, flo
     return table
 
 
-def ap_by_iou(precision: np.ndarray) -> np.ndarray:
-    """AP in percent at each of `IOU_THRESHOLDS`: (T,), NaN where there are no objects at all."""
-    return np.array([_mean(at_threshold[..., _AREAS["all"]]) for at_threshold in precision])
+def ap_by_iou(values: np.ndarray) -> np.ndarray:
+    """AP in percent at each of `IOU_THRESHOLDS`, (T,), from precision (T, R, K, A); the same of a
+    recall (T, K, A). NaN where there are no objects at all."""
+    return np.array([_mean(at_threshold[..., _AREAS["all"]]) for at_threshold in values])
+
+
+def precision_by_recall(precision: np.ndarray, min_iou: float) -> np.ndarray:
+    """(R,) mean over classes of precision (T, R, K, A) in percent at one of `IOU_THRESHOLDS`."""
+    at = int(np.argmin(np.abs(IOU_THRESHOLDS - min_iou)))
+    return np.array([_mean(level[:, _AREAS["all"]]) for level in precision[at]])
 
 
 def _mean(precision: np.ndarray) -> float:

@@ -5,15 +5,11 @@ Shapes: D detections, E evaluations. Pure functions.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
-from pycocotools import mask
 
-from .records import check_ids
-
-_FALSE, _FOUND, _IGNORED = 0, 1, 2
+from .matching import FOUND, IGNORED, match_detections
 
 
 def recall_by_false_positives(
@@ -21,9 +17,7 @@ def recall_by_false_positives(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The curve that FDDB draws ("discrete ROC"), from all detections by falling score.
 
-    An object is found once, as COCO counts: the detections of a class in an image, best first, take
-    of the objects still free the one with the highest IoU, of at least `min_iou`. The others are
-    false, but for those of which at least that share lies in a crowd, which do not count.
+    An object is found once, as COCO counts: see `match_detections`.
 
     Args:
         ground_truth, results: COCO dataset and COCO detections, see `make_records`.
@@ -36,44 +30,12 @@ def recall_by_false_positives(
     Raises:
         ValueError: a detection is of an image or a category that the ground truth lacks.
     """
-    check_ids(ground_truth, results)
-    truth, rows = defaultdict(list), defaultdict(list)
-    for ann in ground_truth["annotations"]:
-        truth[ann["image_id"], ann["category_id"]].append(ann)
     order = np.argsort([-result["score"] for result in results], kind="stable")
-    for row in order.tolist():
-        rows[results[row]["image_id"], results[row]["category_id"]].append(row)
-
-    outcome = np.full(len(results), _FALSE)
-    for key in rows.keys() & truth.keys():
-        crowd = [ann.get("iscrowd", 0) for ann in truth[key]]
-        # Of a crowd this is the share of the detection that lies in it.
-        iou = mask.iou(
-            np.array([results[row]["bbox"] for row in rows[key]], dtype=np.float64),
-            np.array([ann["bbox"] for ann in truth[key]], dtype=np.float64),
-            crowd,
-        )
-        outcome[rows[key]] = _match(iou, np.array(crowd, dtype=bool), min_iou)
-
-    outcome = outcome[order]
-    found = outcome[outcome != _IGNORED] == _FOUND
+    outcome = match_detections(ground_truth, results, [min_iou]).outcome[0, order]
+    found = outcome[outcome != IGNORED] == FOUND
     objects = sum(not ann.get("iscrowd", 0) for ann in ground_truth["annotations"])
     recall = np.cumsum(found) / objects if objects else np.full(len(found), np.nan)
     return np.cumsum(~found), recall
-
-
-def _match(iou: np.ndarray, crowd: np.ndarray, min_iou: float) -> np.ndarray:
-    """IoUs (D, G) of detections, best first, and which (G,) are crowds -> outcomes (D,)."""
-    free = ~crowd
-    outcome = np.full(len(iou), _FALSE)
-    for row, of_row in enumerate(iou):
-        candidates = np.where(free, of_row, -1)
-        if candidates.max() >= min_iou:
-            free[candidates.argmax()] = False
-            outcome[row] = _FOUND
-        elif (of_row[crowd] >= min_iou).any():
-            outcome[row] = _IGNORED
-    return outcome
 
 
 def metric_by_iteration(

@@ -71,6 +71,7 @@ def detect_at_side(
     cfg = cfg.clone()
     cfg.INPUT.MIN_SIZE_TEST = side
     cfg.INPUT.MAX_SIZE_TEST = 100 * side  # keeps the aspect ratio of any image
+    cfg.TEST.AUG.ENABLED = False
     path, settings = folder / RESULTS, folder / "config.yaml"
     if not _is_up_to_date(path, settings, cfg):
         name = cfg.DATASETS.TEST[0]

@@ -45,6 +45,7 @@ from iou_d2.engine.convert import (
     Translated,
     backbone_prefix,
     has_linear_p7,
+    recognise,
     settings_of_mmdet,
     swap_red_and_blue,
     translate,
@@ -160,6 +161,17 @@ def print_assumptions(
             print(f"The config needs: MODEL.POINT_DETECTOR.{key} {value}")
 
 
+def print_needs(args: argparse.Namespace, cfg: CfgNode | None, checkpoint: Checkpoint) -> None:
+    """Print what neither names nor shapes tell, where the config says otherwise."""
+    network = recognise(checkpoint.tensors, args.source)
+    for key, value in (network.settings if network else {}).get(args.source, {}).items():
+        node = cfg
+        for part in key.split(".") if cfg else ():
+            node = node[part]
+        if node != value and args.target == "detectron2":
+            print(f"The config needs: {key} {value}")
+
+
 def convert(args: argparse.Namespace) -> None:
     """Read IN, convert, compare with the config, write OUT, and print what is left over."""
     check_paths(args)
@@ -186,6 +198,7 @@ def convert(args: argparse.Namespace) -> None:
     for change in told:
         print(f"Changed beside names: {change}.")
     print_assumptions(args, cfg, checkpoint, swap)
+    print_needs(args, cfg, checkpoint)
     left = [name for name in checkpoint.tensors if name not in names]
     print_names("Left over, without a counterpart", left + checkpoint.other)
     print_names(f"In the model of {args.config_file}, but not filled", missing)

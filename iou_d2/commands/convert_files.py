@@ -59,7 +59,7 @@ def read_checkpoint(path: str, trust: bool = False) -> Checkpoint:
 
 def pack(tensors: dict[str, Tensor], class_names: list[str], target: str, path: str) -> dict:
     """What is written to `path`, in the layout `target`."""
-    if target in ("torchvision", "amdegroot"):
+    if target in ("torchvision", "amdegroot", "luuuyi"):
         return OrderedDict(tensors)
     if target == "lufficc":
         return {"model": OrderedDict(tensors)}

@@ -34,8 +34,8 @@ from iou_d2.commands.pictures import picture_names, read_picture, write_picture
 from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
 from iou_d2.config import set_class_names
 from iou_d2.detectors.visualize import detection_label, draw_boxes
-from iou_d2.engine.checkpoint import untrained_predictor
-from iou_d2.engine.config_checks import check_config
+from iou_d2.engine.checkpoint import untrained_predictor, use_tta
+from iou_d2.engine.config_checks import check_config, require_detections
 from iou_d2.errors import InputError, MissingFileError
 from iou_d2.evaluation.coco import OPTIONAL_FIELDS
 
@@ -157,10 +157,14 @@ def open_video(path: Path, rate: float, size: tuple[int, int]) -> cv2.VideoWrite
     return writer
 
 
-def setup(config_file: str, overrides: list[str], trust: bool = False) -> tuple[CfgNode, dict]:
-    """The config with the names of the classes, and what its MODEL.WEIGHTS hold."""
+def setup(
+    config_file: str, overrides: list[str], trust: bool = False, augments: bool = False
+) -> tuple[CfgNode, dict]:
+    """The config with the names of the classes, and what its MODEL.WEIGHTS hold. `augments`: see
+    `check_config`."""
     cfg = get_config(config_file, overrides)
-    check_config(cfg)
+    check_config(cfg, augments)
+    require_detections(cfg)
     checkpoint = read_weights(cfg, trust)
     names = names_in(checkpoint, cfg.MODEL.WEIGHTS) or cfg.MODEL.CLASS_NAMES
     if names:
@@ -219,7 +223,8 @@ def demo_of(arguments: argparse.Namespace, overrides: list[str]) -> Demo:
     """What detects: an exported model, or a trained one."""
     threshold = arguments.confidence_threshold
     if not arguments.model:
-        cfg, checkpoint = setup(arguments.config_file, overrides, arguments.trust_weights)
+        trust = arguments.trust_weights
+        cfg, checkpoint = setup(arguments.config_file, overrides, trust, augments=True)
         return trained_demo(cfg, checkpoint, threshold)
     if overrides:
         raise InputError(
@@ -233,6 +238,7 @@ def trained_demo(cfg: CfgNode, checkpoint: dict, threshold: float) -> Demo:
     """That of what `read_weights` read of MODEL.WEIGHTS."""
     predictor = untrained_predictor(cfg)
     fill(predictor.model, cfg, checkpoint)
+    use_tta(predictor, cfg)
     return Demo(predictor, cfg.MODEL.CLASS_NAMES, threshold)
 
 

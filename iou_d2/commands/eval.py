@@ -49,6 +49,11 @@ def evaluate_exported(argv: list[str]) -> None:
         raise InputError("--model knows how it was trained: leave --config out.")
     predictor = ExportedPredictor(args.model)
     cfg = config_of(args)
+    if cfg.TEST.AUG.ENABLED:
+        raise InputError(
+            "TEST.AUG.ENABLED is True, but an exported model is given each image once: set it to "
+            "False."
+        )
     with locked(cfg.OUTPUT_DIR):
         for name in ("detectron2", "iou_d2"):
             setup_logger(cfg.OUTPUT_DIR, name=name)

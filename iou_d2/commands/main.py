@@ -21,6 +21,7 @@ COMMANDS = (
     "analyze",
     "compare",
     "draw",
+    "report",
     "table",
     "zoo",
     "refine",
@@ -29,6 +30,8 @@ COMMANDS = (
     "export",
     "install-detectron2",
 )
+# These run without it, or say themselves what they miss.
+WITHOUT_DETECTRON2 = ("install-detectron2", "report")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
         sys.exit(f"iou-d2 has no command {command}. The nearest is {near}.")
-    missing = None if command == "install-detectron2" else missing_dependency()
+    missing = None if command in WITHOUT_DETECTRON2 else missing_dependency()
     if missing:
         sys.exit(missing)
     limit_spinning()

@@ -26,6 +26,7 @@ from iou_d2.data.images import check_images
 from iou_d2.data.register import register_dataset
 from iou_d2.data.shapes import ensure_shapes
 from iou_d2.engine.config_checks import require_no_masks
+from iou_d2.engine.proposals import check_proposals
 from iou_d2.errors import InputError
 from iou_d2.evaluation.coco import file_stem
 
@@ -61,6 +62,7 @@ def use_datasets(cfg: CfgNode, start: Start, eval_only: bool, resume: bool) -> N
         ensure_shapes(name)
     require_measurable(cfg, eval_only)
     check_own_data(cfg, used, clean_dir, eval_only)
+    check_proposals(cfg, ["TEST"] if eval_only else ["TRAIN", "TEST"])
 
 
 def trust_of(cfg: CfgNode) -> Trust:

@@ -124,6 +124,8 @@ def warn_of_what_starts_anew(trainer: Trainer) -> None:
 def evaluate(cfg: CfgNode, trust_weights: bool, record: dict) -> None:
     model = fill(Trainer.build_model(cfg), cfg, read_weights(cfg, trust_weights))
     record["results"] = results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_TTA(cfg, model))
     if comm.is_main_process():
         log_results(cfg, results)
         verify_results(cfg, results)
@@ -136,7 +138,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         args.opts = [*args.opts, "MODEL.DEVICE", "cpu"]
     cfg = config_of(args)
     if args.eval_only:
-        check_config(cfg)
+        check_config(cfg, augments=True)
     else:
         check_training(cfg)
     check_datasets(cfg, "DATASETS.TEST")

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from iou_d2.engine.checkpoint import SafeCheckpointer, split_weights
-from iou_d2.engine.config_checks import check_config
+from iou_d2.engine.config_checks import check_config, require_detections
 from iou_d2.engine.pretrained import require_trained
 from iou_d2.engine.safe_load import local_file, read_checkpoint_file
 from iou_d2.errors import InputError
@@ -55,6 +55,7 @@ def load_trained(cfg: CfgNode, trust: bool = False) -> nn.Module:
     the model.
     """
     check_config(cfg)
+    require_detections(cfg)
     content = read_weights(cfg, trust)
     names = names_in(content, cfg.MODEL.WEIGHTS)
     if names and cfg.MODEL.CLASS_NAMES:

@@ -3,7 +3,8 @@ of all points to the detections of an image.
 
 Every one of them is `predict(images) -> predictions`, and from these `losses(predictions,
 image_sizes, gt_instances)` or `detect(predictions, image_sizes)`. `predictions` hold the points or
-anchors with what was said of them; their type is the detector's own.
+anchors with what was said of them; their type is the detector's own. `detect` is what an image
+sends to NMS, and then `suppress`: test-time augmentation puts several views of an image in between.
 
 Shape letters: N images, K classes, L levels, R the points or anchors of one level, S candidates.
 Boxes are XYXY in pixels of the network input.
@@ -31,7 +32,8 @@ from .visualize import is_time_to_draw, visualize_training
 
 
 class DenseDetector(nn.Module, ABC):
-    """A backbone and what reads its features. A detector adds `predict`, `losses` and `detect`."""
+    """A backbone and what reads its features. A detector adds `predict`, `losses`,
+    `image_candidates` and `suppress`."""
 
     def __init__(
         self,
@@ -111,9 +113,20 @@ class DenseDetector(nn.Module, ABC):
             gt_instances: N, with `gt_boxes` and `gt_classes` in 0..K - 1.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def detect(self, predictions: Any, image_sizes: list[tuple[int, int]]) -> list[Instances]:
         """The detections of N images at the size of the network input, best first."""
+        return [self.suppress(x) for x in self.image_candidates(predictions, image_sizes)]
+
+    @abstractmethod
+    def image_candidates(
+        self, predictions: Any, image_sizes: list[tuple[int, int]]
+    ) -> list[list[Instances]]:
+        """What each of N images sends to `suppress`: one or more Instances, such as one a level."""
+
+    @abstractmethod
+    def suppress(self, candidates: Sequence[Instances]) -> Instances:
+        """All candidates of one image -> its detections, best first."""
 
 
 class PyramidDetector(DenseDetector):
@@ -142,12 +155,16 @@ class PyramidDetector(DenseDetector):
         features = self.backbone(images)
         return [features[name] for name in self.head_in_features]
 
-    @torch.no_grad()
-    def detect(self, predictions: list, image_sizes: list[tuple[int, int]]) -> list[Instances]:
+    def image_candidates(
+        self, predictions: list, image_sizes: list[tuple[int, int]]
+    ) -> list[list[Instances]]:
         return [
-            self.nms([self.candidates(level, image, size) for level in predictions])
+            [self.candidates(level, image, size) for level in predictions]
             for image, size in enumerate(image_sizes)
         ]
+
+    def suppress(self, candidates: Sequence[Instances]) -> Instances:
+        return self.nms(candidates)
 
     def candidates(self, prediction: Any, image: int, image_size: tuple[int, int]) -> Instances:
         """What one level of one image sends to NMS: its best entries, with all that `rank` says."""

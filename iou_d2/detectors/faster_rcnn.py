@@ -53,7 +53,7 @@ class BoxLossRPN(RPN):
     def from_config(cls, cfg, input_shape):
         arguments = super().from_config(cfg, input_shape)
         arguments["min_box_size"] = max(arguments["min_box_size"], cfg.MODEL.RPN.MIN_SIZE)
-        return _with_box_loss_part(arguments, "MODEL.RPN.BBOX_REG_LOSS_TYPE")
+        return _with_box_loss_part(arguments, cfg, "MODEL.RPN.BBOX_REG_LOSS_TYPE")
 
     def losses(
         self,
@@ -111,7 +111,7 @@ class BoxLossOutputLayers(FastRCNNOutputLayers):
     @classmethod
     def from_config(cls, cfg, input_shape):
         arguments = super().from_config(cfg, input_shape)
-        arguments = _with_box_loss_part(arguments, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE")
+        arguments = _with_box_loss_part(arguments, cfg, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE")
         return {**arguments, "min_size_test": cfg.MODEL.ROI_HEADS.MIN_SIZE_TEST}
 
     def box_reg_loss(
@@ -295,8 +295,8 @@ def with_box_loss(
     return layers
 
 
-def _with_box_loss_part(arguments: dict, key: str) -> dict:
+def _with_box_loss_part(arguments: dict, cfg, key: str) -> dict:
     """Detectron2's arguments with the part in place of its own loss, of which 0.5 knows two types
     only."""
     kind, beta = arguments.pop("box_reg_loss_type"), arguments.pop("smooth_l1_beta")
-    return {**arguments, "box_loss": build_box_loss(kind, beta, key)}
+    return {**arguments, "box_loss": build_box_loss(kind, beta, key, cfg.MODEL.INVERTED_BOXES)}

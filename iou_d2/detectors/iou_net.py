@@ -10,6 +10,7 @@ pixels of the network input.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -136,16 +137,17 @@ class _IoUNetHeads:
 
     def detect(self, features: dict[str, Tensor], candidates: list[Instances]) -> list[Instances]:
         """NMS and refinement of boxes of any origin: see Postprocessor."""
-
-        def regress(detections: list[Instances]) -> None:
-            proposals = [Instances(x.image_size, proposal_boxes=x.pred_boxes) for x in detections]
-            for x, boxes in zip(detections, self.regress(features, proposals)[0]):
-                boxes = boxes.view(len(x), boxes.shape[1] // 4, 4)  # (R, 1 or K, 4)
-                own = x.pred_classes if boxes.shape[1] > 1 else torch.zeros_like(x.pred_classes)
-                x.pred_boxes = Boxes(boxes[torch.arange(len(x), device=own.device), own])
-                x.pred_boxes.clip(x.image_size)
-
+        regress = functools.partial(self.regress_again, features)
         return self.postprocessor(candidates, self.iou_branch, self.levels(features), regress)
+
+    def regress_again(self, features: dict[str, Tensor], detections: list[Instances]) -> None:
+        """Replace the `pred_boxes` of N images by what the box head makes of them."""
+        proposals = [Instances(x.image_size, proposal_boxes=x.pred_boxes) for x in detections]
+        for x, boxes in zip(detections, self.regress(features, proposals)[0]):
+            boxes = boxes.view(len(x), boxes.shape[1] // 4, 4)  # (R, 1 or K, 4)
+            own = x.pred_classes if boxes.shape[1] > 1 else torch.zeros_like(x.pred_classes)
+            x.pred_boxes = Boxes(boxes[torch.arange(len(x), device=own.device), own])
+            x.pred_boxes.clip(x.image_size)
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances], *targets):
         if self.training:

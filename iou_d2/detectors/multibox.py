@@ -207,7 +207,9 @@ def build_multibox_loss(cfg, matcher: MultiBoxMatcher) -> MultiBoxLoss:
     return MultiBoxLoss(
         matcher=matcher,
         transform=Box2BoxTransform(weights=tuple(node.BBOX_REG_WEIGHTS)),
-        box_loss=build_box_loss(node.BOX_LOSS, SMOOTH_L1_BETA, f"{key}.BOX_LOSS"),
+        box_loss=build_box_loss(
+            node.BOX_LOSS, SMOOTH_L1_BETA, f"{key}.BOX_LOSS", cfg.MODEL.INVERTED_BOXES
+        ),
         negatives=node.NEGATIVES_PER_POSITIVE,
         negatives_without_objects=node.NEGATIVES_WITHOUT_OBJECTS,
     )

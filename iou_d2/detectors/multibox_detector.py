@@ -9,7 +9,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
@@ -64,12 +63,15 @@ class MultiBoxDetector(DenseDetector):
         features = self.backbone(images)
         return [features[name] for name in self.head_in_features]
 
-    @torch.no_grad()
-    def detect(self, predictions: Any, image_sizes: list[tuple[int, int]]) -> list[Instances]:
+    def image_candidates(
+        self, predictions: Any, image_sizes: list[tuple[int, int]]
+    ) -> list[list[Instances]]:
         return [
-            self.nms([self.candidates(predictions, image, size)])
-            for image, size in enumerate(image_sizes)
+            [self.candidates(predictions, image, size)] for image, size in enumerate(image_sizes)
         ]
+
+    def suppress(self, candidates: Sequence[Instances]) -> Instances:
+        return self.nms(candidates)
 
     def candidates(self, predictions: Any, image: int, image_size: tuple[int, int]) -> Instances:
         """What an image sends to NMS: the best boxes of each class, with all that `rank` says."""

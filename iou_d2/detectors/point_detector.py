@@ -142,7 +142,12 @@ class PointDetector(PyramidDetector):
             "assigner": build_assigner(cfg),
             "cls_loss": part_named(CLASS_LOSSES, node.CLS_LOSS, f"{key}.CLS_LOSS"),
             "quality": part_named(QUALITIES, node.QUALITY, f"{key}.QUALITY"),
-            "box_loss": build_box_loss(node.BOX_LOSS, dense.SMOOTH_L1_LOSS_BETA, f"{key}.BOX_LOSS"),
+            "box_loss": build_box_loss(
+                node.BOX_LOSS,
+                dense.SMOOTH_L1_LOSS_BETA,
+                f"{key}.BOX_LOSS",
+                cfg.MODEL.INVERTED_BOXES,
+            ),
             "box_loss_weights": weights_of_stages(node.BOX_LOSS_WEIGHTS, head.num_stages),
             "box_loss_mean": build_box_loss_mean(cfg),
             "inference": part_named(INFERENCES, node.INFERENCE, f"{key}.INFERENCE"),

@@ -148,6 +148,7 @@ class BoxLossRetinaNet(PyramidDetector):
                 node.BBOX_REG_LOSS_TYPE,
                 node.SMOOTH_L1_LOSS_BETA,
                 f"{key}.BBOX_REG_LOSS_TYPE",
+                cfg.MODEL.INVERTED_BOXES,
             ),
             "box_loss_weight": node.BBOX_REG_LOSS_WEIGHT,
             "normalizer": part_named(NORMALIZERS, node.NORMALIZER, f"{key}.NORMALIZER"),

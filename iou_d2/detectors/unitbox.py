@@ -12,7 +12,7 @@ centre at the point (j + 0.5, i + 0.5).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -141,7 +141,7 @@ class UnitBox(DenseDetector):
         *,
         head: UnitBoxHead,
         head_in_features: tuple[str, str],
-        extract: Callable[[Tensor, Tensor], Instances],
+        extract: PixelNMS | EllipseFit,
         region: Region = in_ellipse,
         box_loss: BoxLoss,
         box_loss_weight: float = 1.0,
@@ -151,7 +151,7 @@ class UnitBox(DenseDetector):
         """
         Args:
             head: takes the two features that `head_in_features` names: confidence, box.
-            extract: from the maps of an image to its detections: a PixelNMS or an EllipseFit.
+            extract: from the maps of an image to its detections.
             region: the positive pixels of an object.
             box_loss: of the sides of the boxes, in pixels.
             box_loss_weight, confidence_loss_weight: factors of the two losses.
@@ -184,7 +184,9 @@ class UnitBox(DenseDetector):
             "head_in_features": names,
             "extract": _build_extract(cfg),
             "region": part_named(REGIONS, node.REGION, "MODEL.UNITBOX.REGION"),
-            "box_loss": build_box_loss(node.BOX_LOSS, SMOOTH_L1_BETA, "MODEL.UNITBOX.BOX_LOSS"),
+            "box_loss": build_box_loss(
+                node.BOX_LOSS, SMOOTH_L1_BETA, "MODEL.UNITBOX.BOX_LOSS", cfg.MODEL.INVERTED_BOXES
+            ),
             "box_loss_weight": node.BOX_LOSS_WEIGHT,
             "confidence_loss_weight": node.CONFIDENCE_LOSS_WEIGHT,
         }
@@ -244,16 +246,19 @@ class UnitBox(DenseDetector):
             "loss_box": self.box_loss_weight * box_loss / positives + predictions.zero,
         }
 
-    def detect(
+    def image_candidates(
         self, predictions: PixelPredictions, image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
+    ) -> list[list[Instances]]:
         return [
-            self.extract(*predictions.of_image(image, size))
+            self.extract.candidates(*predictions.of_image(image, size))
             for image, size in enumerate(image_sizes)
         ]
 
+    def suppress(self, candidates: Sequence[Instances]) -> Instances:
+        return self.extract.suppress(candidates)
 
-def _build_extract(cfg) -> Callable[[Tensor, Tensor], Instances]:
+
+def _build_extract(cfg) -> PixelNMS | EllipseFit:
     node, key = cfg.MODEL.UNITBOX, "MODEL.UNITBOX.INFERENCE"
     parts = {
         "nms": PixelNMS(build_dense_nms(cfg)),

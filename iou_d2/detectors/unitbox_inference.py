@@ -7,6 +7,7 @@ row i and column j has its centre at the point (j + 0.5, i + 0.5).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -44,16 +45,23 @@ class PixelNMS:
 
     nms: DenseNMS
 
-    @torch.no_grad()
     def __call__(self, logits: Tensor, distances: Tensor) -> Instances:
         """Maps (K, H, W) and (4, H, W) of one image -> its detections, best first."""
+        return self.suppress(self.candidates(logits, distances))
+
+    @torch.no_grad()
+    def candidates(self, logits: Tensor, distances: Tensor) -> list[Instances]:
+        """The candidates of NMS: K Instances."""
         peaks = logits == F.max_pool2d(logits, kernel_size=3, stride=1, padding=1)
         confidence = (logits.sigmoid() * peaks).flatten(1)  # (K, HW)
         by_class = []
         for index, scores in enumerate(confidence):
             chosen = select_candidates(scores[:, None], self.nms.score_threshold, self.nms.topk)
             by_class.append(_read_boxes(distances, chosen.anchors, chosen.scores, index))
-        return self.nms(by_class)
+        return by_class
+
+    def suppress(self, candidates: Sequence[Instances]) -> Instances:
+        return self.nms(candidates)
 
 
 @dataclass
@@ -67,15 +75,23 @@ class EllipseFit:
     threshold: float
     max_detections: int
 
-    @torch.no_grad()
     def __call__(self, logits: Tensor, distances: Tensor) -> Instances:
         """Maps (K, H, W) and (4, H, W) of one image -> its detections, best first."""
+        return self.suppress(self.candidates(logits, distances))
+
+    @torch.no_grad()
+    def candidates(self, logits: Tensor, distances: Tensor) -> list[Instances]:
+        """All that is found: K Instances."""
         by_class = []
         for index, confidence in enumerate(logits.sigmoid()):
             pixels, scores = _fit_ellipses(confidence.cpu().numpy(), self.threshold)
             pixels, scores = pixels.to(logits.device), scores.to(logits.device)
             by_class.append(_read_boxes(distances, pixels, scores, index))
-        detections = Instances.cat(by_class)
+        return by_class
+
+    def suppress(self, candidates: Sequence[Instances]) -> Instances:
+        """The best of them."""
+        detections = Instances.cat(list(candidates))
         best = detections.scores.argsort(descending=True)
         return first(detections[best], self.max_detections)
 

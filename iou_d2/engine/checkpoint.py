@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.data import transforms as T
 from detectron2.engine import DefaultPredictor
 from fvcore.common.checkpoint import _filter_reused_missing_keys, _strip_prefix_if_present
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from iou_d2.data.augmentation import build_augmentations
+from iou_d2.detectors.test_time_augmentation import with_tta
 from iou_d2.errors import InputError, MissingFileError
 
 from .class_rows import ModelClasses, match_rows
@@ -221,15 +223,24 @@ class SafeCheckpointer(DetectionCheckpointer):
 
 def build_predictor(cfg: CfgNode, trust: bool = False) -> DefaultPredictor:
     """Detectron2's DefaultPredictor with MODEL.WEIGHTS read by SafeCheckpointer, and with the
-    resize of INPUT.AUGMENTATIONS where that names one.
+    resize of INPUT.AUGMENTATIONS where that names one, or the views of TEST.AUG where that is
+    enabled.
 
-    Raises what SafeCheckpointer.load does.
+    Raises what SafeCheckpointer.load and `with_tta` do.
     """
     require_trained(cfg.MODEL.WEIGHTS)
     predictor = untrained_predictor(cfg)
     SafeCheckpointer(predictor.model, trust=trust).load(cfg.MODEL.WEIGHTS)
     predictor.cfg = cfg.clone()
+    use_tta(predictor, cfg)
     return predictor
+
+
+def use_tta(predictor: DefaultPredictor, cfg: CfgNode) -> None:
+    """Have `predictor`, whose model has its weights, look at the views of TEST.AUG, if enabled."""
+    if cfg.TEST.AUG.ENABLED:
+        predictor.aug = T.ResizeShortestEdge(0)  # none: views are made of the image as it is
+        predictor.model = with_tta(cfg, predictor.model)
 
 
 def untrained_predictor(cfg: CfgNode) -> DefaultPredictor:

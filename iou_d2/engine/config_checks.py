@@ -16,17 +16,22 @@ from detectron2.modeling import (
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
 from detectron2.utils import comm
 
+from iou_d2.detectors.test_time_augmentation import build_merge
+from iou_d2.detectors.views import build_view_maker
 from iou_d2.errors import InputError
 
 # Architectures that read MODEL.PROPOSAL_GENERATOR, and those that read MODEL.ROI_HEADS.
 _WITH_PROPOSALS = ("GeneralizedRCNN", "ProposalNetwork", "StandaloneIoUNet", "PanopticFPN")
 _WITH_ROI_HEADS = ("GeneralizedRCNN", "StandaloneIoUNet", "PanopticFPN")
+# Detectron2's word for no generator of proposals.
+_PRECOMPUTED = "PrecomputedProposals"
 
 
-def check_config(cfg: CfgNode) -> None:
+def check_config(cfg: CfgNode, augments: bool = False) -> None:
     """Check what every use of a model reads: parts that are there, images, device.
 
-    Raises InputError with the key, its value and what it may be.
+    `augments`: whether this use does what TEST.AUG says. Raises InputError with the key, its value
+    and what it may be.
     """
     _check_parts(cfg)
     _check_images(cfg)
@@ -36,10 +41,14 @@ def check_config(cfg: CfgNode) -> None:
     for key in ("INPUT.MIN_SIZE_TEST", "DATALOADER.NUM_WORKERS"):
         _at_least(cfg, key, 0)
     _at_least(cfg, "INPUT.MAX_SIZE_TEST", 1)
-    if cfg.TEST.AUG.ENABLED:
+    if cfg.TEST.AUG.ENABLED and not augments:
         raise InputError(
-            "TEST.AUG.ENABLED is True, but no command augments test images: set it to False."
+            "TEST.AUG.ENABLED is True, but only `iou-d2 train`, `eval` and `detect` augment test "
+            "images, and no exported model does: set it to False."
         )
+    if cfg.TEST.AUG.ENABLED:
+        build_view_maker(cfg)
+        build_merge(cfg)
 
 
 def check_training(cfg: CfgNode) -> None:
@@ -47,7 +56,7 @@ def check_training(cfg: CfgNode) -> None:
 
     Raises InputError with the key, its value and what it may be.
     """
-    check_config(cfg)
+    check_config(cfg, augments=True)
     check_datasets(cfg, "DATASETS.TRAIN")
     if not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty: name the data to train on with --train.")
@@ -99,10 +108,35 @@ def _check_parts(cfg: CfgNode) -> None:
     _registered(ANCHOR_GENERATOR_REGISTRY, name, "MODEL.ANCHOR_GENERATOR.NAME")
     if architecture in _WITH_PROPOSALS:
         name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-        if name != "PrecomputedProposals":
+        if name == _PRECOMPUTED:
+            _check_precomputed(cfg)
+        else:
             _registered(PROPOSAL_GENERATOR_REGISTRY, name, "MODEL.PROPOSAL_GENERATOR.NAME")
     if architecture in _WITH_ROI_HEADS:
         _registered(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME, "MODEL.ROI_HEADS.NAME")
+
+
+def _check_precomputed(cfg: CfgNode) -> None:
+    key, architecture = "MODEL.PROPOSAL_GENERATOR.NAME", cfg.MODEL.META_ARCHITECTURE
+    if architecture == "ProposalNetwork":
+        raise InputError(f"{key} is {_PRECOMPUTED!r}, of which ProposalNetwork learns nothing.")
+    # StandaloneIoUNet learns without proposals.
+    if architecture != "StandaloneIoUNet" and not cfg.MODEL.LOAD_PROPOSALS:
+        raise InputError(
+            f"{key} is {_PRECOMPUTED!r}, and these are read with MODEL.LOAD_PROPOSALS True alone."
+        )
+
+
+def require_detections(cfg: CfgNode) -> None:
+    """Raise an InputError where a model detects nothing in a picture alone."""
+    architecture, name = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    if architecture == "ProposalNetwork":
+        raise InputError("MODEL.META_ARCHITECTURE ProposalNetwork proposes boxes of no class.")
+    if architecture in _WITH_ROI_HEADS and name == _PRECOMPUTED:
+        raise InputError(
+            f"MODEL.PROPOSAL_GENERATOR.NAME is {name!r}, but a picture has no proposals: such a "
+            "model can be evaluated on a dataset alone."
+        )
 
 
 def _registered(registry: Any, name: str, key: str) -> None:

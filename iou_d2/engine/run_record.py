@@ -30,6 +30,8 @@ def describe_run(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> di
         overrides: the KEY VALUE pairs.
         train, test: names of the datasets.
         seed: SEED of the config; negative for one drawn at random.
+        test_augmentation: TEST.AUG, which gave the results of tasks that end with "_TTA"; None
+            where it is not enabled.
         devices: what each process runs on.
         versions; commit: of the checkout of iou_d2, with "-dirty" where files differ from it; None
             where there is none.
@@ -41,6 +43,7 @@ def describe_run(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> di
         "train": list(cfg.DATASETS.TRAIN),
         "test": list(cfg.DATASETS.TEST),
         "seed": cfg.SEED,
+        "test_augmentation": dict(cfg.TEST.AUG) if cfg.TEST.AUG.ENABLED else None,
         "devices": comm.gather(device_name(cfg.MODEL.DEVICE)),
         "versions": versions(),
         "commit": commit(),

@@ -19,8 +19,9 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from iou_d2.data.mapper import CheckedDatasetMapper
+from iou_d2.detectors.test_time_augmentation import with_tta
 from iou_d2.errors import InputError
-from iou_d2.evaluation.build import build_evaluator
+from iou_d2.evaluation.build import build_evaluator, results_folder
 
 from .amp import trainer_class
 from .best_checkpoint import BestCheckpoint
@@ -104,19 +105,33 @@ class Trainer(DefaultTrainer):
         return min(self.iter + 1, self.max_iter)
 
     def build_hooks(self) -> list:
-        """Those of Detectron2, of which the evaluation is `evaluate`."""
+        """Those of Detectron2, of which the evaluation is `evaluate`, and after it, where TEST.AUG
+        is enabled, `evaluate_with_TTA` at the end of training."""
         evaluation = EvalHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate)
-        return [evaluation if isinstance(x, EvalHook) else x for x in super().build_hooks()]
+        hooks = [evaluation if isinstance(x, EvalHook) else x for x in super().build_hooks()]
+        if self.cfg.TEST.AUG.ENABLED:
+            hooks.insert(hooks.index(evaluation) + 1, EvalHook(0, self.evaluate_with_TTA))
+        return hooks
 
     def evaluate(self) -> dict:
         """Evaluate the model in training, or its average, and keep the checkpoint of the best."""
-        model = self.average.module if self.average else self.model
-        self._last_eval_results = self.test(self.cfg, model)
+        self._last_eval_results = self.test(self.cfg, self.evaluated)
         if self.best is not None:
             self.best.see(self.results, self.iterations)
             is_over = self.best.is_over(self.iterations) and self.iterations < self.max_iter
             self.best.stopped_after = self.iterations if _main_says(is_over) else 0
         return self._last_eval_results
+
+    def evaluate_with_TTA(self) -> dict:
+        """Add to `results` those with test-time augmentation, and return these."""
+        results = self.test_with_TTA(self.cfg, self.evaluated)
+        self._last_eval_results = {**self.results, **results}
+        return results
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model in training, or its average."""
+        return self.average.module if self.average else self.model
 
     def run_step(self) -> None:
         super().run_step()
@@ -147,6 +162,8 @@ class Trainer(DefaultTrainer):
                 f"Training stops after {self.iterations} iterations, for no evaluation since that "
                 f"after {self.best.iterations} had a better AP."
             )
+            if self.cfg.TEST.AUG.ENABLED:
+                self.evaluate_with_TTA()
             if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
                 verify_results(self.cfg, self.results)
 
@@ -245,6 +262,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg):
         model = super().build_model(cfg)
+        if cfg.TEST.AUG.ENABLED:
+            with_tta(cfg, model)  # says at once what cannot be augmented at the end
         model.register_forward_hook(stop_at_non_finite_loss)
         name_images_of_errors(model)
         return model
@@ -265,6 +284,25 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
         return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """As `test`, with the augmentation of TEST.AUG: {task_TTA: {metric: value}}, or
+        {dataset_TTA: {task: ...}} for several. Detectron2's train_net.py names them so.
+
+        Result files are in "inference_TTA" of OUTPUT_DIR, beside "inference".
+        """
+        logging.getLogger(__name__).info("Evaluating with test-time augmentation.")
+        as_stored = cfg.clone()
+        as_stored.defrost()
+        # The loader resizes nothing, since views are made of the images as they are.
+        as_stored.INPUT.MIN_SIZE_TEST, as_stored.INPUT.AUGMENTATIONS = 0, []
+        evaluators = [
+            build_evaluator(cfg, name, results_folder(cfg, name, "inference_TTA"))
+            for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(as_stored, with_tta(cfg, model), evaluators)
+        return {f"{name}_TTA": value for name, value in results.items()}
 
 
 def _main_says(flag: bool) -> bool:

@@ -58,11 +58,11 @@ def build_evaluator(
         cfg: reads OUTPUT_DIR, DATASETS.TEST and TEST.DETECTIONS_PER_IMAGE; where the last is over
             100, the limit of COCO, AP counts as many detections.
         dataset_name: a registered dataset.
-        output_dir: folder for the result files; None for "inference" in cfg.OUTPUT_DIR, and there
-            for a folder of its own if several datasets are evaluated.
+        output_dir: folder for the result files; None for `results_folder`.
 
     Returns:
-        "coco": tasks "bbox" and "localization". "pascal_voc": these, and "voc".
+        "coco": tasks "bbox" and "localization". "pascal_voc": these, and "voc". Of a
+        ProposalNetwork the task "box_proposals".
 
     Raises:
         InputError: the dataset is evaluated in another way.
@@ -74,12 +74,16 @@ def build_evaluator(
             f'"coco" and "pascal_voc" are supported.'
         )
     if output_dir is None:
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
-        if len(cfg.DATASETS.TEST) > 1:
-            output_dir = os.path.join(output_dir, file_stem(dataset_name))
+        output_dir = results_folder(cfg, dataset_name)
     coco = COCOLocalizationEvaluator(
         dataset_name, output_dir, max_dets_per_image=max(100, cfg.TEST.DETECTIONS_PER_IMAGE)
     )
-    if evaluator_type == "coco":
+    if evaluator_type == "coco" or cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
         return coco
     return DatasetEvaluators([coco, VOCEvaluator(dataset_name)])
+
+
+def results_folder(cfg: CfgNode, dataset_name: str, name: str = "inference") -> str:
+    """The folder `name` in cfg.OUTPUT_DIR, and in it one for each of several datasets."""
+    folder = os.path.join(cfg.OUTPUT_DIR, name)
+    return os.path.join(folder, file_stem(dataset_name)) if len(cfg.DATASETS.TEST) > 1 else folder

@@ -92,13 +92,25 @@ class COCOLocalizationEvaluator(COCOEvaluator):
         self._backend = backend
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Keep the "instances" of `outputs` as COCO detections, moved to the CPU."""
+        """Keep the "instances" of `outputs` as COCO detections, moved to the CPU; of a
+        ProposalNetwork its "proposals", for which Detectron2 writes box_proposals.pkl and gives the
+        task "box_proposals", average recalls."""
         for image, output in zip(inputs, outputs):
+            if "proposals" in output:
+                proposals = output["proposals"].to(self._cpu_device)
+                prediction = {"image_id": image["image_id"], "proposals": proposals}
+                self._predictions.append(prediction)
+                continue
             instances = output["instances"].to(self._cpu_device)
             results = instances_to_results(instances, image["image_id"])
             self._predictions.append({"image_id": image["image_id"], "instances": results})
 
-    # The parent's `evaluate` calls this on the main process with the predictions of all of them.
+    # The parent's `evaluate` calls these on the main process with the predictions of all of them.
+    def _eval_box_proposals(self, predictions: list[dict]) -> None:
+        super()._eval_box_proposals(predictions)
+        path = os.path.join(self._output_dir, "box_proposals.pkl")
+        self._logger.info(f"Saved the proposals of {len(predictions)} images to {path}")
+
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
         results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
         category_of = self._category_of()

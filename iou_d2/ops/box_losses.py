@@ -5,6 +5,7 @@ Shape letters: R boxes, P positive anchors or proposals. Boxes are XYXY in absol
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -29,20 +30,42 @@ MIN_IOU = 1e-6
 # A shorter side has no aspect ratio for CIoU, whose gradient grows with its inverse. In pixels.
 MIN_RATIO_SIDE = 1e-3
 
+# The corners `low` and `high` of inverted boxes, (R, 2) each -> those that count instead. It is
+# taken side by side, where `high` is below `low`.
+Inverted = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-def box_iou_loss(boxes: Tensor, targets: Tensor, kind: str) -> Tensor:
+
+def collapsed(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """An inverted side has the length 0 and lies at its middle (ours): the box overlaps nothing."""
+    middle = (low + high) / 2
+    return middle, middle
+
+
+def sorted_corners(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The corners are sorted, so that an inverted box is as good as the upright one of the same
+    corners (arXiv 1902.09630, Algorithm 2, step 1)."""
+    return high, low
+
+
+INVERTED = {"collapsed": collapsed, "sorted": sorted_corners}
+
+
+def box_iou_loss(
+    boxes: Tensor, targets: Tensor, kind: str, inverted: Inverted = collapsed
+) -> Tensor:
     """Loss of each box against its target, not reduced: the caller weights and sums.
 
-    Half precision is computed in float32. An inverted box counts as the line or point at its
-    centre. "giou", "diou" and "ciou" pull it to the target, as they do any box without overlap,
+    Half precision is computed in float32. By default an inverted box counts as the line or point at
+    its centre. "giou", "diou" and "ciou" pull it to the target, as they do any box without overlap,
     "giou" only while it is outside of it; "iou" and "unitbox" have no gradient there. A target
-    without area gives no gradient to any. Gradients are small but for those of "unitbox", which
-    grow with 1 / IoU.
+    without area, which an inverted one is, gives no gradient to any. Gradients are small but for
+    those of "unitbox", which grow with 1 / IoU.
 
     Args:
         boxes, targets: (R, 4) XYXY.
         kind: "iou" is 1 - IoU; "unitbox" -ln IoU (arXiv 1608.01471), with an IoU of at least
             `MIN_IOU`; "giou" arXiv 1902.09630; "diou" and "ciou" arXiv 1911.08287.
+        inverted: what becomes of the inverted sides of `boxes`.
 
     Returns:
         (R,); (0,) for no boxes. NaN where an area is beyond float32, see `aligned_iou`.
@@ -55,7 +78,7 @@ def box_iou_loss(boxes: Tensor, targets: Tensor, kind: str) -> Tensor:
             f"box_iou_loss takes two tensors of boxes of one shape (R, 4), not "
             f"{tuple(boxes.shape)} and {tuple(targets.shape)}."
         )
-    boxes, targets = _upright(boxes), _upright(targets)
+    boxes, targets = _upright(boxes, inverted), _upright(targets, collapsed)
     # Of two boxes without area, the derivative of the IoU is infinite.
     has_area = (targets[..., 2:] > targets[..., :2]).all(dim=-1, keepdim=True)
     boxes = torch.where(has_area, boxes, boxes.detach())
@@ -153,26 +176,32 @@ class BoxIoULoss:
     """The loss of `IOU_KINDS` that `kind` names, of the boxes themselves: see `box_iou_loss`."""
 
     kind: str
+    inverted: Inverted = collapsed
 
     def of_sides(self, boxes: Tensor, targets: Tensor, unit: Tensor | float = 1.0) -> Tensor:
-        return box_iou_loss(boxes, targets, self.kind)
+        return box_iou_loss(boxes, targets, self.kind, self.inverted)
 
     def of_deltas(self, predicted: BoxDeltas, targets: Tensor) -> Tensor:
-        return box_iou_loss(predicted.boxes, targets, self.kind).sum()
+        return box_iou_loss(predicted.boxes, targets, self.kind, self.inverted).sum()
 
 
-def build_box_loss(kind: str, beta: float, key: str) -> BoxLoss:
+def build_box_loss(kind: str, beta: float, key: str, inverted: str = "collapsed") -> BoxLoss:
     """The loss that `kind` names, one of `KINDS`.
 
     Args:
         beta: of "smooth_l1".
         key: the config key of `kind`, which the ValueError for another kind names.
+        inverted: MODEL.INVERTED_BOXES, one of `INVERTED`, of the IoU losses.
     """
     if kind not in KINDS:
         raise ValueError(f"{key} is one of {', '.join(KINDS)}, but it is {kind!r}.")
+    if inverted not in INVERTED:
+        raise ValueError(
+            f"MODEL.INVERTED_BOXES is one of {', '.join(INVERTED)}, but it is {inverted!r}."
+        )
     if kind == "smooth_l1":
         return SmoothL1Loss(beta)
-    return L2Loss() if kind == "l2" else BoxIoULoss(kind)
+    return L2Loss() if kind == "l2" else BoxIoULoss(kind, INVERTED[inverted])
 
 
 def _side_errors(boxes: Tensor, targets: Tensor, unit: Tensor | float) -> Tensor:
@@ -191,14 +220,14 @@ def _ciou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     return torch.where(has_ratio, complete, distance_box_iou_loss(boxes, targets))
 
 
-def _upright(boxes: Tensor) -> Tensor:
-    """In float32 at least, an inverted side becomes one of length 0 at its middle. Other boxes
-    stay as they are to the last bit."""
+def _upright(boxes: Tensor, inverted: Inverted) -> Tensor:
+    """In float32 at least, with what `inverted` makes of inverted sides. Other sides stay as they
+    are to the last bit, and so do their gradients, also of those of length 0."""
     boxes = _at_least_float32(boxes)
     low, high = boxes[..., :2], boxes[..., 2:]
-    middle = (low + high) / 2
-    inverted = high < low
-    return torch.cat([torch.where(inverted, middle, low), torch.where(inverted, middle, high)], -1)
+    new_low, new_high = inverted(low, high)
+    wrong = high < low
+    return torch.cat([torch.where(wrong, new_low, low), torch.where(wrong, new_high, high)], -1)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -195,6 +195,9 @@ def test_metrics_that_cannot_be_read_are_named(line, tmp_path):
     assert "metrics.json" in sentence(table.main, tmp_path)
 
 
+NO_VIEWS = ("TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "()")
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -204,7 +207,7 @@ def test_metrics_that_cannot_be_read_are_named(line, tmp_path):
         (["--input", "HERE/x.png", "MODEL.WEIGHTS", "HERE"], "There is no file"),
         (["--input", "HERE/x.png", "MODEL.WEIGHTS", "HERE/x.png"], "no checkpoint"),
         (["--input", "HERE/x.png", "INPUT.FORMAT", "L"], "INPUT.FORMAT is 'BGR' or 'RGB'"),
-        (["--input", "HERE/x.png", "TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED"),
+        (["--input", "HERE/x.png", *NO_VIEWS], "TEST.AUG.MIN_SIZES"),
         (["--input", "HERE/x.png", "MODEL.DEVICE", "tpu"], "MODEL.DEVICE"),
         (["--input", "HERE/x.png", "MODEL.META_ARCHITECTURE", "X"], "MODEL.META_ARCHITECTURE"),
         (["--input", "HERE/x.png", "MODEL.WEIGTHS", "x"], "MODEL.WEIGHTS"),

@@ -9,6 +9,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
+from excited import excite
 from iou_d2.detectors.iou_branch import IOU_CODES
 from iou_d2.detectors.pooler import use_prroi_pool
 
@@ -28,17 +29,6 @@ def cfg_of(small_cfg):
         return small_cfg(config_file, "MODEL.ROI_HEADS.NUM_CLASSES", "3", *overrides)
 
     return load
-
-
-def excite(model):
-    """Raise the weights of the last layers, so that random ones detect and predict something."""
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "cls_score" in name or "iou_pred" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-        elif "bbox_pred" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes
 
+from excited import excite
+
 C4 = "configs/faster_rcnn_R_50_C4_1x.yaml"
 IOU_NET = "configs/iou_net_R_50_C4_1x.yaml"
 ALIGN = ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2")
@@ -32,17 +34,6 @@ def build(small_cfg):
         return build_model(small_cfg(config_file, *SMALL, *overrides))
 
     return make
-
-
-def excite(model):
-    """Raise the weights of the last layers, so that random ones detect and predict something."""
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "cls_score" in name or "iou_pred" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-        elif "bbox_pred" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 def losses_of(model, batch):

@@ -38,6 +38,15 @@ def test_what_no_model_can_follow_is_named(key, value):
         check_config(cfg)
 
 
+def test_what_augments_test_images_checks_how():
+    views = ["MODEL.DEVICE", "cpu", "TEST.AUG.ENABLED", "True"]
+    check_config(get_config("quick/faster_rcnn_shapes", views), augments=True)
+    for key, value in (("MIN_SIZES", "()"), ("BOX_SIZES", "[[0, 9]]"), ("MERGE", "mean")):
+        cfg = get_config("quick/faster_rcnn_shapes", [*views, f"TEST.AUG.{key}", value])
+        with pytest.raises(InputError, match=f"TEST.AUG.{key}"):
+            check_config(cfg, augments=True)
+
+
 @pytest.mark.parametrize(
     "key, value",
     [

@@ -147,6 +147,8 @@ def test_a_whole_model_goes_there_and_back(layout, config, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "MODEL.PIXEL_MEAN [123.0, 117.0, 104.0] MODEL.PIXEL_STD [1.0, 1.0, 1.0]" in printed
     assert "Left over" not in printed and "not filled" not in printed
+    assert "The config needs: MODEL.SSD.CLIP centers_and_sides\n" in printed
+    assert "The config needs: MODEL.SSD.TRUNCATE_SIZES False\n" in printed
 
 
 @pytest.mark.parametrize("layout", list(NAMES))
@@ -180,6 +182,7 @@ def test_a_file_of_torchvision_fills_its_own_config_and_that_of_coco(
     printed = capsys.readouterr().out
     assert "Left over" not in printed and "not filled" not in printed
     assert ("The config needs: INPUT.FORMAT RGB" in printed) == (classes == 80)
+    assert ("The config needs: MODEL.SSD.CLIP sides" in printed) == (classes == 80)
     content = torch.load(tmp_path / "ours.pth", weights_only=True)
     found = content["model"]["head.cls_score.1.bias"].reshape(6, classes + 1)
     names = content["class_names"]

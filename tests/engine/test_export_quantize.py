@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
+import quantize as tool
 from exported_models import noise, small_model, write_model
 from iou_d2.engine.export.check import load
 from iou_d2.engine.export.files import InputSpec
@@ -65,6 +67,20 @@ def test_it_is_still_a_file_for_the_detector(tmp_path):
     detector = Detector(tmp_path / "int8.onnx")
     assert detector.description.class_names == ["a", "b", "c"]
     assert len(detector(picture)["scores"]) > 10
+
+
+def test_the_tool_takes_pictures_at_equal_steps(tmp_path, capsys):
+    write_model(*small_model("configs/quick/ssd_shapes.yaml"), tmp_path / "model.onnx")
+    for grey in range(9):
+        picture = np.full((20, 30, 3), grey, dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / f"{grey}.png"), picture)
+    inputs = tool.inputs_of(tmp_path / "model.onnx", [str(tmp_path)], 3)
+    assert [image.mean() for image in inputs] == [0, 4, 8]
+    arguments = ["--model", str(tmp_path / "model.onnx"), "--images", str(tmp_path)]
+    arguments += ["--output", str(tmp_path / "int8.onnx"), "--count", "2"]
+    tool.main(arguments)
+    assert "convolutions in 8 bits" in capsys.readouterr().out
+    assert Detector(tmp_path / "int8.onnx").description.outputs == "detections"
 
 
 def test_what_cannot_be_quantized_is_a_sentence(files, tmp_path):

@@ -187,6 +187,17 @@ def test_training_stops_where_no_better_evaluation_comes(trainer, tmp_path):
     }
 
 
+@pytest.mark.parametrize("patience, iterations", [("1", 6), ("0", 12)])
+def test_test_images_are_augmented_once_whenever_training_ends(trainer, patience, iterations):
+    keys = (*EVERY, "SOLVER.PATIENCE", patience, "TEST.AUG.ENABLED", "True")
+    run = with_aps(trainer("a", False, *keys), [10.0, 30.0, 20.0, 5.0, 5.0, 5.0])
+    calls = []
+    run.test_with_TTA = lambda cfg, model: calls.append(run.iterations) or {"bbox_TTA": {"AP": 1.0}}
+    run.train()
+    assert calls == [iterations] and run.iterations == iterations
+    assert run.results["bbox_TTA"] == {"AP": 1.0} and "bbox" in run.results
+
+
 def test_the_last_evaluation_may_be_the_best_one(trainer, tmp_path):
     keys = ("TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "4")
     run = with_aps(trainer("a", False, *keys), [10.0, 20.0])

@@ -13,6 +13,7 @@ from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 
 from iou_d2.evaluation import COCOLocalizationEvaluator, build_evaluator
+from iou_d2.evaluation.build import results_folder
 
 
 @pytest.fixture
@@ -179,3 +180,9 @@ def test_voc_without_objects_has_no_ap(cfg, voc):
     evaluator.process(*find("000001", [(1, 0.9, (11, 11, 50, 50))]))
     results = evaluator.evaluate()
     assert all(math.isnan(results["voc"][metric]) for metric in ("AP", "AP50", "AP75"))
+
+
+def test_several_datasets_have_folders_of_their_own(cfg):
+    assert results_folder(cfg, "toy") == f"{cfg.OUTPUT_DIR}/inference"
+    cfg.DATASETS.TEST = ("toy", "other")
+    assert results_folder(cfg, "other", "inference_TTA") == f"{cfg.OUTPUT_DIR}/inference_TTA/other"

@@ -13,12 +13,13 @@ from iou_d2.errors import InputError
 FIRST_CONV = re.compile(
     r"(?:.*\.)?stem\.conv1\.weight"  # detectron2, adelaidet, detectron2_main
     r"|(?:backbone\.(?:body\.)?)?conv1\.weight"  # mmdet, torchvision
-    r"|(?:backbone\.)?(?:vgg\.)?(?:features\.)?0\.weight"  # SSD of all layouts
+    r"|(?:backbone\.)?(?:vgg\.)?(?:features\.)?0\.weight"  # SSD and RefineDet
 )
 
 # "adelaidet" is that of aim-uofa/AdelaiDet, "detectron2_main" that of the FCOS which only the main
 # branch of Detectron2 has.
-# "amdegroot" is amdegroot/ssd.pytorch, "lufficc" is lufficc/SSD.
+# "amdegroot" is amdegroot/ssd.pytorch, "lufficc" is lufficc/SSD, "luuuyi" is
+# luuuyi/RefineDet.PyTorch.
 LAYOUTS = (
     "mmdet",
     "torchvision",
@@ -27,6 +28,7 @@ LAYOUTS = (
     "detectron2_main",
     "amdegroot",
     "lufficc",
+    "luuuyi",
 )
 # Their configs are Detectron2's and say what pixels are; the other layouts are written for RGB.
 WITH_DETECTRON2_PIXELS = ("detectron2", "adelaidet", "detectron2_main")

@@ -2,9 +2,7 @@
 
 Their boxes have one order and one meaning. The background is the first class but in mmdetection.
 torchvision's COCO has the 91 ids of its annotations, with the background: 90 classes here, where
-class k has the id k + 1. What boxes were trained with stands in the config:
-MODEL.SSD.TRUNCATE_SIZES True for mmdetection and False for the others; MODEL.SSD.CLIP "none" for
-mmdetection, "sides" for torchvision, "centers_and_sides" for the other two.
+class k has the id k + 1. What boxes were trained with stands in the config: SETTINGS.
 """
 
 from __future__ import annotations
@@ -20,18 +18,26 @@ from .rows import Change, Row
 LEVELS = range(7)  # of SSD512; SSD300 has one less
 VGG = "backbone.vgg.features"
 
-_CAFFE_PIXELS = PixelFormat(mean=(123.0, 117.0, 104.0), std=(1.0, 1.0, 1.0))
+CAFFE_PIXELS = PixelFormat(mean=(123.0, 117.0, 104.0), std=(1.0, 1.0, 1.0))
 PIXELS = {
-    "amdegroot": _CAFFE_PIXELS,
-    "lufficc": _CAFFE_PIXELS,
+    "amdegroot": CAFFE_PIXELS,
+    "lufficc": CAFFE_PIXELS,
     "torchvision": PixelFormat(mean=(122.99925, 116.9991, 103.9992), std=(1.0, 1.0, 1.0)),
     "mmdet": PixelFormat(std=(1.0, 1.0, 1.0)),
+}
+
+_CENTERS_AND_SIDES = {"MODEL.SSD.CLIP": "centers_and_sides", "MODEL.SSD.TRUNCATE_SIZES": False}
+SETTINGS = {
+    "mmdet": {"MODEL.SSD.CLIP": "none", "MODEL.SSD.TRUNCATE_SIZES": True},
+    "torchvision": {"MODEL.SSD.CLIP": "sides", "MODEL.SSD.TRUNCATE_SIZES": False},
+    "amdegroot": _CENTERS_AND_SIDES,
+    "lufficc": _CENTERS_AND_SIDES,
 }
 
 
 def mmdet_rows() -> list[Row]:
     rows = [
-        *_vgg_rows("backbone.features"),
+        *vgg_rows("backbone.features"),
         Row("neck.l2_norm.weight", "backbone.norms.conv4_3.weight"),
         Row("backbone.l2_norm.weight", "backbone.norms.conv4_3.weight"),  # before 2.14
     ]
@@ -60,30 +66,30 @@ def torchvision_rows() -> list[Row]:
         *extra,
         Row("backbone.features.#.*", f"{VGG}.#.*"),
         Row("backbone.scale_weight", "backbone.norms.conv4_3.weight"),
-        *_head_rows("head.regression_head.module_list", "head.classification_head.module_list"),
+        *head_rows("head.regression_head.module_list", "head.classification_head.module_list"),
     ]
 
 
 def amdegroot_rows() -> list[Row]:
     return [
-        *_vgg_rows("vgg"),
-        *_extra_rows("extras"),
+        *vgg_rows("vgg"),
+        *extra_rows("extras"),
         Row("L2Norm.weight", "backbone.norms.conv4_3.weight"),
-        *_head_rows("loc", "conf"),
+        *head_rows("loc", "conf"),
     ]
 
 
 def lufficc_rows() -> list[Row]:
     head = "box_head.predictor"
     return [
-        *_vgg_rows("backbone.vgg"),
-        *_extra_rows("backbone.extras"),
+        *vgg_rows("backbone.vgg"),
+        *extra_rows("backbone.extras"),
         Row("backbone.l2_norm.weight", "backbone.norms.conv4_3.weight"),
-        *_head_rows(f"{head}.reg_headers", f"{head}.cls_headers"),
+        *head_rows(f"{head}.reg_headers", f"{head}.cls_headers"),
     ]
 
 
-def _vgg_rows(prefix: str) -> list[Row]:
+def vgg_rows(prefix: str) -> list[Row]:
     """VGG-16 whose fc6 and fc7 follow its convolutions under numbers of their own."""
     return [
         Row(f"{prefix}.31.*", "backbone.fc6.*"),
@@ -92,7 +98,7 @@ def _vgg_rows(prefix: str) -> list[Row]:
     ]
 
 
-def _extra_rows(prefix: str) -> list[Row]:
+def extra_rows(prefix: str) -> list[Row]:
     return [
         Row(f"{prefix}.{2 * stage + conv}.*", f"backbone.extra.conv{stage + 6}_2.{2 * conv}.*")
         for stage in range(5)
@@ -100,12 +106,17 @@ def _extra_rows(prefix: str) -> list[Row]:
     ]
 
 
-def _head_rows(boxes: str, classes: str) -> list[Row]:
+def head_rows(
+    boxes: str,
+    classes: str,
+    our_boxes: str = "head.bbox_pred",
+    our_classes: str = "head.cls_score",
+) -> list[Row]:
     """The convolutions of each level; `classes` have the background first."""
-    rows = [Row(f"{boxes}.#.*", "head.bbox_pred.#.*")]
+    rows = [Row(f"{boxes}.#.*", f"{our_boxes}.#.*")]
     for level in LEVELS:
-        change = _background_moves(f"{boxes}.{level}.weight", f"head.bbox_pred.{level}.weight")
-        rows.append(Row(f"{classes}.{level}.*", f"head.cls_score.{level}.*", change))
+        change = _background_moves(f"{boxes}.{level}.weight", f"{our_boxes}.{level}.weight")
+        rows.append(Row(f"{classes}.{level}.*", f"{our_classes}.{level}.*", change))
     return rows
 
 
@@ -144,4 +155,5 @@ SSD = Network(
         "lufficc": lufficc_rows,
     },
     pixels=PIXELS,
+    settings=SETTINGS,
 )

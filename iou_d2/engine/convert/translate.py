@@ -15,6 +15,7 @@ from .fcos import FCOS, FCOS_DEFORMABLE
 from .iou_net import IOU_NET
 from .network import Network
 from .rcnn import RCNN, RCNN_V2
+from .refinedet import REFINEDET
 from .resnet import (
     BOTTOM_UP,
     backbone_prefix,
@@ -40,6 +41,7 @@ NETWORKS: tuple[Network, ...] = (
     RCNN_V2,
     RCNN,
     SSD,
+    REFINEDET,
 )
 UNSUPPORTED = {
     r"layer\d\.\d+\.convs\.\d": "a Res2Net",

@@ -58,7 +58,8 @@ TORCH_LIBRARY(iou_d2, m) {
       "SymInt[2] padding, SymInt[2] dilation) -> Tensor");
   m.def(
       "deform_conv_backward(Tensor grad, Tensor x, Tensor offset, Tensor? mask, Tensor weight, "
-      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) -> (Tensor, Tensor, Tensor, Tensor)");
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 // `import iou_d2._C` runs the registrations above; the module itself is empty.

@@ -1,0 +1,9 @@
+"""One page that shows what a detector does, from result files: subjects -> measures -> page.
+
+Needs neither torch nor Detectron2. What counts is in iou_d2/analysis; here it is laid out.
+"""
+
+from .page import LARGEST_PAGE, write_page
+from .subject import Curve, Expected, Subject
+
+__all__ = ["LARGEST_PAGE", "Curve", "Expected", "Subject", "write_page"]
