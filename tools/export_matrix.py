@@ -49,13 +49,18 @@ def two_stage(name: str, config: str, *overrides: str) -> Case:
     return Case(name, config, overrides, small_two_stage, ("onnx", "torchscript"), last_opset)
 
 
-QUICK = ("retinanet", "iou_retinanet", "atss", "atss_iou", "fcos", "vfnet_star", "vfnet", "unitbox")
+ANCHORS = ("retinanet", "iou_retinanet", "ssd", "ssd_iou", "refinedet")
+POINTS = ("atss", "atss_iou", "fcos", "vfnet_star", "vfnet", "unitbox")
+QUICK = (*ANCHORS, *POINTS)
 FASTER, IOU_NET = "configs/quick/faster_rcnn_shapes.yaml", "configs/quick/iou_net_shapes.yaml"
 MASKS = ("MODEL.MASK_ON", "True")
 AGNOSTIC = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
 CASES = (
     *(Case(name, f"configs/quick/{name}_shapes.yaml") for name in QUICK),
     Case("vfnet_dcn", "configs/vfnet_R_50_FPN_dcn_2x_ms.yaml"),
+    Case("ssd300", "configs/ssd300_VGG16_voc.yaml"),
+    Case("ssd512", "configs/ssd512_VGG16_voc.yaml"),
+    Case("refinedet320", "configs/refinedet320_VGG16_voc.yaml"),
     two_stage("faster_rcnn", FASTER),
     two_stage("faster_rcnn_prroi", FASTER, "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "PrRoIPool"),
     two_stage("mask_rcnn", FASTER, *MASKS),

@@ -188,8 +188,10 @@ def _extra_stage(in_channels: int, stage: ExtraStage) -> nn.Sequential:
 def _at_least(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """`x` (N, C, H, W) with zeros behind it where `conv` would find it too small."""
     wanted = conv.kernel_size[0] - 2 * conv.padding[0]
-    height, width = x.shape[-2:]
-    return F.pad(x, (0, max(wanted - width, 0), 0, max(wanted - height, 0)))
+    below, right = (wanted - size for size in x.shape[-2:])
+    # The larger of it and 0 in arithmetic that a tracer follows, which it does not do into `max`.
+    below, right = ((missing + abs(missing)) // 2 for missing in (below, right))
+    return F.pad(x, (0, right, 0, below))
 
 
 def _build(cfg, input_shape: ShapeSpec, variant: SSDVariant) -> SSDVGG16:

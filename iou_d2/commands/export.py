@@ -25,6 +25,8 @@ from iou_d2.engine.export.check import check_file
 from iou_d2.engine.export.describe import describe
 from iou_d2.engine.export.files import OPSETS, InputSpec, write
 from iou_d2.engine.safe_load import local_file
+from iou_d2.errors import InputError
+from iou_d2.runtime.description import Resize, Square
 
 TYPES = {"uint8": torch.uint8, "float32": torch.float32}
 
@@ -50,6 +52,15 @@ def batch_of(text: str) -> int | None:
             f"a batch is a number of images from 1 on, or dynamic, not {text!r}"
         )
     return int(text)
+
+
+def require_size(size: tuple[int, int] | None, resize: Resize) -> None:
+    """Raise InputError where a file for one size is not for that of all images."""
+    if isinstance(resize, Square) and size not in (None, (resize.side, resize.side)):
+        raise InputError(
+            f'--size is {size[0]}x{size[1]}, but INPUT.AUGMENTATIONS "square" brings all '
+            f"images to INPUT.SQUARE_SIZE: give --size {resize.side}x{resize.side} or dynamic."
+        )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -92,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     graph = build_graph(cfg, model, args.outputs, args.deform_conv)
     weights = local_file(split_weights(cfg.MODEL.WEIGHTS)[0])
     description = describe(cfg, model, args.outputs, weights)
+    require_size(args.size, description.resize)
     spec = InputSpec(args.size, args.batch, TYPES[args.input])
     write(args.format, graph, args.output, spec, description, args.opset, args.deform_conv)
     size = os.path.getsize(args.output) / 2**20

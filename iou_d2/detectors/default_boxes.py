@@ -118,7 +118,7 @@ class DefaultBoxes(nn.Module):
             centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 1, 2)
             count = len(shapes)
             boxes = torch.cat(
-                [centers.expand(-1, count, 2), shapes.expand(len(centers), count, 2)], dim=-1
+                [centers.expand(-1, count, 2), shapes.expand(centers.shape[0], count, 2)], dim=-1
             )
             levels.append(boxes.reshape(-1, 4))
         boxes = self.clip(torch.cat(levels), self.image_size)

@@ -5,19 +5,21 @@ Shape letters and words are those of multibox.py.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from .dense import DenseDetector, DenseNMS
 from .multibox import MultiBoxTerms
-from .multibox_inference import SoftNMS, build_multibox_nms
+from .multibox_inference import SoftNMS, build_multibox_nms, candidates_of
 
 
 class MultiBoxDetector(DenseDetector):
-    """A backbone and a head with convolutions for each level. A detector adds `predict`, `losses`
-    and `image_candidates`."""
+    """A backbone and a head with convolutions for each level. A detector adds `predict`, `losses`,
+    `rank` and `boxes`."""
 
     def __init__(
         self,
@@ -61,8 +63,32 @@ class MultiBoxDetector(DenseDetector):
         features = self.backbone(images)
         return [features[name] for name in self.head_in_features]
 
+    def image_candidates(
+        self, predictions: Any, image_sizes: list[tuple[int, int]]
+    ) -> list[list[Instances]]:
+        return [
+            [self.candidates(predictions, image, size)] for image, size in enumerate(image_sizes)
+        ]
+
     def suppress(self, candidates: Sequence[Instances]) -> Instances:
         return self.nms(candidates)
+
+    def candidates(self, predictions: Any, image: int, image_size: tuple[int, int]) -> Instances:
+        """What an image sends to NMS: the best boxes of each class, with all that `rank` says."""
+
+        def boxes(index: Tensor) -> Tensor:
+            return self.boxes(predictions, image, index)
+
+        ranked = self.rank(predictions, image)
+        return candidates_of(ranked, boxes, self.nms, image_size, self.clip_before_nms)
+
+    @abstractmethod
+    def rank(self, predictions: Any, image: int) -> dict[str, Tensor]:
+        """{"scores": (R, K)}, the confidences of an image, and whatever else detections carry."""
+
+    @abstractmethod
+    def boxes(self, predictions: Any, image: int, index: Tensor | slice) -> Tensor:
+        """What the default boxes `index` (S,) of an image predict: (S, 4)."""
 
     def divided(self, terms: MultiBoxTerms, prefix: str = "loss") -> dict[str, Tensor]:
         """The losses of classes and of boxes by name, over the number of positive boxes."""

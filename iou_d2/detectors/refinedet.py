@@ -34,7 +34,7 @@ from .multibox import (
     shapes_of,
 )
 from .multibox_detector import MultiBoxDetector
-from .multibox_inference import candidates_of, class_scores
+from .multibox_inference import class_scores
 
 
 class RefineDetPrediction(NamedTuple):
@@ -202,7 +202,7 @@ class RefineDet(MultiBoxDetector):
     def refined_anchors(self, predictions: RefineDetPrediction) -> Tensor:
         """Where the first step moves the anchors of all images, without gradient: (N, R, 4)."""
         deltas = predictions.arm_deltas
-        anchors = predictions.anchors.tensor.repeat(len(deltas), 1)
+        anchors = predictions.anchors.tensor.repeat(deltas.shape[0], 1)
         moved = self.arm_loss.transform.apply_deltas(deltas.flatten(0, 1), anchors)
         return moved.view(deltas.shape)
 
@@ -217,33 +217,16 @@ class RefineDet(MultiBoxDetector):
         easy = (assignment.labels == background) & (objectness < self.min_objectness)
         return assignment._replace(labels=assignment.labels.masked_fill(easy, IGNORED))
 
-    def image_candidates(
-        self, predictions: RefineDetPrediction, image_sizes: list[tuple[int, int]]
-    ) -> list[list[Instances]]:
-        refined = self.refined_anchors(predictions)
-        return [
-            [self.candidates(predictions, refined[image], image, size)]
-            for image, size in enumerate(image_sizes)
-        ]
-
-    def candidates(
-        self,
-        predictions: RefineDetPrediction,
-        refined: Tensor,
-        image: int,
-        image_size: tuple[int, int],
-    ) -> Instances:
-        """What an image with the anchors `refined` (R, 4) sends to NMS: its best of each class."""
-
-        def boxes(index: Tensor) -> Tensor:
-            return self.odm_loss.transform.apply_deltas(
-                predictions.deltas[image, index], refined[index]
-            )
-
+    def rank(self, predictions: RefineDetPrediction, image: int) -> dict[str, Tensor]:
         objectness = class_scores(predictions.arm_logits[image])  # (R, 1)
         scores = predictions.class_scores(image)
-        ranked = {"scores": scores * (objectness >= self.min_objectness)}
-        return candidates_of(ranked, boxes, self.nms, image_size, self.clip_before_nms)
+        return {"scores": scores * (objectness >= self.min_objectness)}
+
+    def boxes(self, predictions: RefineDetPrediction, image: int, index: Tensor | slice) -> Tensor:
+        refined = self.arm_loss.transform.apply_deltas(
+            predictions.arm_deltas[image, index], predictions.anchors.tensor[index]
+        )
+        return self.odm_loss.transform.apply_deltas(predictions.deltas[image, index], refined)
 
 
 def _of_one_class(truth: Instances) -> Instances:

@@ -26,7 +26,7 @@ from .multibox import (
     shapes_of,
 )
 from .multibox_detector import MultiBoxDetector
-from .multibox_inference import candidates_of, class_scores
+from .multibox_inference import class_scores
 
 
 class SSDPrediction(NamedTuple):
@@ -138,29 +138,14 @@ class SSD(MultiBoxDetector):
         assignment = self.loss.assign(anchors, gt_instances, num_classes)
         return self.loss(anchors, predictions.logits, predictions.deltas, assignment)
 
-    def image_candidates(
-        self, predictions: SSDPrediction, image_sizes: list[tuple[int, int]]
-    ) -> list[list[Instances]]:
-        return [
-            [self.candidates(predictions, image, size)] for image, size in enumerate(image_sizes)
-        ]
-
-    def candidates(
-        self, predictions: SSDPrediction, image: int, image_size: tuple[int, int]
-    ) -> Instances:
-        """What an image sends to NMS: the best boxes of each class, with all that `rank` says."""
-
-        def boxes(index: Tensor) -> Tensor:
-            return self.loss.transform.apply_deltas(
-                predictions.deltas[image, index], predictions.anchors.tensor[index]
-            )
-
-        ranked = self.rank(predictions, image)
-        return candidates_of(ranked, boxes, self.nms, image_size, self.clip_before_nms)
-
     def rank(self, predictions: SSDPrediction, image: int) -> dict[str, Tensor]:
         """{"scores": (R, K)}, the confidences of an image, and whatever else detections carry."""
         return {"scores": predictions.class_scores(image)}
+
+    def boxes(self, predictions: SSDPrediction, image: int, index: Tensor | slice) -> Tensor:
+        return self.loss.transform.apply_deltas(
+            predictions.deltas[image, index], predictions.anchors.tensor[index]
+        )
 
 
 @META_ARCH_REGISTRY.register()

@@ -50,7 +50,8 @@ def star_offsets(distances: Tensor, gradient_factor: float = 0.1) -> Tensor:
 
 
 def sampled_conv(feature: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
-    """`deform_conv` of a 3x3 kernel with padding 1, as nine bilinear look-ups and a product.
+    """`deform_conv` of a 3x3 kernel with padding 1, as nine bilinear look-ups and a 1x1
+    convolution.
 
     For graphs, and for the CPU where iou_d2 runs without its compiled operators: torchvision's op
     works on one thread there and takes four times as long, forward and backward.
@@ -77,8 +78,11 @@ def sampled_conv(feature: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
         seen = F.grid_sample(
             feature.to(dtype), grid.view(n, 9 * height, width, 2), align_corners=False
         )
-        output = weight.to(dtype).flatten(1) @ seen.view(n, channels * 9, height * width)
-    return output.view(n, len(weight), height, width).to(feature.dtype)
+        # Not as a product of matrices: runtimes compute a convolution in 8 bits.
+        output = F.conv2d(
+            seen.view(n, channels * 9, height, width), weight.to(dtype).flatten(1)[..., None, None]
+        )
+    return output.to(feature.dtype)
 
 
 class StarConv(nn.Module):

@@ -37,6 +37,22 @@ class ShortestEdge:
 
 
 @dataclass(frozen=True)
+class Square:
+    """Images become squares of `side` pixels, whatever their shape."""
+
+    side: int
+
+    def size_of(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of a scaled image."""
+        return self.side, self.side
+
+
+Resize = ShortestEdge | Square
+# Which it is, the names of its numbers say.
+RESIZES = {frozenset(field.name for field in fields(kind)): kind for kind in (ShortestEdge, Square)}
+
+
+@dataclass(frozen=True)
 class Description:
     """
     Args:
@@ -57,7 +73,7 @@ class Description:
     pixel_order: str
     pixel_mean: list[float]
     size_divisibility: int
-    resize: ShortestEdge
+    resize: Resize
     outputs: str
     score: str
     version: str
@@ -89,7 +105,8 @@ class Description:
                 field.name: _read(metadata[PREFIX + field.name], field.type)
                 for field in fields(cls)
             }
-            return cls(**{**values, "resize": ShortestEdge(**values["resize"])})
+            resize = RESIZES[frozenset(values["resize"])](**values["resize"])
+            return cls(**{**values, "resize": resize})
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"The metadata of {file} were changed since it was exported: "

@@ -16,6 +16,7 @@ from iou_d2.commands import detect, export
 from iou_d2.commands import eval as evaluate
 from iou_d2.data.shapes_image import CLASSES
 from iou_d2.errors import InputError
+from iou_d2.runtime import ShortestEdge, Square
 
 pytest.importorskip("onnx")
 
@@ -80,6 +81,14 @@ def test_sizes_and_batches_are_numbers(tmp_path, weights, arguments, capsys):
     with pytest.raises(SystemExit):
         run_export(tmp_path, weights, *arguments)
     assert "not" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_for_one_size_has_that_of_the_square():
+    export.require_size((300, 300), Square(300))
+    export.require_size(None, Square(300))
+    export.require_size((256, 300), ShortestEdge(800, 1333))
+    with pytest.raises(InputError, match="--size is 256x300, but .*give --size 300x300 or dynamic"):
+        export.require_size((256, 300), Square(300))
 
 
 def test_a_file_that_disagrees_ends_in_a_sentence(tmp_path, weights, monkeypatch):

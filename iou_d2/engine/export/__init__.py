@@ -41,8 +41,8 @@ def build_graph(
     if not isinstance(detector, DenseDetector):
         raise InputError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} cannot be exported: only the "
-            "dense detectors BoxLossRetinaNet, IoUAwareRetinaNet, PointDetector and UnitBox can, "
-            "and the two-stage ones, GeneralizedRCNN and StandaloneIoUNet."
+            "dense detectors BoxLossRetinaNet, IoUAwareRetinaNet, PointDetector, UnitBox, SSD and "
+            "RefineDet can, and the two-stage ones, GeneralizedRCNN and StandaloneIoUNet."
         )
     if deform_conv == "DeformConv":
         detector = with_operator_stars(detector)

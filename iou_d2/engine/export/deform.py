@@ -31,7 +31,7 @@ def sampled_deform_conv(
     bias: Tensor,
     *geometry: int,
 ) -> Tensor:
-    """torchvision's operator `deform_conv2d` as bilinear look-ups and a product.
+    """torchvision's operator `deform_conv2d` as bilinear look-ups and a 1x1 convolution.
 
     Args:
         x: (N, C, H, W).
@@ -70,9 +70,8 @@ def sampled_deform_conv(
     ).view(count, offset_groups, channels // offset_groups, taps, rows * columns)
     if use_mask:
         seen = seen * mask.view(count, offset_groups, 1, taps, rows * columns)
-    seen = seen.reshape(count, groups, channels // groups * taps, rows * columns)
-    output = weight.view(groups, weight.shape[0] // groups, -1) @ seen
-    return output.view(count, weight.shape[0], rows, columns) + bias.view(-1, 1, 1)
+    seen = seen.reshape(count, channels * taps, rows, columns)
+    return F.conv2d(seen, weight.flatten(1)[..., None, None], bias, groups=groups)
 
 
 class SampledDeformConv(TorchFunctionMode):

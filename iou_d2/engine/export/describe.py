@@ -11,10 +11,11 @@ from torch import nn
 
 from iou_d2.detectors.iou_retinanet import IoUAwareRetinaNet
 from iou_d2.detectors.point_detector import PointDetector
+from iou_d2.detectors.ssd import IoUAwareSSD
 from iou_d2.detectors.unitbox import UnitBox
 from iou_d2.engine.compat import versions
 from iou_d2.ops.losses import focal_loss
-from iou_d2.runtime.description import Description, ShortestEdge
+from iou_d2.runtime.description import Description, Resize, ShortestEdge, Square
 
 from .two_stage import postprocessor_of
 
@@ -32,12 +33,19 @@ def describe(cfg: CfgNode, detector: nn.Module, outputs: str, weights: str = "")
         pixel_order=cfg.INPUT.FORMAT,
         pixel_mean=[float(value) for value in cfg.MODEL.PIXEL_MEAN],
         size_divisibility=max(detector.backbone.size_divisibility, 1),
-        resize=ShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
+        resize=resize_of(cfg),
         outputs=outputs,
         score=kind_of_score(detector),
         version=versions()["iou_d2"],
         weights_sha256=sha256_of(weights) if weights else "",
     )
+
+
+def resize_of(cfg: CfgNode) -> Resize:
+    """What test images are scaled to."""
+    if "square" in cfg.INPUT.AUGMENTATIONS:
+        return Square(cfg.INPUT.SQUARE_SIZE)
+    return ShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 
 
 def kind_of_score(detector: nn.Module) -> str:
@@ -46,7 +54,7 @@ def kind_of_score(detector: nn.Module) -> str:
         return postprocessor_of(detector.roi_heads).score
     if isinstance(detector, UnitBox):
         return "confidence of a pixel"
-    if isinstance(detector, IoUAwareRetinaNet):
+    if isinstance(detector, (IoUAwareRetinaNet, IoUAwareSSD)):
         alpha = detector.iou_awareness.alpha
         return f"cls_scores^{alpha:g} * pred_ious^{1 - alpha:g}"
     if not isinstance(detector, PointDetector):

@@ -48,8 +48,10 @@ class InputSpec:
 
     def example(self, divisor: int) -> Tensor:
         """Random images. Where any are taken their number is 2, for exporters make a constant of 1,
-        and no side is a multiple of `divisor`, so that the padding is part of the graph."""
-        height, width = self.size or (4 * divisor + 1, 5 * divisor + 3)
+        and no side is a multiple of `divisor`, so that the padding is part of the graph. Nor are
+        they so short that coarse maps have a single cell."""
+        unit = max(divisor, 32)
+        height, width = self.size or (4 * unit + 1, 5 * unit + 3)
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch or 2, 3, height, width)
         return torch.randint(256, shape, generator=generator, dtype=torch.uint8).to(self.dtype)
@@ -72,7 +74,7 @@ def write_onnx(
     Raises:
         InputError: there is no package onnx, or no such opset or none of it in ONNX Runtime.
     """
-    onnx = _require_onnx()
+    onnx = require_onnx()
     if opset not in OPSETS:
         raise InputError(f"--opset is {OPSETS[0]} to {OPSETS[-1]}, but it is {opset}.")
     if opset > graph.last_opset:
@@ -193,7 +195,8 @@ def _dynamic_axes(graph: ImageGraph, spec: InputSpec) -> dict[str, dict[int, str
     return axes
 
 
-def _require_onnx():
+def require_onnx():
+    """The package onnx. Raises InputError where it is not installed."""
     try:
         import onnx
         import onnx.version_converter

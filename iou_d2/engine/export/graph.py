@@ -16,15 +16,7 @@ from torch import Tensor, nn
 from iou_d2.detectors.dense import DenseDetector
 
 from .agreement import detections_of_model
-from .candidates import (
-    Candidates,
-    best,
-    clipped,
-    outputs_of,
-    suppress,
-    usable,
-    without_empty,
-)
+from .candidates import Candidates, best, clipped, outputs_of, usable, without_empty
 from .readers import Reader
 
 OUTPUTS = ("raw", "candidates", "detections", "refinement")
@@ -140,16 +132,9 @@ class DetectorGraph(ImageGraph):
         count = candidates.scores.shape[1]
         if self.outputs == "candidates":
             return best(candidates, count)
-        nms = self.reader.nms
-        classes = candidates.classes
-        kept = suppress(
-            candidates.boxes,
-            candidates.scores,
-            torch.zeros_like(classes) if nms.class_agnostic else classes,
-            1 if nms.class_agnostic else self.num_classes,
-            nms.nms_threshold,
-        )
-        limit = count if nms.max_detections < 0 else nms.max_detections
+        kept = self.reader.kept(candidates, self.num_classes)
+        limit = self.reader.nms.max_detections
+        limit = count if limit < 0 else limit
         found = best(candidates._replace(scores=candidates.scores * kept), limit)
         # As Detectron2's `detector_postprocess`, behind the limit.
         return best(without_empty(clipped(found, size)), limit)

@@ -6,16 +6,15 @@ an image. Boxes are XYXY in pixels of the network input.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import Boxes
 from torch import Tensor
 
 from iou_d2.detectors import retinanet_parts
 from iou_d2.detectors.dense import DenseDetector, DenseNMS, PyramidDetector
+from iou_d2.detectors.multibox_detector import MultiBoxDetector
 from iou_d2.detectors.point_detector import PointDetector
 from iou_d2.detectors.retinanet import BoxLossRetinaNet
 from iou_d2.detectors.retinanet_parts import as_predicted, clipped_with_area
@@ -24,29 +23,8 @@ from iou_d2.detectors.unitbox_inference import PixelNMS, boxes_of
 from iou_d2.errors import InputError
 
 from .candidates import Candidates, clipped, joined, top, without_empty
-
-
-class Reader(ABC):
-    """What `predict` of a detector says, for a batch of images of one `size`, (height, width)
-    without padding.
-
-    Attributes:
-        nms: of the detector.
-        doubtful: share of the detections that may be others in another runtime, since equal scores
-            are the rule there.
-    """
-
-    nms: DenseNMS
-    doubtful = 0.0
-
-    @abstractmethod
-    def raw(self, predictions: Any, size: tuple[int, int]) -> dict[str, Tensor]:
-        """ "boxes" (N, R of all levels, 4) and "scores" (N, R of all levels, K), before any choice;
-        a score under the threshold may be 0. Other fields as the scores."""
-
-    @abstractmethod
-    def candidates(self, predictions: Any, size: tuple[int, int]) -> Candidates:
-        """What NMS is given."""
+from .multibox_readers import MultiBoxReader
+from .reader import Reader, as_one_image, number_of_images
 
 
 class PyramidReader(Reader):
@@ -163,45 +141,6 @@ class PixelReader(Reader):
         return without_empty(Candidates(boxes_of(points, sides), scores, numbers, {}))
 
 
-def number_of_images(level: Any) -> int:
-    """N of a level: all of its tensors have it but those of two dimensions."""
-    return next(x.shape[0] for x in _tensors(level) if x.dim() > 2)
-
-
-def _tensors(part: Any) -> list[Tensor]:
-    if isinstance(part, Tensor):
-        return [part]
-    return [x for item in part for x in _tensors(item)] if isinstance(part, tuple) else []
-
-
-def as_one_image(level: Any) -> Any:
-    """The predictions of a level for N images as for a single one, of the points or anchors of all
-    of them, image by image.
-
-    `level` is a named tuple of maps (N, channels, H, W), of (N, R, channels), of points or Boxes,
-    which all images share, and of tuples of these. `rank` and `boxes` read one image; so one call
-    reads all of them, how many there may be.
-    """
-    count = number_of_images(level)
-    return _as_one_image(level, count)
-
-
-def _as_one_image(part: Any, count: int) -> Any:
-    if isinstance(part, Boxes):
-        return Boxes(part.tensor.repeat(count, 1))
-    if isinstance(part, tuple):
-        items = [_as_one_image(item, count) for item in part]
-        return type(part)(*items) if hasattr(part, "_fields") else tuple(items)
-    if not isinstance(part, Tensor):
-        return part
-    if part.dim() == 4:
-        channels, width = part.shape[1], part.shape[3]
-        return part.transpose(0, 1).reshape(1, channels, -1, width)
-    if part.dim() == 3:
-        return part.reshape(1, -1, part.shape[2])
-    return part.repeat(count, 1)
-
-
 def reader_of(detector: DenseDetector) -> Reader:
     """The reader of a detector. Raises InputError where there is none."""
     nms = getattr(detector, "nms", None)
@@ -221,11 +160,12 @@ def reader_of(detector: DenseDetector) -> Reader:
         (PointDetector, PointReader),
         (BoxLossRetinaNet, AnchorReader),
         (PyramidDetector, PyramidReader),
+        (MultiBoxDetector, MultiBoxReader),
     )
     for kind, reader in kinds:
         if isinstance(detector, kind) and type(detector).candidates is kind.candidates:
             return reader(detector)
     raise InputError(
         f"MODEL.META_ARCHITECTURE {type(detector).__name__} cannot be exported: only RetinaNet, "
-        "IoU-aware RetinaNet, the point detectors and UnitBox can."
+        "IoU-aware RetinaNet, the point detectors, UnitBox, SSD and RefineDet can."
     )
