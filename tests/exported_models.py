@@ -8,6 +8,8 @@ from torch import nn
 
 from iou_d2 import get_config
 from iou_d2.engine.export import build_graph
+from iou_d2.engine.export.agreement import NOTHING, Agreement
+from iou_d2.engine.export.check import compare
 from iou_d2.engine.export.describe import describe
 from iou_d2.engine.export.files import InputSpec, write
 
@@ -79,3 +81,11 @@ def write_model(
 def noise(count: int, height: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(count + height + width)
     return torch.randint(256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def agreement_at(shapes, run, graph, cfg) -> Agreement:
+    """What a written file, `run`, and the model of its graph say of noise of each shape."""
+    total = NOTHING
+    for shape in shapes:
+        total = total.joined(compare(run, graph, noise(*shape), cfg))
+    return total

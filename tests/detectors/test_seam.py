@@ -6,19 +6,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from dense_detectors import DENSE
 from iou_d2.detectors.dense import DenseDetector, rescale_detections
 
-DENSE = [
-    "retinanet_shapes",
-    "iou_retinanet_shapes",
-    "vfnet_shapes",
-    "atss_shapes",
-    "fcos_shapes",
-    "unitbox_shapes",
-    "ssd_shapes",
-    "ssd_iou_shapes",
-    "refinedet_shapes",
-]
 # So that random weights detect something.
 EVERYTHING = (
     *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),

@@ -7,11 +7,10 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from exported_models import noise, small_model, write_model
+from exported_models import agreement_at, noise, small_model, write_model
 from iou_d2 import get_config
 from iou_d2.detectors.dense import DenseNMS
 from iou_d2.engine.export import build_graph
-from iou_d2.engine.export.agreement import NOTHING
 from iou_d2.engine.export.check import compare, load
 from iou_d2.engine.export.files import InputSpec, program_example
 from iou_d2.engine.export.readers import reader_of
@@ -34,13 +33,6 @@ SHAPES = ((2, 97, 131), (1, 65, 64), (3, 160, 96), (1, 40, 201))
 
 def config_of(name: str) -> str:
     return f"configs/quick/{name}_shapes.yaml"
-
-
-def agreement_at(shapes, run, graph, cfg):
-    total = NOTHING
-    for shape in shapes:
-        total = total.joined(compare(run, graph, noise(*shape), cfg))
-    return total
 
 
 @pytest.mark.parametrize("name", DENSE)

@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from exported_models import noise, small_model, write_model
+from exported_models import agreement_at, noise, small_model, write_model
 from iou_d2.backbones.ssd_vgg import SSD300, SSDVGG16
 from iou_d2.detectors.dense import DenseNMS
-from iou_d2.engine.export.agreement import NOTHING
 from iou_d2.engine.export.check import compare, load
 from iou_d2.engine.export.describe import describe
 from iou_d2.engine.export.files import InputSpec
@@ -31,13 +30,6 @@ SHAPES = ((1, 128, 128), (2, 97, 131), (3, 160, 96), (1, 33, 40))
 
 def config_of(name: str) -> str:
     return f"configs/quick/{name}_shapes.yaml"
-
-
-def agreement_at(shapes, run, graph, cfg):
-    total = NOTHING
-    for shape in shapes:
-        total = total.joined(compare(run, graph, noise(*shape), cfg))
-    return total
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

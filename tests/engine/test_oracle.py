@@ -7,22 +7,12 @@ import torch
 from detectron2.modeling import build_model
 
 from assign_by_hand import atss_oracle, iou_by_hand
+from dense_detectors import DENSE
 from iou_d2.engine.oracle import editor_of
 from iou_d2.engine.oracle.evaluation import OracleModel, Row, plan
 from iou_d2.engine.oracle.oracles import ORACLES, gt_bbox, gt_cls, gt_cls_iou, gt_ctr, gt_ctr_iou
 from iou_d2.errors import InputError
 
-ALL = [
-    "retinanet_shapes",
-    "iou_retinanet_shapes",
-    "vfnet_shapes",
-    "atss_shapes",
-    "fcos_shapes",
-    "unitbox_shapes",
-    "ssd_shapes",
-    "ssd_iou_shapes",
-    "refinedet_shapes",
-]
 WITH_QUALITY = ["iou_retinanet_shapes", "atss_shapes", "fcos_shapes", "ssd_iou_shapes"]
 EVERYTHING = ("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
 
@@ -95,7 +85,7 @@ def assert_same(found, expected, tolerance=0.0):
         assert (a.scores - b.scores).abs().max() <= tolerance
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DENSE)
 def test_without_objects_every_oracle_leaves_all_as_it_is(make_scene, name):
     scene = make_scene(name, (0, 0))
     assert len(scene.foreground.index) == 0
@@ -104,7 +94,7 @@ def test_without_objects_every_oracle_leaves_all_as_it_is(make_scene, name):
             assert_same(scene.detect(scene.apply(oracle.replace)), scene.detect(scene.predictions))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DENSE)
 def test_its_own_values_leave_a_detector_as_it_is(make_scene, name):
     scene = make_scene(name)
     editor, foreground, before = scene.editor, scene.foreground, scene.predictions
@@ -118,7 +108,7 @@ def test_its_own_values_leave_a_detector_as_it_is(make_scene, name):
     assert_same(scene.detect(after), scene.detect(before), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DENSE)
 def test_gt_cls_leaves_all_other_scores_untouched(make_scene, name):
     scene = make_scene(name)
     before, after = class_scores_of(scene.predictions), class_scores_of(scene.apply(gt_cls))
@@ -130,7 +120,7 @@ def test_gt_cls_leaves_all_other_scores_untouched(make_scene, name):
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DENSE)
 def test_true_boxes_have_an_iou_of_1(make_scene, name):
     scene = make_scene(name)
     edited = scene.apply(gt_bbox)
@@ -147,7 +137,7 @@ def test_true_boxes_have_an_iou_of_1(make_scene, name):
         assert changed.sum() == len(scene.foreground.index)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", DENSE)
 def test_with_its_box_and_class_an_object_is_the_best_detection(make_scene, name):
     scene = make_scene(name, (1, 1))
     predictions = scene.editor.without_quality(scene.apply(gt_bbox, gt_cls))
