@@ -93,7 +93,6 @@ def test_a_file_for_one_size_has_that_of_the_square():
 
 def test_a_file_that_disagrees_ends_in_a_sentence(tmp_path, weights, monkeypatch):
     check = sys.modules["iou_d2.engine.export.check"]
-    monkeypatch.setattr(check, "detections_of_model", lambda *_: [])
     monkeypatch.setattr(check, "agreement", lambda *_: check.Agreement(3, 3, 0, 0.0, 0.0))
     with pytest.raises(SystemExit, match="do not agree about 3 detections in 2 random images"):
         run_export(tmp_path, weights)
