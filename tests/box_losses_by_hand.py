@@ -35,3 +35,11 @@ def loss_of_pair(a, b, kind):
 def random_boxes(generator, count, spread=60.0):
     corner = generator.uniform(-spread, spread, (count, 2))
     return np.concatenate([corner, corner + generator.uniform(2, 60, (count, 2))], axis=1)
+
+
+def slope_of(loss, box, i, step=1e-6):
+    """Central difference of `loss`, of a list of four numbers, in number `i`."""
+    low, high = list(box), list(box)
+    low[i] -= step
+    high[i] += step
+    return (loss(high) - loss(low)) / (2 * step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -77,13 +78,17 @@ class CheckedDatasetMapper(DatasetMapper):
             ) from error
 
 
-def truth_mapper(cfg: CfgNode) -> CheckedDatasetMapper:
+def truth_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
     """The mapper of test images that keeps their objects, but for crowds, as "instances" of boxes
-    and classes at the size of the network input."""
+    and classes at the size of the network input; an image without annotations has none."""
     mapper = CheckedDatasetMapper(cfg, is_train=True)
     mapper.augmentations = CheckedDatasetMapper(cfg, is_train=False).augmentations
     mapper.use_instance_mask = mapper.use_keypoint = mapper.recompute_boxes = False
-    return mapper
+    return functools.partial(_annotated, mapper)
+
+
+def _annotated(mapper: CheckedDatasetMapper, dataset_dict: dict) -> dict:
+    return mapper({"annotations": [], **dataset_dict})
 
 
 def boxes_of(dataset_dict: dict[str, Any]) -> np.ndarray:

@@ -162,3 +162,6 @@ def test_test_images_with_their_truth(tmp_path, cfg):
         assert found["instances"].gt_boxes.tensor.tolist() == [[8, 10, 40, 50]]
         assert (found["height"], found["width"]) == (HEIGHT, WIDTH)
     assert image == original
+    del image["annotations"]
+    none = truth_mapper(cfg)(image)["instances"]
+    assert none.gt_boxes.tensor.shape == (0, 4) and none.gt_classes.shape == (0,)

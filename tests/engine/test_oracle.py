@@ -12,46 +12,26 @@ from iou_d2.engine.oracle import editor_of
 from iou_d2.engine.oracle.evaluation import OracleModel, Row, plan
 from iou_d2.engine.oracle.oracles import ORACLES, gt_bbox, gt_cls, gt_cls_iou, gt_ctr, gt_ctr_iou
 from iou_d2.errors import InputError
+from oracle_scene import Scene
 
 WITH_QUALITY = ["iou_retinanet_shapes", "atss_shapes", "fcos_shapes", "ssd_iou_shapes"]
 EVERYTHING = ("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
 
 
-class Scene:
-    """A small random detector, what it says of a batch, and which points learn an object."""
-
-    def __init__(self, cfg, batch):
-        torch.manual_seed(0)
-        self.model = build_model(cfg).eval()
-        for name, parameter in self.model.named_parameters():
-            if "iou_pred" in name or "quality_pred" in name:  # other IoUs than 0.5
-                torch.nn.init.normal_(parameter, std=0.3)
-        self.batch = batch
-        self.editor = editor_of(self.model)
-        self.images = self.editor.preprocess(batch)
-        self.truth = [x["instances"] for x in batch]
-        with torch.no_grad():
-            self.predictions = self.editor.predict(self.images)
-        self.foreground = self.editor.foreground(
-            self.predictions, self.images.image_sizes, self.truth
-        )
-
-    def apply(self, *oracles):
-        predictions = self.predictions
-        for oracle in oracles:
-            predictions = oracle(self.editor, predictions, self.foreground)
-        return predictions
-
-    def detect(self, predictions):
-        with torch.no_grad():
-            return self.editor.detect(predictions, self.images.image_sizes)
+def random_model(cfg):
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    for name, parameter in model.named_parameters():
+        if "iou_pred" in name or "quality_pred" in name:  # other IoUs than 0.5
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 @pytest.fixture
 def make_scene(small_cfg, make_batch):
     def make(name, objects=(3, 1), *overrides):
         cfg = small_cfg(f"configs/quick/{name}.yaml", *EVERYTHING, *overrides)
-        return Scene(cfg, make_batch(objects))
+        return Scene(random_model(cfg), make_batch(objects))
 
     return make
 

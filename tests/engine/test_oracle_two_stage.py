@@ -20,6 +20,7 @@ from iou_d2.engine.oracle.oracles import (
 )
 from iou_d2.engine.oracle.two_stage import TrueIoU
 from iou_d2.errors import InputError
+from oracle_scene import Scene
 
 CASCADE = (
     "MODEL.ROI_HEADS.NAME",
@@ -43,45 +44,31 @@ KINDS = {
 }
 
 
-class Scene:
-    def __init__(self, cfg, batch):
-        torch.manual_seed(0)
-        self.model = build_model(cfg).eval()
-        self.batch, self.truth = batch, [x["instances"] for x in batch]
-        self.editor = editor_of(self.model)
-        images = self.editor.preprocess(batch)
-        with torch.no_grad():
-            self.predictions = self.editor.predict(images)
-        self.with_good_proposals(images)
-        self.foreground = self.editor.foreground(self.predictions, images.image_sizes, self.truth)
-
-    def with_good_proposals(self, images):
-        """A random RPN finds nothing: the first proposals become objects that are moved a bit."""
-        proposals = []
-        for truth in self.truth:
-            boxes = truth.gt_boxes.tensor
-            moved = torch.cat([boxes + shift for shift in (-1.5, 1.5, 2.0)])
-            far = torch.tensor([[0.0, 0, 5, 5], [80, 80, 96, 96]])
-            proposals.append(
-                Instances(truth.image_size, proposal_boxes=Boxes(torch.cat([moved, far])))
-            )
-            proposals[-1].objectness_logits = torch.zeros(len(proposals[-1]))
-        heads = self.model.roi_heads
-        with torch.no_grad():
-            boxes, probabilities = heads.regress(self.predictions.features, proposals)
-        self.predictions = self.predictions._replace(
-            proposals=proposals, boxes=list(boxes), probabilities=list(probabilities)
+def with_good_proposals(predictions, editor, truth):
+    """A random RPN finds nothing: the first proposals become objects that are moved a bit."""
+    proposals = []
+    for objects in truth:
+        boxes = objects.gt_boxes.tensor
+        moved = torch.cat([boxes + shift for shift in (-1.5, 1.5, 2.0)])
+        far = torch.tensor([[0.0, 0, 5, 5], [80, 80, 96, 96]])
+        proposals.append(
+            Instances(objects.image_size, proposal_boxes=Boxes(torch.cat([moved, far])))
         )
+        proposals[-1].objectness_logits = torch.zeros(len(proposals[-1]))
+    boxes, probabilities = editor.heads.regress(predictions.features, proposals)
+    return predictions._replace(
+        proposals=proposals, boxes=list(boxes), probabilities=list(probabilities)
+    )
 
-    def apply(self, *oracles):
-        predictions = self.predictions
-        for oracle in oracles:
-            predictions = oracle(self.editor, predictions, self.foreground)
-        return predictions
 
-    def detect(self, predictions):
-        with torch.no_grad():
-            return self.editor.detect(predictions, [])
+def scene_of(cfg, batch):
+    torch.manual_seed(0)
+    truth = [x["instances"] for x in batch]
+    return Scene(
+        build_model(cfg).eval(),
+        batch,
+        lambda predictions, editor: with_good_proposals(predictions, editor, truth),
+    )
 
 
 @pytest.fixture
@@ -90,7 +77,7 @@ def make_scene(small_cfg, make_batch):
         name, overrides = KINDS[kind]
         few = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.ROI_HEADS.NUM_CLASSES", "3")
         cfg = small_cfg(f"configs/{name}.yaml", *few, *overrides)
-        return Scene(cfg, make_batch(list(objects)))
+        return scene_of(cfg, make_batch(list(objects)))
 
     return make
 

@@ -41,9 +41,13 @@ class Editor(ABC):
     """Reads and overwrites the predictions of one detector; leaves those that it is given alone.
 
     Attributes:
-        has_quality: whether the detector predicts how well a box fits.
-        has_points: whether its boxes belong to points, which have a centerness.
-        has_proposals: whether it is a two-stage detector.
+        has_quality: whether the detector predicts how well a box fits. Then there is also
+            `with_quality(predictions, foreground, quality)`: predictions with `quality` (P,) in the
+            place of that predicted.
+        has_points: whether its boxes belong to points, which have a centerness. Then there is also
+            `points(predictions, foreground)`: where they are, (P, 2) x and y.
+        has_proposals: whether it is a two-stage detector. Then there is also
+            `with_true_rank(predictions, foreground)`: predictions whose NMS ranks by the true IoU.
     """
 
     has_quality = False
@@ -81,17 +85,9 @@ class Editor(ABC):
         """Predictions with `scores` (P,) in the place of those of the class of the object. All
         other class scores stay."""
 
-    def with_quality(self, predictions: Any, foreground: Foreground, quality: Tensor) -> Any:
-        """Predictions with `quality` (P,) in the place of that predicted; where `has_quality`."""
-        raise NotImplementedError
-
     def without_quality(self, predictions: Any) -> Any:
         """Predictions of which the class score alone ranks."""
         return predictions
-
-    def points(self, predictions: Any, foreground: Foreground) -> Tensor:
-        """Where the points are: (P, 2) x and y; where `has_points`."""
-        raise NotImplementedError
 
 
 class LevelEditor(ABC):
@@ -111,14 +107,8 @@ class LevelEditor(ABC):
     @abstractmethod
     def with_class_scores(self, level: Any, at: Foreground, scores: Tensor) -> Any: ...
 
-    def with_quality(self, level: Any, at: Foreground, quality: Tensor) -> Any:
-        raise NotImplementedError
-
     def without_quality(self, level: Any) -> Any:
         return level
-
-    def points(self, level: Any, at: Foreground) -> Tensor:
-        raise NotImplementedError
 
 
 class DenseEditor(Editor):
