@@ -1,16 +1,13 @@
 """What precision and order of memory cost and save: MODEL.PRECISION and MODEL.MEMORY_FORMAT.
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/precision.py [--size HxW] [--images N]
-        [--rounds N] [--configs NAME ...] [--cpu] [--compile]
+        [--rounds N] [--configs NAME ...] [--cpu]
 
 For each config the four combinations take turns in one process. Prints the median seconds of a
 training step (forward, backward, SGD, of N images) and of the networks' forward of one image
 without gradients, the median of each round's ratio to float32 NCHW, and its lowest and highest
 value. --cpu has it count the seconds of the CPU and not those of the clock, which a busy machine
-stretches. --compile adds float32 and bfloat16 with a backbone of torch.compile, in channels-last,
-and the seconds of their first step, when it compiles.
-
-The weights are random, so that nothing is detected.
+stretches. The first step of each is not counted. The weights are random, so that nothing is detected.
 """
 
 from __future__ import annotations
@@ -31,7 +28,6 @@ from iou_d2.engine.trainer import Trainer
 
 CONFIGS = ["vfnet_R_50_FPN_1x", "quick/vfnet_own_data"]
 BASELINE = "float32 contiguous"
-COMPILED = ("float32 channels_last", "bfloat16 channels_last")
 
 
 def cpu_seconds(function: Callable) -> float:
@@ -41,13 +37,10 @@ def cpu_seconds(function: Callable) -> float:
 
 
 def build(config: str, name: str) -> nn.Module:
-    precision, memory_format = name.split()[:2]
+    precision, memory_format = name.split()
     keys = ["MODEL.PRECISION", precision, "MODEL.MEMORY_FORMAT", memory_format]
     torch.manual_seed(0)
-    model = Trainer.build_model(get_config(config, ["MODEL.WEIGHTS", "", *keys]))
-    if name.endswith("compiled"):
-        model.backbone.bottom_up.compile()
-    return model
+    return Trainer.build_model(get_config(config, ["MODEL.WEIGHTS", "", *keys]))
 
 
 def training(model: nn.Module, batch: list[dict]) -> Callable:
@@ -69,8 +62,9 @@ def forward(model: nn.Module, batch: list[dict]) -> Callable:
 
 
 def rows_of(runs: dict[str, Callable], rounds: int, measure: Callable) -> list[list[str]]:
-    """A row each: name, seconds, ratio to BASELINE in its round with the extremes, first call."""
-    first = {name: measure(run) for name, run in runs.items()}
+    """A row each: name, seconds, ratio to BASELINE in its round with the extremes."""
+    for run in runs.values():
+        run()
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -80,7 +74,7 @@ def rows_of(runs: dict[str, Callable], rounds: int, measure: Callable) -> list[l
         ratios = [value / base for value, base in zip(values, times[BASELINE])]
         spread = f"{min(ratios):.2f} - {max(ratios):.2f}"
         medians = f"{statistics.median(values):.3f}", f"{statistics.median(ratios):.2f}"
-        rows.append([name, *medians, spread, f"{first[name]:.1f}"])
+        rows.append([name, *medians, spread])
     return rows
 
 
@@ -93,7 +87,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--configs", nargs="+", default=CONFIGS, metavar="NAME")
     parser.add_argument("--cpu", action="store_true", help="count seconds of the CPU")
-    parser.add_argument("--compile", action="store_true", help="add compiled backbones")
     args = parser.parse_args()
     height, width = map(int, args.size.split("x"))
     names = [
@@ -101,7 +94,6 @@ def main() -> None:
         for precision in ("float32", "bfloat16")
         for memory_format in ("contiguous", "channels_last")
     ]
-    names += [f"{name} compiled" for name in COMPILED] if args.compile else []
     print(f"{machine()}, {args.images} images of {height}x{width}")
     for config in args.configs:
         batch = random_batch(args.images, height, width, classes=1)
@@ -109,7 +101,7 @@ def main() -> None:
         for what, make in (("training step", training), ("forward", forward)):
             runs = {name: make(model, batch) for name, model in models.items()}
             rows = rows_of(runs, args.rounds, cpu_seconds if args.cpu else seconds)
-            headers = [f"{config}, {what}", "s", "ratio", "extremes", "first, s"]
+            headers = [f"{config}, {what}", "s", "ratio", "extremes"]
             print(tabulate(rows, headers, "pipe", disable_numparse=True), flush=True)
 
 
