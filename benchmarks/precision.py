@@ -7,7 +7,8 @@ For each config the four combinations take turns in one process. Prints the medi
 training step (forward, backward, SGD, of N images) and of the networks' forward of one image
 without gradients, the median of each round's ratio to float32 NCHW, and its lowest and highest
 value. --cpu has it count the seconds of the CPU and not those of the clock, which a busy machine
-stretches. The first step of each is not counted. The weights are random, so that nothing is detected.
+stretches. The first step of each is not counted. The weights are random, so that nothing is
+detected.
 """
 
 from __future__ import annotations
