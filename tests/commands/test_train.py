@@ -84,7 +84,7 @@ def test_a_killed_run_resumes_with_iteration_learning_rate_and_momentum(
     (tmp_path / "model_9999999.pth.unfinished").write_bytes(b"half")
 
     monkeypatch.setenv("DETECTRON2_DATASETS", environment["DETECTRON2_DATASETS"])
-    parsed = train.make_parser().parse_args(["--config-file", CONFIG, *arguments])
+    parsed = train.parse_args(["--config-file", CONFIG, *arguments])
     cfg = train.read_config(parsed)
     train.prepare(cfg, parsed, train.start_of(cfg, parsed))
     trainer = Trainer(cfg)
