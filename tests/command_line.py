@@ -26,7 +26,7 @@ def command(*arguments: str, script: str = "train_net.py", config: str = CONFIG)
     return [sys.executable, script, "--config-file", config, *arguments]
 
 
-def start(environment: dict, arguments: list[str], output: Path) -> BaseProcess:
+def start_script(environment: dict, arguments: list[str], output: Path) -> BaseProcess:
     """`python SCRIPT ...`, in a fork that has loaded torch and Detectron2; `output` is a file for
     what it prints."""
     assert arguments[0] == sys.executable
@@ -49,7 +49,7 @@ def _run_script(environment: dict, arguments: list[str], output: Path) -> None:
 def outcome(environment: dict, arguments: list[str]) -> tuple[int, str]:
     """The exit status of `python SCRIPT ...`, and what it prints."""
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
-        process = start(environment, arguments, Path(output.name))
+        process = start_script(environment, arguments, Path(output.name))
         process.join(timeout=280)
         process.kill()  # has no effect where it has ended
         process.join()

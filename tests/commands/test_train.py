@@ -15,7 +15,7 @@ import yaml
 from detectron2.engine import DefaultPredictor
 from PIL import Image
 
-from command_line import CONFIG, TINY, command, metrics_of, run, run_alone, start
+from command_line import CONFIG, TINY, command, metrics_of, run, run_alone, start_script
 from iou_d2 import get_config
 from iou_d2.commands import train
 from iou_d2.engine.trainer import Trainer
@@ -67,7 +67,7 @@ def test_a_killed_run_resumes_with_iteration_learning_rate_and_momentum(
     arguments = (*TINY, "SOLVER.MAX_ITER", "400", "SOLVER.CHECKPOINT_PERIOD", "3")
     arguments += ("SOLVER.STEPS", "(2,)", "OUTPUT_DIR", str(tmp_path), "SOLVER.OPTIMIZER", "SGD")
     arguments += ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")
-    killed = start(environment, command(*arguments), tmp_path / "printed")
+    killed = start_script(environment, command(*arguments), tmp_path / "printed")
     deadline = time.monotonic() + 200
     while not (tmp_path / "last_checkpoint").exists():
         assert killed.is_alive() and time.monotonic() < deadline

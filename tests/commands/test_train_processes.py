@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from command_line import TINY, command, metrics_of, run, run_alone, start
+from command_line import TINY, command, metrics_of, run, run_alone, start_script
 from iou_d2.engine.launch import free_port
 
 # No batch norm, whose statistics are those of a process, and nothing random in the data. Clipping
@@ -70,7 +70,7 @@ def test_two_machines_train_as_one(environment, alone, tmp_path):
     for rank in range(2):
         place = ("--num-machines", "2", "--machine-rank", str(rank), "--dist-url", url)
         arguments = command(*place, *SAME_DATA, "OUTPUT_DIR", str(tmp_path / "out"), config=CONFIG)
-        machines.append(start(environment, arguments, tmp_path / f"printed_{rank}"))
+        machines.append(start_script(environment, arguments, tmp_path / f"printed_{rank}"))
     for machine in machines:
         machine.join(timeout=250)
         machine.kill()  # has no effect where it has ended
