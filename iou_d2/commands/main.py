@@ -60,10 +60,10 @@ def run_command(command: str, argv: list[str]) -> None:
     name = module_name(command)
     with ending_in_a_sentence():
         args = importlib.import_module(f"iou_d2.commands.parsers.{name}").parse_args(argv)
+        limit_spinning()
         missing = missing_dependency(NEEDS.get(command, CHOICES))
         if missing:
             sys.exit(missing)
-        limit_spinning()
         importlib.import_module(f"iou_d2.commands.{name}").run(args)
 
 
