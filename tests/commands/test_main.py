@@ -53,6 +53,15 @@ for command in COMMANDS:
     assert ended == expected
 
 
+def test_commands_on_files_alone_load_without_torch():
+    program = """
+import sys
+for name in ("torch", "torchvision", "detectron2", "fvcore"):
+    sys.modules[name] = None  # an import of it fails
+import iou_d2.commands.detect, iou_d2.commands.draw, iou_d2.commands.report"""
+    assert python(program) == ""
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_alone_it_lists_the_commands_and_loads_no_torch(arguments):
     program = f"""
