@@ -50,7 +50,9 @@ def make_images(folder: Path, count: int, width: int, height: int) -> None:
 
 def training_size(width: int, height: int, size: Sequence[int]) -> tuple[int, int]:
     """(height, width) that Detectron2's ResizeShortestEdge gives."""
-    resize = T.ResizeShortestEdge([size[0]], size[1]).get_transform(np.empty((height, width, 3)))
+    resize = T.ResizeShortestEdge(size[0], size[1], "choice").get_transform(
+        np.empty((height, width, 3))
+    )
     return resize.new_h, resize.new_w
 
 
