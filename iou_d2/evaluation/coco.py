@@ -26,13 +26,7 @@ from iou_d2.analysis.average_precision import coco_precision, summarize_ap
 from iou_d2.analysis.curves import localization_table
 from iou_d2.analysis.records import make_records
 from iou_d2.errors import InputError
-
-# What detectors may say of a detection -> what result files call it.
-OPTIONAL_FIELDS = {
-    "cls_scores": "cls_score",
-    "pred_ious": "pred_iou",
-    "pred_centernesses": "centerness",
-}
+from iou_d2.field_names import OPTIONAL_FIELDS
 
 
 class COCOLocalizationEvaluator(COCOEvaluator):
