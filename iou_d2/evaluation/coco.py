@@ -119,8 +119,7 @@ class COCOLocalizationEvaluator(COCOEvaluator):
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
         results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
-        category_of = self._category_of()
-        results = self._with_category_ids(results, category_of)
+        results = self.with_category_ids(results)
         path = os.path.join(self._output_dir, "coco_instances_results.json")
         with PathManager.open(path, "w") as f:
             f.write(json.dumps(results))
@@ -129,7 +128,7 @@ class COCOLocalizationEvaluator(COCOEvaluator):
             self._logger.info("Annotations are not available for evaluation.")
             return
 
-        truth = restrict_classes(self._coco_api.dataset, set(category_of.values()))
+        truth = self.truth()
         self._results["bbox"] = self._average_precision(truth, results, img_ids, "bbox")
         if any(p["has_masks"] for p in predictions) and self._can_measure_masks(truth):
             self._results["segm"] = self._average_precision(truth, results, img_ids, "segm")
@@ -145,9 +144,16 @@ class COCOLocalizationEvaluator(COCOEvaluator):
             return {id_: id_ for id_ in self._coco_api.cats}
         return {index: id_ for id_, index in mapping.items()}
 
-    def _with_category_ids(self, results: list[dict], category_of: dict[int, int]) -> list[dict]:
-        """Detections, changed in place, without those of classes that the model has and the dataset
-        lacks."""
+    def truth(self) -> dict:
+        """The COCO dataset of the objects that count, those of classes that the model knows.
+
+        Raises a KeyError where the dataset has no annotations."""
+        return restrict_classes(self._coco_api.dataset, set(self._category_of().values()))
+
+    def with_category_ids(self, results: list[dict]) -> list[dict]:
+        """Detections by class index, changed in place, without those of classes that the model has
+        and the dataset lacks."""
+        category_of = self._category_of()
         classes = self._metadata.get("thing_classes") or category_of
         for result in results:
             if not 0 <= result["category_id"] < max(len(classes), len(category_of)):
