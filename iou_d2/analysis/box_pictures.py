@@ -61,13 +61,15 @@ def window(boxes: np.ndarray, size: tuple[int, int], margin: float = 0.4) -> tup
 
 def plot_rivals(panels: Sequence[RivalsPanel], path: str | os.PathLike, title: str) -> Figure:
     """Draw the boxes of each panel side by side, and below it what is said of them."""
-    figure = Figure(figsize=(max(3.1 * len(panels), 6), 4), layout="compressed")
+    figure = Figure(figsize=(max(2.7 * len(panels), 6), 3.7), layout="compressed")
     figure.suptitle(title, fontsize=10)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         _show(axes, panel.image, np.array([line.box for line in panel.lines], dtype=np.float64))
         for line in panel.lines:
             _rectangle(axes, line.box, line.colour, dashed=line.colour == TRUTH, label=line.name)
-        for number, line in enumerate(line for line in panel.lines if line.text):
+        written = [line for line in panel.lines if line.text]
+        axes.set_xlabel("\n" * len(written))  # room for them
+        for number, line in enumerate(written):
             style = {"va": "top", "fontsize": 8, "color": line.colour}
             place = {"xycoords": "axes fraction", "textcoords": "offset points"}
             axes.annotate(line.text, (0, 0), xytext=(0, -4 - 12 * number), **place, **style)
@@ -95,14 +97,16 @@ def plot_paths(panels: Sequence[PathPanel], path: str | os.PathLike, title: str)
         curve.set(xlabel="step", ylim=(max(low - 0.05, 0), 1.02), xticks=steps)
         curve.grid(alpha=0.3)
     rows[1, 0].set_ylabel("IoU")
-    rows[1, 0].legend(fontsize=8)
+    rows[1, 0].legend(fontsize=8, loc="lower right")
     return save(figure, path)
 
 
 def _show(axes, image: np.ndarray, boxes: np.ndarray) -> None:
-    """The part of the image around the boxes; the axes keep the pixels of the whole image."""
+    """The part of the image around the boxes, brightened where it is dark; the axes keep the pixels
+    of the whole image."""
     left, top, right, bottom = window(boxes, image.shape[:2])
-    axes.imshow(image[top:bottom, left:right], extent=(left, right, bottom, top))
+    part = image[top:bottom, left:right] / max(int(image[top:bottom, left:right].max()), 1)
+    axes.imshow(part, extent=(left, right, bottom, top))
     axes.set(xticks=[], yticks=[])
 
 

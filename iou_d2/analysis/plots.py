@@ -94,7 +94,7 @@ def plot_panels(
     """Draw curves in panels, two beside each other, by what is measured; what a panel holds decides
     on its range."""
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(8, 3 * rows), layout="constrained")
+    figure = Figure(figsize=(7, 2.6 * rows), layout="constrained")
     places = list(figure.subplots(rows, 2, squeeze=False).flat)
     for axes, (y_label, curves) in zip(places, panels.items()):
         _draw_curves(axes, curves, marker)
