@@ -81,7 +81,7 @@ def plot_rivals(panels: Sequence[RivalsPanel], path: str | os.PathLike, title: s
 def plot_paths(panels: Sequence[PathPanel], path: str | os.PathLike, title: str) -> Figure:
     """Draw the boxes of each path over its image, red first and yellow last, its object dashed, and
     below them the IoUs against the step."""
-    figure = Figure(figsize=(max(3.1 * len(panels), 5), 5.4), layout="constrained")
+    figure = Figure(figsize=(max(3.1 * len(panels), 5), 5.6), layout="constrained")
     figure.suptitle(title, fontsize=10)
     rows = figure.subplots(2, len(panels), squeeze=False, height_ratios=[1.6, 1])
     low = min((min(p.true.min(), p.predicted.min()) for p in panels), default=0.5)
@@ -97,7 +97,8 @@ def plot_paths(panels: Sequence[PathPanel], path: str | os.PathLike, title: str)
         curve.set(xlabel="step", ylim=(max(low - 0.05, 0), 1.02), xticks=steps)
         curve.grid(alpha=0.3)
     rows[1, 0].set_ylabel("IoU")
-    rows[1, 0].legend(fontsize=8, loc="lower right")
+    handles = rows[1, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=9)
     return save(figure, path)
 
 

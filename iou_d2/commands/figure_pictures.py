@@ -55,13 +55,19 @@ def draw_rivals(
             text = said(candidates[row], nearest.iou[row])
             lines.append(Line(corners(candidates[row]["bbox"]), f"highest {name}", text, colour))
         panels.append(RivalsPanel(rgb(files[truth["image_id"]]), lines))
-    table = numbers["rivals"]
-    title = (
-        f"{table['objects']} objects with rivals: the highest {signal} fits better than "
-        f"the highest class score for {table['better']}, worse for {table['worse']}"
-    )
-    plot_rivals(panels, output / "rivals.png", title)
+    plot_rivals(panels, output / "rivals.png", summary(numbers["rivals"]))
     return ["rivals.png"]
+
+
+def summary(table: dict) -> str:
+    """What `rivals_numbers` says, in a line."""
+    head = f"{table['objects']} objects with rivals: "
+    if table["signal"] == "true IoU":
+        return f"{head}the highest class score is not that of the best box for {table['better']}"
+    return (
+        f"{head}the highest {table['signal']} fits better than the highest class score for "
+        f"{table['better']}, worse for {table['worse']}"
+    )
 
 
 def said(row: dict, iou: float) -> str:
