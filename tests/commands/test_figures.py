@@ -11,9 +11,8 @@ from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from PIL import Image
 
-from command_line import command
-from command_line import run as run_process
 from iou_d2 import build_predictor, get_config
+from iou_d2.commands import eval as evaluate
 from iou_d2.commands import figures
 from iou_d2.errors import InputError
 
@@ -83,9 +82,7 @@ def run(data, output, *options, truth="truth.json", config=CONFIG):
     return json.loads((output / "figures.json").read_text())
 
 
-def test_all_is_drawn_and_the_detectors_own_steps_have_the_ap_of_eval(
-    data, tmp_path, capsys, environment
-):
+def test_all_is_drawn_and_the_detectors_own_steps_have_the_ap_of_eval(data, tmp_path, capsys):
     numbers = run(data, tmp_path, "--steps", "6")
     names = ["boxes_by_iou", "recall_by_iou", "refinement", "rivals", "paths"]
     printed = capsys.readouterr().out
@@ -100,8 +97,7 @@ def test_all_is_drawn_and_the_detectors_own_steps_have_the_ap_of_eval(
     for steps in (5, 2):
         output = tmp_path / f"eval{steps}"
         asked = ("MODEL.IOU_NET.REFINE_STEPS", str(steps), "OUTPUT_DIR", str(output))
-        words = ("--eval-only", "--num-gpus", "0", *arguments(data), *asked)
-        run_process(environment, command(*words, config=CONFIG))
+        evaluate.main(["--num-gpus", "0", "--config", CONFIG, *arguments(data), *asked])
         results = json.loads((output / "evaluation.json").read_text())["results"]
         for metric in ("AP", "AP50", "AP75", "AP90"):
             expected = results[f"bbox/{metric}"]
