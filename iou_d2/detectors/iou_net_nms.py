@@ -12,6 +12,7 @@ from typing import Protocol
 from detectron2.structures import Instances
 from torch import Tensor
 
+from iou_d2.layers.suppressors import first_suppressors
 from iou_d2.ops.nms import batched_nms, iou_guided_nms, soft_nms
 
 from .dense import part_named
@@ -67,9 +68,8 @@ class GuidedNMS:
         scores = ranks = candidates.scores
         if self.ranking is not None:
             ranks = self.ranking(scores, candidates.pred_ious)
-        return iou_guided_nms(
-            candidates.pred_boxes.tensor, scores, ranks, candidates.pred_classes, self.threshold
-        )
+        boxes, classes = candidates.pred_boxes.tensor, candidates.pred_classes
+        return iou_guided_nms(boxes, scores, ranks, classes, self.threshold, first_suppressors)
 
 
 @dataclass(frozen=True)
