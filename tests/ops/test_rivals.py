@@ -39,7 +39,7 @@ def test_other_ranks_change_nothing(limit, levels):
         for others in (torch.zeros_like(ranks), torch.rand(len(ranks), generator=generator)):
             assert best(*case, torch.where(needed, ranks, others), limit) == expected
         skipped += int((~needed).sum())
-    assert skipped > 100
+    assert skipped > (20 if levels == 10 else 100)
 
 
 def test_who_matters():
