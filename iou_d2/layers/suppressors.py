@@ -22,7 +22,7 @@ def first_suppressors(boxes: Tensor, classes: Tensor, threshold: float) -> Tenso
     if HAS_EXTENSION and boxes.device.type == "cpu" and len(boxes):
         compared = nms.compared_boxes(boxes, classes)
         if compared is not None:
-            return torch.ops.iou_d2.first_suppressors(compared, classes, threshold)
+            return torch.ops.iou_d2.first_suppressors(compared, classes.long(), threshold)
     return nms.first_suppressors(boxes, classes, threshold)
 
 

@@ -88,7 +88,10 @@ def test_many_or_strange_classes_never_meet(names):
     assert torch.equal(first_suppressors(boxes, torch.tensor(names)[labels], 0.5), expected)
 
 
-def test_no_boxes():
+def test_no_boxes_and_short_integers():
+    boxes, labels = boxes_of(50, 5, 3)
+    found = first_suppressors(boxes, labels.int(), 0.5)
+    assert torch.equal(found, first_suppressors(boxes, labels, 0.5))
     nothing = torch.zeros(0, dtype=torch.int64)
     assert first_suppressors(torch.zeros(0, 4), nothing, 0.5).shape == (0,)
 
