@@ -189,12 +189,20 @@ class Postprocessor:
             and `pred_ious` (in [0, 1], of the final box).
         """
         if self.nms.needs_ious:
-            predict_ious(candidates, branch, features)
-            for instances in candidates:
-                instances.pred_ious = self.calibration(instances.pred_ious)
+            self.judge(candidates, branch, features)
         detections = [self.suppress(instances) for instances in candidates]
         self.refine(detections, branch, features, regress)
         return [self.score(instances) for instances in detections]
+
+    def judge(self, candidates: list[Instances], branch: Branch, features: list[Tensor]) -> None:
+        """Set the `pred_ious` of the candidates of N images, calibrated; 0 where it does not matter
+        to what `suppress` returns, so that only few boxes are pooled."""
+        needed = [self.nms.needs_iou(x, self.max_detections) for x in candidates]
+        judged = [x[index] for x, index in zip(candidates, needed)]
+        predict_ious(judged, branch, features)
+        for x, index, some in zip(candidates, needed, judged):
+            x.pred_ious = some.pred_ious.new_zeros(len(x))
+            x.pred_ious[index] = self.calibration(some.pred_ious)
 
     def suppress(self, candidates: Instances) -> Instances:
         """The candidates of one image that stay, best first."""
