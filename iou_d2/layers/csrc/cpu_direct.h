@@ -27,8 +27,11 @@ struct Bins {
       begin[k] = axis.bin_first(k) - origin;
       end[k] = std::max(axis.bin_last(k) - origin, begin[k]);
       offset[k] = static_cast<int64_t>(weights.size()) - begin[k];
-      for (int64_t i = begin[k]; i < end[k]; ++i)
-        weights.push_back(static_cast<T>(axis.weight(k, origin + i)));
+      const T whole = static_cast<T>(1 / (axis.length / static_cast<double>(axis.bins)));
+      for (int64_t i = begin[k]; i < end[k]; ++i) {  // hats two from the bin's ends are whole
+        const bool inner = begin[k] + 2 <= i && i < end[k] - 2;
+        weights.push_back(inner ? whole : static_cast<T>(axis.weight(k, origin + i)));
+      }
     }
   }
   int64_t count() const {
@@ -111,8 +114,8 @@ IOU_D2_INLINE void spread(Grid<const T> grad, const Bins<T>& y, const Bins<T>& x
   }
 }
 
-// The two pixels around edge e of an axis, counted from the RoI's first, and their hats; hat 0
-// outside the map.
+// The two pixels around edge e of an axis, counted from the RoI's first, and their hats. A pixel
+// outside the map or with a hat of 0, which may not be under the RoI, is replaced by the other one.
 struct EdgePixels {
   int64_t pixel[2];
   double hats[2];
@@ -126,56 +129,83 @@ struct EdgePixels {
       pixel[s] = inside ? left + s - origin : 0;
       hats[s] = inside ? hat(at - static_cast<double>(left + s)) : 0;
     }
+    if (hats[0] == 0) pixel[0] = pixel[1];
+    if (hats[1] == 0) pixel[1] = pixel[0];
   }
 };
 
-// Adds to edges[e] the sum over the bins k across of (grad[e-1, k] - grad[e, k]) * (mean over bin k
-// of the map along edge e): what moving edge e does to the bins on its two sides, but for the bin
-// length. `map` and `grad` are addressed as (across, along), i.e. column strides run along the axis
-// whose edges move.
+// The sum over the bins k across of (grad[e-1, k] - grad[e, k]) * (mean over bin k of the map along
+// edge e): what moving edge e does to the bins on its two sides, but for the bin length. `map` and
+// `grad` are addressed as (across, along), i.e. column strides run along the axis whose edges move.
+template <typename T, int K>
+IOU_D2_INLINE typename Simd<T>::Pack edge_sum(Grid<const T> map, Grid<const T> grad,
+                                              const EdgePixels& at, const Bins<T>& across,
+                                              int64_t e, int64_t bins, int64_t c) {
+  constexpr int64_t LANES = Simd<T>::LANES;
+  typename Simd<T>::Pack total[K] = {};
+  for (int64_t k = 0; k < across.count(); ++k) {
+    typename Simd<T>::Pack mean[K] = {};
+    for (int64_t i = across.begin[k]; i < across.end[k]; ++i) {
+      const T w = across.weight(k, i);
+      const T w0 = w * static_cast<T>(at.hats[0]), w1 = w * static_cast<T>(at.hats[1]);
+      for (int n = 0; n < K; ++n) mean[n] += w0 * pack(map.at(i, at.pixel[0]) + c + n * LANES);
+      for (int n = 0; n < K; ++n) mean[n] += w1 * pack(map.at(i, at.pixel[1]) + c + n * LANES);
+    }
+    for (int n = 0; n < K; ++n) {
+      typename Simd<T>::Pack step = {};
+      if (e > 0) step += pack(grad.at(k, e - 1) + c + n * LANES);
+      if (e < bins) step += T(-1) * pack(grad.at(k, e) + c + n * LANES);
+      total[n] += step * mean[n];
+    }
+  }
+  for (int n = 1; n < K; ++n) total[0] += total[n];
+  return total[0];
+}
+
+// Adds what moving the two ends of an axis does: edge e, at the share t from start to end, moves
+// by 1 - t and t of their moves.
 template <typename T>
-IOU_D2_INLINE void edge_sums(Grid<const T> map, Grid<const T> grad, const Axis& axis,
-                             const Bins<T>& along, const Bins<T>& across, int64_t channels,
-                             double* edges) {
-  using Pack = typename Simd<T>::Pack;
+IOU_D2_INLINE void add_ends(Grid<const T> map, Grid<const T> grad, const Axis& axis,
+                            const Bins<T>& along, const Bins<T>& across, int64_t channels,
+                            double* ends) {
   constexpr int64_t LANES = Simd<T>::LANES;
   if (along.extent == 0 || across.extent == 0) return;
   const int64_t bins = along.count();
+  typename Simd<T>::Pack start = {}, end = {};
   for (int64_t e = 0; e <= bins; ++e) {
     const EdgePixels at(axis, along.origin, e);
-    const T hats[2] = {static_cast<T>(at.hats[0]), static_cast<T>(at.hats[1])};
-    if (hats[0] == 0 && hats[1] == 0) continue;
-    const int64_t second = hats[1] == 0 ? at.pixel[0] : at.pixel[1];
-    const int64_t first = hats[0] == 0 ? second : at.pixel[0];
-    Pack total = {};
-    for (int64_t k = 0; k < across.count(); ++k) {
-      for (int64_t c = 0; c < channels; c += LANES) {
-        Pack mean = {};
-        for (int64_t i = across.begin[k]; i < across.end[k]; ++i) {
-          const T w = across.weight(k, i);
-          mean += (w * hats[0]) * pack(map.at(i, first) + c);
-          mean += (w * hats[1]) * pack(map.at(i, second) + c);
-        }
-        if (e > 0) total += pack(grad.at(k, e - 1) + c) * mean;
-        if (e < bins) total += T(-1) * (pack(grad.at(k, e) + c) * mean);
-      }
-    }
-    edges[e] += add_lanes<T>(total);
+    if (at.hats[0] == 0 && at.hats[1] == 0) continue;
+    typename Simd<T>::Pack total = {};
+    int64_t c = 0;
+    for (; c + 4 * LANES <= channels; c += 4 * LANES)
+      total += edge_sum<T, 4>(map, grad, at, across, e, bins, c);
+    for (; c < channels; c += LANES) total += edge_sum<T, 1>(map, grad, at, across, e, bins, c);
+    const T t = static_cast<T>(e) / static_cast<T>(bins);
+    start += (1 - t) * total;
+    end += t * total;
   }
+  ends[0] += add_lanes<T>(start);
+  ends[1] += add_lanes<T>(end);
 }
 
 // sum of grad * out over bins and channels
 template <typename T>
 IOU_D2_INLINE double inner(Grid<const T> grad, Grid<const T> out, int64_t rows, int64_t columns,
                            int64_t channels) {
-  typename Simd<T>::Pack total = {};
+  constexpr int64_t LANES = Simd<T>::LANES;
+  typename Simd<T>::Pack total[4] = {};  // so that an addition need not wait for the one before
   for (int64_t p = 0; p < rows; ++p) {
     for (int64_t q = 0; q < columns; ++q) {
-      for (int64_t c = 0; c < channels; c += Simd<T>::LANES)
-        total += pack(grad.at(p, q) + c) * pack(out.at(p, q) + c);
+      int64_t c = 0;
+      for (; c + 4 * LANES <= channels; c += 4 * LANES) {
+        for (int n = 0; n < 4; ++n)
+          total[n] += pack(grad.at(p, q) + c + n * LANES) * pack(out.at(p, q) + c + n * LANES);
+      }
+      for (; c < channels; c += LANES) total[q % 4] += pack(grad.at(p, q) + c) * pack(out.at(p, q) + c);
     }
   }
-  return add_lanes<T>(total);
+  return add_lanes<T>(total[0]) + add_lanes<T>(total[1]) + add_lanes<T>(total[2]) +
+         add_lanes<T>(total[3]);
 }
 
 }  // namespace iou_d2::cpu

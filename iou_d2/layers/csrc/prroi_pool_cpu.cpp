@@ -9,232 +9,325 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <vector>
 
+#include "cpu_memory.h"
 #include "cpu_plan.h"
 
 namespace iou_d2::cpu {
 namespace {
 
+// How many of `left` channels a kernel takes at once.
 template <typename T>
-struct Scratch {
-  Tile<T> pixels, bins, outputs;
-  std::vector<double> corners;
-};
+int64_t next_channels(int64_t left, bool in_place) {
+  constexpr int64_t LANES = Simd<T>::LANES;
+  return left < LANES ? left : in_place ? left / LANES * LANES : LANES;
+}
 
 template <typename T>
-void pool_direct(const Strided<const T>& map, const Plan<T>& plan, int64_t r, int64_t c0,
-                 int64_t c1, const Strided<T>& out, const Shape& s, Scratch<T>& scratch) {
-  constexpr int64_t LANES = Simd<T>::LANES;
+int64_t whole_lanes(int64_t channels) {
+  return (channels + Simd<T>::LANES - 1) / Simd<T>::LANES * Simd<T>::LANES;
+}
+
+// The pixels under RoI r: where they are, in a strip, or in a tile.
+template <typename T>
+IOU_D2_INLINE Grid<const T> pixels_of(const Strided<const T>& map, const Plans<T>& plans, int64_t r,
+                                      int64_t c0, int64_t lanes, bool strip, Scratch<T>& scratch) {
+  const Plan<T>& plan = plans.direct[r];
   const Bins<T>&y = plan.y, &x = plan.x;
-  if (map.channel == 1 && out.channel == 1) {
-    const int64_t whole = (c1 - c0) / LANES * LANES;
-    const auto from = map.grid(plan.roi.image, c0, y.origin, x.origin);
-    const auto to = out.grid(r, c0, 0, 0);
-    run_widest([&]() IOU_D2_INLINE_LAMBDA { pool<T>(from, y, x, to, whole); });
-    c0 += whole;
+  const int64_t n = plan.roi.image;
+  const T* start = map.at(n, c0, y.origin, x.origin);
+  if (map.in_place(lanes)) return {start, map.row, map.column};
+  if (!strip || plan.empty()) {
+    scratch.pixels.resize(y.extent, x.extent);
+    return scratch.pixels.gather(0, y.extent, map, start, lanes);
   }
-  if (c0 == c1) return;
-  scratch.pixels.resize(y.extent, x.extent);
-  scratch.bins.resize(s.P, s.Q);
-  for (; c0 < c1; c0 += LANES) {
-    const int64_t lanes = std::min(LANES, c1 - c0);
-    const T* start = map.at(plan.roi.image, c0, y.origin, x.origin);
+  if (scratch.image != n) scratch.strip.start(plans.strip_rows, plans.shape.W);
+  scratch.image = n;
+  scratch.strip.open(
+      plans.band(r), y.origin + y.extent,
+      [&](int64_t row, int64_t i) IOU_D2_INLINE_LAMBDA {
+        scratch.strip.tile.gather(i, 1, map, map.at(n, c0, row, 0), lanes);
+      },
+      [](int64_t, int64_t) {});
+  const Grid<T> pixels = scratch.strip.grid(y.origin, x.origin);
+  return {pixels.data, pixels.row, pixels.column};
+}
+
+// RoI r's bins: where they are, or in a tile.
+template <typename T>
+IOU_D2_INLINE Grid<const T> bins_of(const Strided<const T>& bins, const Shape& s, int64_t r,
+                                    int64_t c0, int64_t lanes, Tile<T>& tile) {
+  if (bins.in_place(lanes)) return bins.grid(r, c0, 0, 0);
+  return tile.resize(s.P, s.Q).gather(0, s.P, bins, bins.at(r, c0, 0, 0), lanes);
+}
+
+// The same for all RoIs of a group, with RoI k's in rows [k * P, (k + 1) * P) of the tile.
+template <typename T>
+IOU_D2_INLINE void gather_bins(const Strided<const T>& bins, const Shape& s, const Group& group,
+                               int64_t c0, int64_t lanes, Tile<T>& tile) {
+  if (bins.in_place(lanes)) return;
+  const int64_t count = static_cast<int64_t>(group.rois.size());
+  tile.resize(count * s.P, s.Q);
+  for (int64_t k = 0; k < count; ++k)
+    tile.gather(k * s.P, s.P, bins, bins.at(group.rois[k], c0, 0, 0), lanes);
+}
+
+template <typename T, typename U>
+IOU_D2_INLINE Grid<U> bins_in_group(const Strided<U>& bins, const Shape& s, const Group& group,
+                                    int64_t k, int64_t c0, int64_t lanes, Tile<T>& tile) {
+  if (bins.in_place(lanes)) return bins.grid(group.rois[k], c0, 0, 0);
+  const Grid<T> grid = tile.grid(k * s.P);
+  return {grid.data, grid.row, grid.column};
+}
+
+template <typename T>
+void pool_direct(const Strided<const T>& map, const Plans<T>& plans, int64_t r, int64_t c0,
+                 int64_t c1, const Strided<T>& out, bool strip, Scratch<T>& scratch) {
+  const Shape& s = plans.shape;
+  const bool in_place = map.channel == 1 && out.channel == 1;
+  for (int64_t c = c0, n; c < c1; c += n) {
+    n = next_channels<T>(c1 - c, in_place);
     run_widest([&]() IOU_D2_INLINE_LAMBDA {
-      pool<T>(scratch.pixels.gather(map, start, lanes), y, x, scratch.bins.grid(), LANES);
-      scratch.bins.template scatter<false>(out, out.at(r, c0, 0, 0), lanes);
+      const auto pixels = pixels_of(map, plans, r, c, n, strip, scratch);
+      const bool there = out.in_place(n);
+      const Grid<T> bins = there ? out.grid(r, c, 0, 0) : scratch.bins.resize(s.P, s.Q).grid();
+      pool<T>(pixels, plans.direct[r].y, plans.direct[r].x, bins, whole_lanes<T>(n));
+      if (!there) scratch.bins.template scatter<false>(0, s.P, out, out.at(r, c, 0, 0), n);
     });
   }
+}
+
+template <typename T>
+void pool_group(const Strided<const T>& map, const Plans<T>& plans, const Group& group,
+                Rows<T>& rows, int64_t c0, int64_t c1, const Strided<T>& out, Scratch<T>& scratch) {
+  const Shape& s = plans.shape;
+  const int64_t count = static_cast<int64_t>(group.rois.size()), lanes = c1 - c0;
+  if (!out.in_place(lanes)) scratch.bins.resize(count * s.P, s.Q);
+  scratch.edges.resize(count * s.Q * Wide<T>::PACKS);
+  run_widest([&]() IOU_D2_INLINE_LAMBDA {
+    const bool finite = sweep_down(
+        group, rows, map, c0, lanes, scratch.pixels,
+        [&](const Group::Edge& e) IOU_D2_INLINE_LAMBDA {
+          const auto bins = bins_in_group(out, s, group, e.k, c0, lanes, scratch.bins);
+          double* above = scratch.edges[e.k * s.Q * Wide<T>::PACKS].lane;
+          pool_edge<T>(rows, group.corners[e.k], e.p, bins, above);
+        });
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t r = group.rois[k];
+      if (!finite)
+        pool_direct(map, plans, r, c0, c1, out, false, scratch);
+      else if (!out.in_place(lanes))
+        scratch.bins.template scatter<false>(k * s.P, s.P, out, out.at(r, c0, 0, 0), lanes);
+    }
+  });
 }
 
 template <typename T>
 void forward(const at::Tensor& features, const Plans<T>& plans, const at::Tensor& output) {
-  const Shape& s = plans.shape;
   const auto map = strided<const T>(features);
   const auto out = strided<T>(output);
-  for_tasks<T>(s, map.channel == 1, [&](int64_t c0, int64_t c1, int64_t r0, int64_t r1) {
-    Scratch<T> scratch;
-    for (int64_t k = r0; k < r1; ++k) {
-      const int64_t r = plans.order[k];
-      if (!plans.large[r]) pool_direct(map, plans.direct[r], r, c0, c1, out, s, scratch);
-    }
+  for_tasks<T>(plans, map.channel == 1, [&](Scratch<T>& scratch, int64_t c0, int64_t c1, int64_t r0,
+                                            int64_t r1) {
+    const bool strip = plans.dense && map.channel != 1;
+    for (int64_t k = r0; k < r1; ++k)
+      pool_direct(map, plans, plans.order[k], c0, c1, out, strip, scratch);
   });
-  for_tables(plans, [&](Table& table, int64_t n, int64_t c0, int64_t c1, const auto& large,
-                        const auto& corners) {
-    Scratch<T> scratch;
-    const bool finite = table.sum(map, map.at(n, c0, 0, 0), c1 - c0);
-    for (size_t k = 0; k < large.size(); ++k) {
-      const int64_t r = large[k];
-      T* start = out.at(r, c0, 0, 0);
-      if (!finite)
-        pool_direct(map, plans.direct[r], r, c0, c1, out, s, scratch);
-      else
-        run_widest([&]() IOU_D2_INLINE_LAMBDA {
-          pool<T>(table, corners[k], out, start, c1 - c0, scratch.corners);
-        });
-    }
+  for_tables<T>(plans, [&](const Group& group, Rows<T>& rows, Scratch<T>& scratch, int64_t c0,
+                           int64_t c1) {
+    pool_group(map, plans, group, rows, c0, c1, out, scratch);
   });
 }
 
 template <typename T>
-void spread_direct(const Strided<const T>& grad, const Plan<T>& plan, int64_t r, int64_t c0,
-                   int64_t c1, const Strided<T>& map, const Shape& s, Scratch<T>& scratch) {
-  constexpr int64_t LANES = Simd<T>::LANES;
-  const Bins<T>&y = plan.y, &x = plan.x;
-  if (map.channel == 1 && grad.channel == 1) {
-    const int64_t whole = (c1 - c0) / LANES * LANES;
-    const auto from = grad.grid(r, c0, 0, 0);
-    const auto to = map.grid(plan.roi.image, c0, y.origin, x.origin);
-    run_widest([&]() IOU_D2_INLINE_LAMBDA { spread<T>(from, y, x, to, whole); });
-    c0 += whole;
+void clear(const Strided<T>& map, int64_t n, int64_t row, int64_t c0, int64_t c1, int64_t width) {
+  if (map.channel == 1) {
+    for (int64_t j = 0; j < width; ++j) std::fill_n(map.at(n, c0, row, j), c1 - c0, T(0));
+  } else {
+    for (int64_t c = c0; c < c1; ++c) std::fill_n(map.at(n, c, row, 0), width, T(0));
   }
-  if (c0 == c1) return;
-  scratch.pixels.resize(y.extent, x.extent);
-  scratch.bins.resize(s.P, s.Q);
-  for (; c0 < c1; c0 += LANES) {
-    const int64_t lanes = std::min(LANES, c1 - c0);
-    const T* from = grad.at(r, c0, 0, 0);
-    T* to = map.at(plan.roi.image, c0, y.origin, x.origin);
+}
+
+// Writes all of the map, whose pixels' channels are neighbours, for channels [c0, c1).
+template <typename T>
+void spread_in_place(const Strided<const T>& grad, const Plans<T>& plans, int64_t c0, int64_t c1,
+                     const Strided<T>& map, Scratch<T>& scratch) {
+  const Shape& s = plans.shape;
+  int64_t cleared = 0;  // rows of all images: just before they are needed, while in cache
+  const auto clear_to = [&](int64_t end) {
+    for (; cleared < end; ++cleared) clear(map, cleared / s.H, cleared % s.H, c0, c1, s.W);
+  };
+  for (int64_t r : plans.order) {
+    const Plan<T>& plan = plans.direct[r];
+    const Bins<T>&y = plan.y, &x = plan.x;
+    if (plan.empty()) continue;
+    clear_to(plan.roi.image * s.H + y.origin + y.extent);
+    for (int64_t c = c0, n; c < c1; c += n) {
+      n = next_channels<T>(c1 - c, grad.channel == 1);
+      T* start = map.at(plan.roi.image, c, y.origin, x.origin);
+      run_widest([&]() IOU_D2_INLINE_LAMBDA {
+        const auto bins = bins_of(grad, s, r, c, n, scratch.bins);
+        if (map.in_place(n)) return spread<T>(bins, y, x, {start, map.row, map.column}, n);
+        scratch.pixels.resize(y.extent, x.extent).clear(0, y.extent);
+        spread<T>(bins, y, x, scratch.pixels.grid(), whole_lanes<T>(n));
+        scratch.pixels.template scatter<true>(0, y.extent, map, start, n);
+      });
+    }
+  }
+  clear_to(s.N * s.H);
+}
+
+// Writes all of the map for up to LANES channels.
+template <typename T>
+void spread_in_strip(const Strided<const T>& grad, const Plans<T>& plans, int64_t c0, int64_t c1,
+                     const Strided<T>& map, Scratch<T>& scratch) {
+  const Shape& s = plans.shape;
+  Strip<T>& strip = scratch.strip;
+  auto next = plans.order.begin();
+  for (int64_t image = 0; image < s.N; ++image) {
+    const auto bring = [&](int64_t, int64_t i) IOU_D2_INLINE_LAMBDA { strip.tile.clear(i, 1); };
+    const auto leave = [&](int64_t row, int64_t i) IOU_D2_INLINE_LAMBDA {
+      if (i < 0) return clear(map, image, row, c0, c1, s.W);
+      strip.tile.template scatter<false>(i, 1, map, map.at(image, c0, row, 0), c1 - c0);
+    };
+    strip.start(plans.strip_rows, s.W);
     run_widest([&]() IOU_D2_INLINE_LAMBDA {
-      std::fill(scratch.pixels.values.begin(), scratch.pixels.values.end(), T(0));
-      spread<T>(scratch.bins.gather(grad, from, lanes), y, x, scratch.pixels.grid(), LANES);
-      scratch.pixels.template scatter<true>(map, to, lanes);
+      for (; next != plans.order.end() && plans.direct[*next].roi.image == image; ++next) {
+        const Plan<T>& plan = plans.direct[*next];
+        const Bins<T>&y = plan.y, &x = plan.x;
+        if (plan.empty()) continue;
+        strip.open(plans.band(*next), y.origin + y.extent, bring, leave);
+        const auto bins = bins_of(grad, s, *next, c0, c1 - c0, scratch.bins);
+        spread<T>(bins, y, x, strip.grid(y.origin, x.origin), Simd<T>::LANES);
+      }
+      strip.close(s.H, leave);
     });
   }
+}
+
+template <typename T>
+void spread_group(const Strided<const T>& grad, const Plans<T>& plans, const Group& group,
+                  Rows<T>& rows, int64_t c0, int64_t c1, const Strided<T>& map,
+                  Scratch<T>& scratch) {
+  const Shape& s = plans.shape;
+  run_widest([&]() IOU_D2_INLINE_LAMBDA {
+    gather_bins(grad, s, group, c0, c1 - c0, scratch.bins);
+    sweep_up(group, rows, map, c0, c1 - c0, scratch.pixels,
+             [&](const Group::Edge& e) IOU_D2_INLINE_LAMBDA {
+               const auto bins = bins_in_group(grad, s, group, e.k, c0, c1 - c0, scratch.bins);
+               spread_edge<T>(rows, group.corners[e.k], e.p, bins);
+             });
+  });
 }
 
 // A thread owns a range of channels, so that no two write to one place and sums have one order.
 template <typename T>
 void backward_features(const at::Tensor& grad_output, const Plans<T>& plans,
                        const at::Tensor& grad_features) {
-  const Shape& s = plans.shape;
+  constexpr int64_t LANES = Simd<T>::LANES;
+  const int64_t C = plans.shape.C;
   const auto grad = strided<const T>(grad_output);
   const auto map = strided<T>(grad_features);
-  constexpr int64_t LANES = Simd<T>::LANES;
-  at::parallel_for(0, (s.C + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, (C + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch;
-    const int64_t step = map.channel == 1 ? end - begin : 1;
-    for (int64_t block = begin; block < end; block += step) {
-      const int64_t c0 = block * LANES, c1 = std::min((block + step) * LANES, s.C);
-      for (int64_t r : plans.order) {
-        if (!plans.large[r]) spread_direct(grad, plans.direct[r], r, c0, c1, map, s, scratch);
-      }
-    }
+    if (map.channel == 1)
+      return spread_in_place(grad, plans, begin * LANES, std::min(end * LANES, C), map, scratch);
+    for (int64_t b = begin; b < end; ++b)
+      spread_in_strip(grad, plans, b * LANES, std::min((b + 1) * LANES, C), map, scratch);
   });
-  for_tables(plans, [&](Table& table, int64_t n, int64_t c0, int64_t c1, const auto& large,
-                        const auto& corners) {
-    for (size_t k = 0; k < large.size(); ++k) {
-      const T* start = grad.at(large[k], c0, 0, 0);
-      run_widest([&]()
-                     IOU_D2_INLINE_LAMBDA { spread<T>(table, corners[k], grad, start, c1 - c0); });
-    }
-    table.add_transposed(map, map.at(n, c0, 0, 0), c1 - c0);
+  for_tables<T>(plans, [&](const Group& group, Rows<T>& rows, Scratch<T>& scratch, int64_t c0,
+                           int64_t c1) {
+    spread_group(grad, plans, group, rows, c0, c1, map, scratch);
   });
 }
 
-// What the loss does when the edges of one RoI's bins move.
-struct EdgeSums {
-  std::vector<double> y, x;
-  double inner = 0;  // sum of gradient * output
-
-  explicit EdgeSums(const Roi& roi) : y(roi.y.bins + 1), x(roi.x.bins + 1) {}
-};
+// Adds to `to` the gradient of x1, y1, x2, y2; `unit` is what the moves of an axis' ends still have
+// to be multiplied with.
+void add_gradient(const Ends& ends, const Roi& roi, double unit_y, double unit_x, double* to) {
+  to[0] += ends.x[0] * unit_x + ends.inner / roi.x.length;
+  to[1] += ends.y[0] * unit_y + ends.inner / roi.y.length;
+  to[2] += ends.x[1] * unit_x - ends.inner / roi.x.length;
+  to[3] += ends.y[1] * unit_y - ends.inner / roi.y.length;
+}
 
 template <typename T>
-void edges_direct(const Strided<const T>& grad, const Strided<const T>& map,
-                  const Strided<const T>& out, const Plan<T>& plan, int64_t r, int64_t c0,
-                  int64_t c1, const Shape& s, Scratch<T>& scratch, EdgeSums& sums) {
-  constexpr int64_t LANES = Simd<T>::LANES;
-  const Bins<T>&y = plan.y, &x = plan.x;
-  const auto add = [&](Grid<const T> pixels, Grid<const T> g, Grid<const T> o,
-                       int64_t channels) IOU_D2_INLINE_LAMBDA {
-    edge_sums<T>(pixels, g, plan.roi.x, x, y, channels, sums.x.data());
-    edge_sums<T>(pixels.turned(), g.turned(), plan.roi.y, y, x, channels, sums.y.data());
-    sums.inner += inner<T>(g, o, s.P, s.Q, channels);
-  };
-  if (map.channel == 1 && grad.channel == 1 && out.channel == 1) {
-    const int64_t whole = (c1 - c0) / LANES * LANES;
-    const auto from = map.grid(plan.roi.image, c0, y.origin, x.origin);
-    const auto g = grad.grid(r, c0, 0, 0), o = out.grid(r, c0, 0, 0);
-    run_widest([&]() IOU_D2_INLINE_LAMBDA { add(from, g, o, whole); });
-    c0 += whole;
-  }
-  if (c0 == c1) return;
-  scratch.pixels.resize(y.extent, x.extent);
-  scratch.bins.resize(s.P, s.Q);
-  scratch.outputs.resize(s.P, s.Q);
-  for (; c0 < c1; c0 += LANES) {
-    const int64_t lanes = std::min(LANES, c1 - c0);
-    const T *from = map.at(plan.roi.image, c0, y.origin, x.origin), *g = grad.at(r, c0, 0, 0),
-            *o = out.at(r, c0, 0, 0);
+void ends_direct(const Strided<const T>& grad, const Strided<const T>& map,
+                 const Strided<const T>& out, const Plans<T>& plans, int64_t r, int64_t c0,
+                 int64_t c1, bool strip, Scratch<T>& scratch, double* to) {
+  const Shape& s = plans.shape;
+  const Plan<T>& plan = plans.direct[r];
+  const Roi& roi = plan.roi;
+  if (roi.x.length == 0) return;
+  const bool in_place = map.channel == 1 && grad.channel == 1 && out.channel == 1;
+  Ends ends;
+  for (int64_t c = c0, n; c < c1; c += n) {
+    n = next_channels<T>(c1 - c, in_place);
     run_widest([&]() IOU_D2_INLINE_LAMBDA {
-      add(scratch.pixels.gather(map, from, lanes), scratch.bins.gather(grad, g, lanes),
-          scratch.outputs.gather(out, o, lanes), LANES);
+      const auto pixels = pixels_of(map, plans, r, c, n, strip, scratch);
+      const auto g = bins_of(grad, s, r, c, n, scratch.bins);
+      const auto o = bins_of(out, s, r, c, n, scratch.outputs);
+      const int64_t whole = whole_lanes<T>(n);
+      add_ends<T>(pixels, g, roi.x, plan.x, plan.y, whole, ends.x);
+      add_ends<T>(pixels.turned(), g.turned(), roi.y, plan.y, plan.x, whole, ends.y);
+      ends.inner += inner<T>(g, o, s.P, s.Q, whole);
     });
   }
+  add_gradient(ends, roi, s.P / roi.y.length, s.Q / roi.x.length, to);
 }
 
-// Adds the gradient of the two ends of an axis; `unit` is what the edge sums still have to be
-// multiplied with.
-void add_ends(const Axis& axis, const std::vector<double>& edges, double unit, double inner,
-              double* start, double* end) {
-  for (int64_t e = 0; e <= axis.bins; ++e) {
-    const double t = static_cast<double>(e) / static_cast<double>(axis.bins);
-    *start += (1 - t) * edges[e] * unit;
-    *end += t * edges[e] * unit;
+// `ends` (R, 4)
+template <typename T>
+void ends_of_group(const Strided<const T>& grad, const Strided<const T>& map,
+                   const Strided<const T>& out, const Plans<T>& plans, const Group& group,
+                   Rows<T>& rows, int64_t c0, int64_t c1, Scratch<T>& scratch, double* ends) {
+  const Shape& s = plans.shape;
+  std::vector<Ends> sums(group.rois.size());
+  bool finite = true;
+  run_widest([&]() IOU_D2_INLINE_LAMBDA {
+    gather_bins(grad, s, group, c0, c1 - c0, scratch.bins);
+    finite = sweep_down(
+        group, rows, map, c0, c1 - c0, scratch.pixels,
+        [&](const Group::Edge& e) IOU_D2_INLINE_LAMBDA {
+          const auto bins = bins_in_group(grad, s, group, e.k, c0, c1 - c0, scratch.bins);
+          add_ends<T>(rows, group.corners[e.k], e.p, bins, sums[e.k]);
+        });
+  });
+  for (size_t k = 0; k < group.rois.size(); ++k) {
+    const int64_t r = group.rois[k];
+    if (finite)
+      add_gradient(sums[k], plans.direct[r].roi, 1, 1, ends + r * 4);
+    else
+      ends_direct(grad, map, out, plans, r, c0, c1, false, scratch, ends + r * 4);
   }
-  *start += inner / axis.length;
-  *end -= inner / axis.length;
 }
 
 template <typename T>
 void backward_rois(const at::Tensor& grad_output, const at::Tensor& features,
                    const at::Tensor& output, const Plans<T>& plans, double scale,
                    const at::Tensor& grad_rois) {
+  constexpr int64_t LANES = Simd<T>::LANES;
   const Shape& s = plans.shape;
   const auto grad = strided<const T>(grad_output), map = strided<const T>(features),
              out = strided<const T>(output);
   // Every block of channels adds into its own copy, so that sums have one order.
-  const int64_t copies = (s.C + Table::LANES - 1) / Table::LANES;
+  const int64_t copies = (s.C + LANES - 1) / LANES;
   std::vector<double> ends(copies * s.R * 4);
-  for_tasks<T>(s, map.channel == 1, [&](int64_t c0, int64_t c1, int64_t r0, int64_t r1) {
-    Scratch<T> scratch;
+  for_tasks<T>(plans, map.channel == 1, [&](Scratch<T>& scratch, int64_t c0, int64_t c1, int64_t r0,
+                                            int64_t r1) {
+    const bool strip = plans.dense && map.channel != 1;
     for (int64_t k = r0; k < r1; ++k) {
       const int64_t r = plans.order[k];
-      const Roi& roi = plans.direct[r].roi;
-      if (plans.large[r] || roi.x.length == 0) continue;
-      EdgeSums sums(roi);
-      edges_direct(grad, map, out, plans.direct[r], r, c0, c1, s, scratch, sums);
-      double* to = &ends[(c0 / Table::LANES * s.R + r) * 4];
-      add_ends(roi.x, sums.x, s.Q / roi.x.length, sums.inner, to, to + 2);
-      add_ends(roi.y, sums.y, s.P / roi.y.length, sums.inner, to + 1, to + 3);
+      double* to = &ends[(c0 / LANES * s.R + r) * 4];
+      ends_direct(grad, map, out, plans, r, c0, c1, strip, scratch, to);
     }
   });
-  for_tables(plans, [&](Table& table, int64_t n, int64_t c0, int64_t c1, const auto& large,
-                        const auto& corners) {
-    Scratch<T> scratch;
-    const bool finite = table.sum(map, map.at(n, c0, 0, 0), c1 - c0);
-    for (size_t k = 0; k < large.size(); ++k) {
-      const int64_t r = large[k];
-      const Roi& roi = plans.direct[r].roi;
-      EdgeSums sums(roi);
-      if (!finite) {
-        edges_direct(grad, map, out, plans.direct[r], r, c0, c1, s, scratch, sums);
-      } else {
-        const T *g = grad.at(r, c0, 0, 0), *o = out.at(r, c0, 0, 0);
-        run_widest([&]() IOU_D2_INLINE_LAMBDA {
-          edge_sums<T>(table, corners[k], grad, g, c1 - c0, sums.y.data(), sums.x.data());
-          sums.inner = inner<T>(grad, g, out, o, s.P, s.Q, c1 - c0);
-        });
-      }
-      double* to = &ends[(c0 / Table::LANES * s.R + r) * 4];
-      add_ends(roi.x, sums.x, finite ? 1 : s.Q / roi.x.length, sums.inner, to, to + 2);
-      add_ends(roi.y, sums.y, finite ? 1 : s.P / roi.y.length, sums.inner, to + 1, to + 3);
-    }
+  for_tables<T>(plans, [&](const Group& group, Rows<T>& rows, Scratch<T>& scratch, int64_t c0,
+                           int64_t c1) {
+    ends_of_group(grad, map, out, plans, group, rows, c0, c1, scratch,
+                  &ends[c0 / LANES * s.R * 4]);
   });
   double* total = grad_rois.data_ptr<double>();
   for (int64_t k = 0; k < copies * s.R; ++k) {
@@ -247,7 +340,7 @@ at::Tensor prroi_pool_cpu(const at::Tensor& features, const at::Tensor& rois, do
   check_arguments(features, rois, spatial_scale, P, Q);
   const at::Tensor map = features.to(at::toOpMathType(features.scalar_type()));
   const Shape s{map.size(0), map.size(1), map.size(2), map.size(3), rois.size(0), P, Q};
-  at::Tensor out = at::empty({s.R, s.C, P, Q}, map.options().memory_format(format_of(features)));
+  at::Tensor out = empty({s.R, s.C, P, Q}, map.options().memory_format(format_of(features)));
   if (out.numel() == 0) return out.to(features.scalar_type());
   AT_DISPATCH_FLOATING_TYPES(map.scalar_type(), "prroi_pool", [&] {
     forward<scalar_t>(map, Plans<scalar_t>(rois, s, spatial_scale, aligned), out);
@@ -261,9 +354,9 @@ at::Tensor prroi_pool_backward_features_cpu(const at::Tensor& grad, const at::Te
   check_backward(grad, size, rois);
   const at::Tensor g = grad.to(at::toOpMathType(grad.scalar_type()));
   const auto format = channels_last ? kChannelsLast : at::MemoryFormat::Contiguous;
-  at::Tensor out = at::empty(size, g.options().memory_format(format)).zero_();
+  at::Tensor out = empty(size, g.options().memory_format(format));
   const Shape s{size[0], size[1], size[2], size[3], rois.size(0), g.size(2), g.size(3)};
-  if (g.numel() == 0) return out.to(grad.scalar_type());
+  if (g.numel() == 0) return out.zero_().to(grad.scalar_type());
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "prroi_pool_backward_features", [&] {
     backward_features<scalar_t>(g, Plans<scalar_t>(rois, s, spatial_scale, aligned), out);
   });
