@@ -39,8 +39,8 @@ struct Plans {
   // from TABLE_COST maps' worth of such RoIs on, and bringing whole rows of the map into a strip
   // from RoIs of STRIP_COST maps on (estimates).
   static constexpr double LARGE = 64, TABLE_COST = 16, STRIP_COST = 0.5;
-  static constexpr int64_t BAND = 16;           // rows
-  static constexpr int64_t GROUP_BYTES = 1 << 20;  // of the bins of a group's RoIs, a share of a cache
+  static constexpr int64_t BAND = 8;           // rows
+  static constexpr int64_t GROUP_BYTES = 1 << 22;  // of the bins of a group's RoIs, a share of a cache
 
   Shape shape;
   std::vector<Plan<T>> direct;  // by RoI
@@ -81,7 +81,7 @@ struct Plans {
       order.push_back(r);
       strip_rows = std::max(strip_rows, direct[r].y.origin + direct[r].y.extent - band(r));
     }
-    strip_rows = std::min(2 * strip_rows, shape.H);  // so that rows are seldom moved up
+    strip_rows = std::min(strip_rows + strip_rows / 2, shape.H);  // rows are seldom moved up
     const auto key = [&](int64_t r) {
       return std::tuple(direct[r].roi.image, band(r), direct[r].x.origin, r);
     };
@@ -113,17 +113,19 @@ struct Scratch {
   Tile<T> pixels, bins, outputs;
   Strip<T> strip;
   int64_t image = -1;  // whose rows the strip has
+  // For the table: a row of the map, the bins of a group, and what edges leave for the next.
+  Tile<T, 1> line, group_bins;
   std::vector<Line<double>> edges;
 };
 
 // Splits C channels into blocks and R RoIs into parts and calls body(scratch, c0, c1, r0, r1) for
-// each pair in parallel. Where channels are neighbours a task takes all of them; else a block of
-// LANES, whose planes neighbouring RoIs share.
+// each pair in parallel. Where channels are neighbours a task takes all of them; else those of a
+// tile, whose planes neighbouring RoIs share.
 template <typename T, typename F>
 void for_tasks(const Plans<T>& plans, bool in_place, const F& body) {
   const int64_t C = plans.shape.C, R = static_cast<int64_t>(plans.order.size());
   const int64_t threads = at::get_num_threads();
-  const int64_t block = in_place ? C : Simd<T>::LANES, blocks = (C + block - 1) / block;
+  const int64_t block = in_place ? C : Tile<T>::LANES, blocks = (C + block - 1) / block;
   const int64_t parts = std::min(R, in_place ? 8 * threads : (threads + blocks - 1) / blocks);
   // Tasks are handed out one by one, for RoIs differ in size and cores in what else they do.
   std::atomic<int64_t> next{0};

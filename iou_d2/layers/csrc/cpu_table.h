@@ -299,7 +299,7 @@ IOU_D2_INLINE void add_ends(Rows<T>& rows, const Corners& roi, int64_t p, const 
 // there. False if a pixel that went into those is not finite.
 template <typename T, typename F>
 IOU_D2_INLINE bool sweep_down(const Group& group, Rows<T>& rows, const Strided<const T>& map,
-                              int64_t c0, int64_t lanes, Tile<T>& line, const F& visit) {
+                              int64_t c0, int64_t lanes, Tile<T, 1>& line, const F& visit) {
   line.resize(1, rows.width - 1);
   rows.clear(0);
   int64_t i = 0;
@@ -320,7 +320,7 @@ IOU_D2_INLINE bool sweep_down(const Group& group, Rows<T>& rows, const Strided<c
 // all that lies below and right of a pixel.
 template <typename T, typename F>
 IOU_D2_INLINE void sweep_up(const Group& group, Rows<T>& rows, const Strided<T>& map, int64_t c0,
-                            int64_t lanes, Tile<T>& line, const F& visit) {
+                            int64_t lanes, Tile<T, 1>& line, const F& visit) {
   line.resize(1, rows.width - 1);
   std::fill(rows.values.begin(), rows.values.end(), Line<double>{});
   auto edge = group.edges.rbegin();

@@ -55,16 +55,16 @@ struct alignas(64) Line {
   T lane[Simd<T>::LANES];
 };
 
-// A (rows, columns, LANES) block in cache; missing channels are 0.
-template <typename T>
+// A (rows, columns, LANES) block in cache, WIDTH vectors wide; missing channels are 0.
+template <typename T, int64_t WIDTH = 2>
 struct Tile {
-  static constexpr int64_t LANES = Simd<T>::LANES;
+  static constexpr int64_t LANES = WIDTH * Simd<T>::LANES;
   std::vector<Line<T>> values;
   int64_t rows = 0, columns = 0;
 
   Tile& resize(int64_t h, int64_t w) {
     rows = h, columns = w;
-    if (static_cast<int64_t>(values.size()) < h * w) values.resize(h * w);
+    if (static_cast<int64_t>(values.size()) < h * w * WIDTH) values.resize(h * w * WIDTH);
     return *this;
   }
   IOU_D2_INLINE T* row(int64_t i) {

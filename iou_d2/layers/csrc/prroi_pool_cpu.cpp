@@ -24,7 +24,7 @@ namespace {
 template <typename T>
 int64_t next_channels(int64_t left, bool in_place) {
   constexpr int64_t LANES = Simd<T>::LANES;
-  return left < LANES ? left : in_place ? left / LANES * LANES : LANES;
+  return in_place && left >= LANES ? left / LANES * LANES : std::min(left, Tile<T>::LANES);
 }
 
 template <typename T>
@@ -68,7 +68,7 @@ IOU_D2_INLINE Grid<const T> bins_of(const Strided<const T>& bins, const Shape& s
 // The same for all RoIs of a group, with RoI k's in rows [k * P, (k + 1) * P) of the tile.
 template <typename T>
 IOU_D2_INLINE void gather_bins(const Strided<const T>& bins, const Shape& s, const Group& group,
-                               int64_t c0, int64_t lanes, Tile<T>& tile) {
+                               int64_t c0, int64_t lanes, Tile<T, 1>& tile) {
   if (bins.in_place(lanes)) return;
   const int64_t count = static_cast<int64_t>(group.rois.size());
   tile.resize(count * s.P, s.Q);
@@ -78,7 +78,7 @@ IOU_D2_INLINE void gather_bins(const Strided<const T>& bins, const Shape& s, con
 
 template <typename T, typename U>
 IOU_D2_INLINE Grid<U> bins_in_group(const Strided<U>& bins, const Shape& s, const Group& group,
-                                    int64_t k, int64_t c0, int64_t lanes, Tile<T>& tile) {
+                                    int64_t k, int64_t c0, int64_t lanes, Tile<T, 1>& tile) {
   if (bins.in_place(lanes)) return bins.grid(group.rois[k], c0, 0, 0);
   const Grid<T> grid = tile.grid(k * s.P);
   return {grid.data, grid.row, grid.column};
@@ -106,13 +106,13 @@ void pool_group(const Strided<const T>& map, const Plans<T>& plans, const Group&
                 Rows<T>& rows, int64_t c0, int64_t c1, const Strided<T>& out, Scratch<T>& scratch) {
   const Shape& s = plans.shape;
   const int64_t count = static_cast<int64_t>(group.rois.size()), lanes = c1 - c0;
-  if (!out.in_place(lanes)) scratch.bins.resize(count * s.P, s.Q);
+  if (!out.in_place(lanes)) scratch.group_bins.resize(count * s.P, s.Q);
   scratch.edges.resize(count * s.Q * Wide<T>::PACKS);
   run_widest([&]() IOU_D2_INLINE_LAMBDA {
     const bool finite = sweep_down(
-        group, rows, map, c0, lanes, scratch.pixels,
+        group, rows, map, c0, lanes, scratch.line,
         [&](const Group::Edge& e) IOU_D2_INLINE_LAMBDA {
-          const auto bins = bins_in_group(out, s, group, e.k, c0, lanes, scratch.bins);
+          const auto bins = bins_in_group(out, s, group, e.k, c0, lanes, scratch.group_bins);
           double* above = scratch.edges[e.k * s.Q * Wide<T>::PACKS].lane;
           pool_edge<T>(rows, group.corners[e.k], e.p, bins, above);
         });
@@ -121,7 +121,7 @@ void pool_group(const Strided<const T>& map, const Plans<T>& plans, const Group&
       if (!finite)
         pool_direct(map, plans, r, c0, c1, out, false, scratch);
       else if (!out.in_place(lanes))
-        scratch.bins.template scatter<false>(k * s.P, s.P, out, out.at(r, c0, 0, 0), lanes);
+        scratch.group_bins.template scatter<false>(k * s.P, s.P, out, out.at(r, c0, 0, 0), lanes);
     }
   });
 }
@@ -180,7 +180,7 @@ void spread_in_place(const Strided<const T>& grad, const Plans<T>& plans, int64_
   clear_to(s.N * s.H);
 }
 
-// Writes all of the map for up to LANES channels.
+// Writes all of the map for the channels of a tile.
 template <typename T>
 void spread_in_strip(const Strided<const T>& grad, const Plans<T>& plans, int64_t c0, int64_t c1,
                      const Strided<T>& map, Scratch<T>& scratch) {
@@ -201,7 +201,7 @@ void spread_in_strip(const Strided<const T>& grad, const Plans<T>& plans, int64_
         if (plan.empty()) continue;
         strip.open(plans.band(*next), y.origin + y.extent, bring, leave);
         const auto bins = bins_of(grad, s, *next, c0, c1 - c0, scratch.bins);
-        spread<T>(bins, y, x, strip.grid(y.origin, x.origin), Simd<T>::LANES);
+        spread<T>(bins, y, x, strip.grid(y.origin, x.origin), whole_lanes<T>(c1 - c0));
       }
       strip.close(s.H, leave);
     });
@@ -214,10 +214,10 @@ void spread_group(const Strided<const T>& grad, const Plans<T>& plans, const Gro
                   Scratch<T>& scratch) {
   const Shape& s = plans.shape;
   run_widest([&]() IOU_D2_INLINE_LAMBDA {
-    gather_bins(grad, s, group, c0, c1 - c0, scratch.bins);
-    sweep_up(group, rows, map, c0, c1 - c0, scratch.pixels,
+    gather_bins(grad, s, group, c0, c1 - c0, scratch.group_bins);
+    sweep_up(group, rows, map, c0, c1 - c0, scratch.line,
              [&](const Group::Edge& e) IOU_D2_INLINE_LAMBDA {
-               const auto bins = bins_in_group(grad, s, group, e.k, c0, c1 - c0, scratch.bins);
+               const auto bins = bins_in_group(grad, s, group, e.k, c0, c1 - c0, scratch.group_bins);
                spread_edge<T>(rows, group.corners[e.k], e.p, bins);
              });
   });
@@ -227,7 +227,7 @@ void spread_group(const Strided<const T>& grad, const Plans<T>& plans, const Gro
 template <typename T>
 void backward_features(const at::Tensor& grad_output, const Plans<T>& plans,
                        const at::Tensor& grad_features) {
-  constexpr int64_t LANES = Simd<T>::LANES;
+  constexpr int64_t LANES = Tile<T>::LANES;
   const int64_t C = plans.shape.C;
   const auto grad = strided<const T>(grad_output);
   const auto map = strided<T>(grad_features);
@@ -287,11 +287,11 @@ void ends_of_group(const Strided<const T>& grad, const Strided<const T>& map,
   std::vector<Ends> sums(group.rois.size());
   bool finite = true;
   run_widest([&]() IOU_D2_INLINE_LAMBDA {
-    gather_bins(grad, s, group, c0, c1 - c0, scratch.bins);
+    gather_bins(grad, s, group, c0, c1 - c0, scratch.group_bins);
     finite = sweep_down(
-        group, rows, map, c0, c1 - c0, scratch.pixels,
+        group, rows, map, c0, c1 - c0, scratch.line,
         [&](const Group::Edge& e) IOU_D2_INLINE_LAMBDA {
-          const auto bins = bins_in_group(grad, s, group, e.k, c0, c1 - c0, scratch.bins);
+          const auto bins = bins_in_group(grad, s, group, e.k, c0, c1 - c0, scratch.group_bins);
           add_ends<T>(rows, group.corners[e.k], e.p, bins, sums[e.k]);
         });
   });
