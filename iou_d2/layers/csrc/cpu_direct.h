@@ -41,13 +41,12 @@ struct Bins {
 // compiler knows.
 template <typename T>
 struct BinsView {
-  int64_t count, origin, extent;
+  int64_t count, extent;
   const int64_t *begin, *end, *offset;
   const T* weights;
 
   BinsView(const Bins<T>& b)
       : count(static_cast<int64_t>(b.begin.size())),
-        origin(b.origin),
         extent(b.extent),
         begin(b.begin.data()),
         end(b.end.data()),
@@ -167,18 +166,18 @@ IOU_D2_INLINE typename Simd<T>::Pack edge_sum(Grid<const T> map, Grid<const T> g
   constexpr int64_t LANES = Simd<T>::LANES;
   typename Simd<T>::Pack total[K] = {};
   for (int64_t k = 0; k < across.count; ++k) {
-    typename Simd<T>::Pack mean[K] = {};
+    typename Simd<T>::Pack near[K] = {}, far[K] = {};  // sums of weighted pixels on either side
     for (int64_t i = across.begin[k]; i < across.end[k]; ++i) {
       const T w = across.weight(k, i);
-      const T w0 = w * static_cast<T>(at.hats[0]), w1 = w * static_cast<T>(at.hats[1]);
-      for (int n = 0; n < K; ++n) mean[n] += w0 * pack(map.at(i, at.pixel[0]) + c + n * LANES);
-      for (int n = 0; n < K; ++n) mean[n] += w1 * pack(map.at(i, at.pixel[1]) + c + n * LANES);
+      for (int n = 0; n < K; ++n) near[n] += w * pack(map.at(i, at.pixel[0]) + c + n * LANES);
+      for (int n = 0; n < K; ++n) far[n] += w * pack(map.at(i, at.pixel[1]) + c + n * LANES);
     }
     for (int n = 0; n < K; ++n) {
-      typename Simd<T>::Pack step = {};
+      typename Simd<T>::Pack step = {}, mean = static_cast<T>(at.hats[0]) * near[n];
+      mean += static_cast<T>(at.hats[1]) * far[n];
       if (e > 0) step += pack(grad.at(k, e - 1) + c + n * LANES);
       if (e < bins) step += T(-1) * pack(grad.at(k, e) + c + n * LANES);
-      total[n] += step * mean[n];
+      total[n] += step * mean;
     }
   }
   for (int n = 1; n < K; ++n) total[0] += total[n];
@@ -188,14 +187,13 @@ IOU_D2_INLINE typename Simd<T>::Pack edge_sum(Grid<const T> map, Grid<const T> g
 // Adds what moving the two ends of an axis does: edge e, at the share t from start to end, moves
 // by 1 - t and t of their moves.
 template <typename T>
-IOU_D2_INLINE void add_ends(Grid<const T> map, Grid<const T> grad, const Axis& axis,
-                            BinsView<T> along, BinsView<T> across, int64_t channels,
-                            double* ends) {
-  if (along.extent == 0 || across.extent == 0) return;
-  const int64_t bins = along.count;
+IOU_D2_INLINE void add_ends(Grid<const T> map, Grid<const T> grad,
+                            const std::vector<EdgePixels>& edges, BinsView<T> across,
+                            int64_t channels, double* ends) {
+  const int64_t bins = static_cast<int64_t>(edges.size()) - 1;
   typename Simd<T>::Pack start = {}, end = {};
   for (int64_t e = 0; e <= bins; ++e) {
-    const EdgePixels at(axis, along.origin, e);
+    const EdgePixels& at = edges[e];
     if (at.hats[0] == 0 && at.hats[1] == 0) continue;
     typename Simd<T>::Pack total = {};
     for_packs<T>(channels, [&](int64_t c, auto K) IOU_D2_INLINE_LAMBDA {

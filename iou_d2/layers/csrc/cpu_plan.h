@@ -23,7 +23,12 @@ template <typename T>
 struct Plan {
   Roi roi;
   Bins<T> y, x;
+  std::vector<EdgePixels> edges_y, edges_x;  // for the gradient of the RoI alone
   explicit Plan(const Roi& r) : roi(r), y(r.y), x(r.x) {}
+  void set_edges() {
+    for (int64_t e = 0; e <= roi.y.bins; ++e) edges_y.emplace_back(roi.y, y.origin, e);
+    for (int64_t e = 0; e <= roi.x.bins; ++e) edges_x.emplace_back(roi.x, x.origin, e);
+  }
   bool empty() const {
     return y.extent == 0 || x.extent == 0;
   }

@@ -47,6 +47,7 @@ struct Corners {
 
 // Some RoIs of one image, and their bins' horizontal edges by the last row of S that they need.
 struct Group {
+  static constexpr size_t SOON = 3;  // edges whose memory is worth fetching ahead
   struct Edge {
     int64_t row, k, p;  // edge p of the group's RoI k
   };
@@ -60,6 +61,9 @@ struct Group {
     corners.emplace_back(roi);
     for (int64_t p = 0; p <= roi.y.bins; ++p)
       edges.push_back({corners.back().y[p].at[2], static_cast<int64_t>(rois.size()) - 1, p});
+  }
+  void prefetch_x(const Edge& e) const {
+    for (const Corner& x : corners[e.k].x) prefetch(&x);
   }
   void sort() {
     std::stable_sort(edges.begin(), edges.end(),
@@ -230,6 +234,15 @@ IOU_D2_INLINE Wide<T> step_down(const Corners& roi, int64_t p, int64_t q,
   return total;
 }
 
+// The bins on both sides of edge p.
+template <typename T>
+IOU_D2_INLINE void prefetch_bins(const Corners& roi, int64_t p, const Grid<T>& bins) {
+  const int64_t P = roi.y.size() - 1, Q = roi.x.size() - 1;
+  for (int64_t i = std::max<int64_t>(p - 1, 0); i < std::min(p + 1, P); ++i) {
+    for (int64_t q = 0; q < Q; ++q) prefetch(bins.at(i, q));
+  }
+}
+
 // Calls body(q, d loss / d G[p, q] * area) for the corners of edge p.
 template <typename T, typename F>
 IOU_D2_INLINE void corner_gradients(const Corners& roi, int64_t p, const Grid<const T>& grad,
@@ -295,37 +308,39 @@ IOU_D2_INLINE void add_ends(Rows<T>& rows, const Corners& roi, int64_t p, const 
   ends.x[0] += all_x - right, ends.x[1] += right;
 }
 
-// Calls visit(edge) for the group's edges in order, when the three rows of S that each needs are
-// there. False if a pixel that went into those is not finite.
+// Calls visit(edge, one that comes soon) for the group's edges in order, when the three rows of S
+// that each needs are there. False if a pixel that went into those is not finite.
 template <typename T, typename F>
 IOU_D2_INLINE bool sweep_down(const Group& group, Rows<T>& rows, const Strided<const T>& map,
                               int64_t c0, int64_t lanes, Tile<T, 1>& line, const F& visit) {
   line.resize(1, rows.width - 1);
   rows.clear(0);
+  const size_t count = group.edges.size();
   int64_t i = 0;
-  for (const Group::Edge& edge : group.edges) {
-    for (; i < edge.row; ++i) {
+  for (size_t e = 0; e < count; ++e) {
+    for (; i < group.edges[e].row; ++i) {
       const T* start = map.at(group.image, c0, i, 0);
       if (map.in_place(lanes))
         rows.append(i + 1, map.grid(group.image, c0, i, 0));
       else
         rows.append(i + 1, line.gather(0, 1, map, start, lanes));
     }
-    visit(edge);
+    visit(group.edges[e], group.edges[std::min(e + Group::SOON, count - 1)]);
   }
   return rows.finite(i);
 }
 
-// The transpose of sweep_down: visit(edge) adds to the gradient of S, and the map gets the sum of
-// all that lies below and right of a pixel.
+// The transpose of sweep_down: visit(edge, ...) adds to the gradient of S, and the map gets the sum
+// of all that lies below and right of a pixel.
 template <typename T, typename F>
 IOU_D2_INLINE void sweep_up(const Group& group, Rows<T>& rows, const Strided<T>& map, int64_t c0,
                             int64_t lanes, Tile<T, 1>& line, const F& visit) {
   line.resize(1, rows.width - 1);
   std::fill(rows.values.begin(), rows.values.end(), Line<double>{});
-  auto edge = group.edges.rbegin();
-  for (int64_t i = edge->row; i > 0; --i) {
-    for (; edge != group.edges.rend() && edge->row == i; ++edge) visit(*edge);
+  size_t e = group.edges.size();
+  for (int64_t i = group.edges.back().row; i > 0; --i) {
+    for (; e > 0 && group.edges[e - 1].row == i; --e)
+      visit(group.edges[e - 1], group.edges[e > Group::SOON ? e - 1 - Group::SOON : 0]);
     if (map.in_place(lanes)) {
       rows.drain(i, map.grid(group.image, c0, i - 1, 0));
       continue;

@@ -111,9 +111,12 @@ void pool_group(const Strided<const T>& map, const Plans<T>& plans, const Group&
   run_widest([&]() IOU_D2_INLINE_LAMBDA {
     const bool finite = sweep_down(
         group, rows, map, c0, lanes, scratch.line,
-        [&](const Group::Edge& e) IOU_D2_INLINE_LAMBDA {
+        [&](const Group::Edge& e, const Group::Edge& soon) IOU_D2_INLINE_LAMBDA {
           const auto bins = bins_in_group(out, s, group, e.k, c0, lanes, scratch.group_bins);
-          double* above = scratch.edges[e.k * s.Q * Wide<T>::PACKS].lane;
+          const int64_t lines = s.Q * Wide<T>::PACKS;
+          double* above = scratch.edges[e.k * lines].lane;
+          group.prefetch_x(soon);
+          for (int64_t n = 0; n < lines; ++n) prefetch(&scratch.edges[soon.k * lines + n]);
           pool_edge<T>(rows, group.corners[e.k], e.p, bins, above);
         });
     for (int64_t k = 0; k < count; ++k) {
@@ -216,8 +219,11 @@ void spread_group(const Strided<const T>& grad, const Plans<T>& plans, const Gro
   run_widest([&]() IOU_D2_INLINE_LAMBDA {
     gather_bins(grad, s, group, c0, c1 - c0, scratch.group_bins);
     sweep_up(group, rows, map, c0, c1 - c0, scratch.line,
-             [&](const Group::Edge& e) IOU_D2_INLINE_LAMBDA {
+             [&](const Group::Edge& e, const Group::Edge& soon) IOU_D2_INLINE_LAMBDA {
                const auto bins = bins_in_group(grad, s, group, e.k, c0, c1 - c0, scratch.group_bins);
+               prefetch_bins(group.corners[soon.k], soon.p,
+                             bins_in_group(grad, s, group, soon.k, c0, c1 - c0, scratch.group_bins));
+               group.prefetch_x(soon);
                spread_edge<T>(rows, group.corners[e.k], e.p, bins);
              });
   });
@@ -253,6 +259,21 @@ void add_gradient(const Ends& ends, const Roi& roi, double unit_y, double unit_x
   to[3] += ends.y[1] * unit_y - ends.inner / roi.y.length;
 }
 
+// The sum of gradient * output over a RoI's bins and `lanes` channels; `g` are the gradient's bins.
+template <typename T>
+IOU_D2_INLINE double inner_of(const Strided<const T>& grad, const Strided<const T>& out,
+                              Grid<const T> g, const Shape& s, int64_t r, int64_t c0, int64_t lanes,
+                              Tile<T>& tile) {
+  const auto dense = [&](const Strided<const T>& t) {
+    return t.column == 1 && t.row == s.Q && t.channel == s.P * s.Q;
+  };
+  // What lies side by side in both is as one long bin, and need not go through a tile.
+  if (dense(grad) && dense(out) && lanes % Simd<T>::LANES == 0)
+    return inner<T>({grad.at(r, c0, 0, 0), 0, 0}, {out.at(r, c0, 0, 0), 0, 0}, 1, 1,
+                    lanes * s.P * s.Q);
+  return inner<T>(g, bins_of(out, s, r, c0, lanes, tile), s.P, s.Q, whole_lanes<T>(lanes));
+}
+
 template <typename T>
 void ends_direct(const Strided<const T>& grad, const Strided<const T>& map,
                  const Strided<const T>& out, const Plans<T>& plans, int64_t r, int64_t c0,
@@ -260,7 +281,7 @@ void ends_direct(const Strided<const T>& grad, const Strided<const T>& map,
   const Shape& s = plans.shape;
   const Plan<T>& plan = plans.direct[r];
   const Roi& roi = plan.roi;
-  if (roi.x.length == 0) return;
+  if (roi.x.length == 0 || plan.empty()) return;
   const bool in_place = map.channel == 1 && grad.channel == 1 && out.channel == 1;
   Ends ends;
   for (int64_t c = c0, n; c < c1; c += n) {
@@ -268,11 +289,10 @@ void ends_direct(const Strided<const T>& grad, const Strided<const T>& map,
     run_widest([&]() IOU_D2_INLINE_LAMBDA {
       const auto pixels = pixels_of(map, plans, r, c, n, strip, scratch);
       const auto g = bins_of(grad, s, r, c, n, scratch.bins);
-      const auto o = bins_of(out, s, r, c, n, scratch.outputs);
       const int64_t whole = whole_lanes<T>(n);
-      add_ends<T>(pixels, g, roi.x, plan.x, plan.y, whole, ends.x);
-      add_ends<T>(pixels.turned(), g.turned(), roi.y, plan.y, plan.x, whole, ends.y);
-      ends.inner += inner<T>(g, o, s.P, s.Q, whole);
+      add_ends<T>(pixels, g, plan.edges_x, plan.y, whole, ends.x);
+      add_ends<T>(pixels.turned(), g.turned(), plan.edges_y, plan.x, whole, ends.y);
+      ends.inner += inner_of(grad, out, g, s, r, c, n, scratch.outputs);
     });
   }
   add_gradient(ends, roi, s.P / roi.y.length, s.Q / roi.x.length, to);
@@ -290,8 +310,11 @@ void ends_of_group(const Strided<const T>& grad, const Strided<const T>& map,
     gather_bins(grad, s, group, c0, c1 - c0, scratch.group_bins);
     finite = sweep_down(
         group, rows, map, c0, c1 - c0, scratch.line,
-        [&](const Group::Edge& e) IOU_D2_INLINE_LAMBDA {
+        [&](const Group::Edge& e, const Group::Edge& soon) IOU_D2_INLINE_LAMBDA {
           const auto bins = bins_in_group(grad, s, group, e.k, c0, c1 - c0, scratch.group_bins);
+          prefetch_bins(group.corners[soon.k], soon.p,
+                        bins_in_group(grad, s, group, soon.k, c0, c1 - c0, scratch.group_bins));
+          group.prefetch_x(soon);
           add_ends<T>(rows, group.corners[e.k], e.p, bins, sums[e.k]);
         });
   });
@@ -306,12 +329,13 @@ void ends_of_group(const Strided<const T>& grad, const Strided<const T>& map,
 
 template <typename T>
 void backward_rois(const at::Tensor& grad_output, const at::Tensor& features,
-                   const at::Tensor& output, const Plans<T>& plans, double scale,
+                   const at::Tensor& output, Plans<T> plans, double scale,
                    const at::Tensor& grad_rois) {
   constexpr int64_t LANES = Simd<T>::LANES;
   const Shape& s = plans.shape;
   const auto grad = strided<const T>(grad_output), map = strided<const T>(features),
              out = strided<const T>(output);
+  for (Plan<T>& plan : plans.direct) plan.set_edges();
   // Every block of channels adds into its own copy, so that sums have one order.
   const int64_t copies = (s.C + LANES - 1) / LANES;
   std::vector<double> ends(copies * s.R * 4);
