@@ -3,6 +3,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <cstdint>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -17,9 +19,11 @@ inline at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options) 
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 1 << 21;
   const uintptr_t start = reinterpret_cast<uintptr_t>(result.const_data_ptr());
-  const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE, last = (start + result.nbytes()) / PAGE * PAGE;
-  // Only advice: where it is not taken nothing is lost.
-  if (first + 2 * PAGE <= last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t last = (start + result.nbytes()) / PAGE * PAGE;
+  // Advice: where it is not taken nothing is lost.
+  if (first + 2 * PAGE <= last)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return result;
 }

@@ -44,8 +44,8 @@ struct Plans {
   // from TABLE_COST maps' worth of such RoIs on, and bringing whole rows of the map into a strip
   // from RoIs of STRIP_COST maps on (estimates).
   static constexpr double LARGE = 64, TABLE_COST = 16, STRIP_COST = 0.5;
-  static constexpr int64_t BAND = 8;           // rows
-  static constexpr int64_t GROUP_BYTES = 1 << 22;  // of the bins of a group's RoIs, a share of a cache
+  static constexpr int64_t BAND = 8;  // rows
+  static constexpr int64_t GROUP_BYTES = 1 << 22;  // of the bins of a group's RoIs
 
   Shape shape;
   std::vector<Plan<T>> direct;  // by RoI

@@ -146,8 +146,8 @@ struct Strip {
     return {tile.row(i - base) + j * Tile<T>::LANES, tile.columns * Tile<T>::LANES,
             Tile<T>::LANES};
   }
-  // Calls leave(row of the map, row of the tile) for all rows above `row`; the row of the tile is -1
-  // if that was never brought in.
+  // Calls leave(row of the map, row of the tile) for all rows above `row`; the tile's is -1 for a
+  // row that was never brought in.
   template <typename F>
   IOU_D2_INLINE void close(int64_t row, const F& leave) {
     for (; top < row; ++top) leave(top, top < bottom ? top - base : -1);
