@@ -23,91 +23,140 @@ template <typename T>
 struct Plan {
   Roi roi;
   Bins<T> y, x;
+  std::vector<EdgePixels> edges_y, edges_x;  // for the gradient of the RoI alone
   explicit Plan(const Roi& r) : roi(r), y(r.y), x(r.x) {}
+  void set_edges() {
+    for (int64_t e = 0; e <= roi.y.bins; ++e) edges_y.emplace_back(roi.y, y.origin, e);
+    for (int64_t e = 0; e <= roi.x.bins; ++e) edges_x.emplace_back(roi.x, x.origin, e);
+  }
+  bool empty() const {
+    return y.extent == 0 || x.extent == 0;
+  }
+  double pixels() const {
+    return static_cast<double>(y.extent) * static_cast<double>(x.extent);
+  }
 };
 
 // Everything about the RoIs that all channels share, computed once a call.
 template <typename T>
 struct Plans {
-  // A RoI of more pixels a bin than LARGE costs less by way of a table; building that pays from
-  // TABLE_COST maps' worth of such RoIs on (estimates).
-  static constexpr double LARGE = 64, TABLE_COST = 16;
+  // A RoI of more pixels a bin than LARGE costs less by way of a table; sweeping over that pays
+  // from TABLE_COST maps' worth of such RoIs on, and bringing whole rows of the map into a strip
+  // from RoIs of STRIP_COST maps on (estimates).
+  static constexpr double LARGE = 64, TABLE_COST = 16, STRIP_COST = 0.5;
+  static constexpr int64_t BAND = 8;  // rows
+  static constexpr int64_t GROUP_BYTES = 1 << 22;  // of the bins of a group's RoIs
 
   Shape shape;
   std::vector<Plan<T>> direct;  // by RoI
   std::vector<bool> large;      // by RoI: pooled by way of a table
-  std::vector<int64_t> order;   // of the RoIs in the map, so that neighbours share cached pixels
+  std::vector<int64_t> order;   // of the other RoIs in the map, so that neighbours share pixels
+  std::vector<Group> groups;    // of the large RoIs
+  int64_t strip_rows = 1;       // as many as a band's RoIs need
+  bool dense = false;           // whether the RoIs in `order` cover enough for a strip
 
   Plans(const at::Tensor& rois, const Shape& s, double scale, bool aligned) : shape(s), large(s.R) {
     const at::Tensor boxes = rois.to(at::kDouble).contiguous();
     const double* box = boxes.const_data_ptr<double>();
+    const double map = static_cast<double>(s.N * s.H * s.W);
     direct.reserve(s.R);
-    double area = 0;  // of the large RoIs, in pixels
+    double in_table = 0, pixels = 0;
     for (int64_t r = 0; r < s.R; ++r, box += 5) {
       TORCH_CHECK_INDEX(box[0] >= 0 && box[0] < static_cast<double>(s.N), "prroi_pool: rois[", r,
                         ", 0] = ", box[0], " is no index into a batch of ", s.N, " images.");
       direct.emplace_back(read_roi(box, scale, aligned ? 0.5 : 0, s.P, s.Q, s.H, s.W));
-      const double pixels =
-          static_cast<double>(direct[r].y.extent) * static_cast<double>(direct[r].x.extent);
-      large[r] = pixels > LARGE * static_cast<double>(s.P * s.Q);
-      if (large[r]) area += pixels;
+      large[r] = direct[r].pixels() > LARGE * static_cast<double>(s.P * s.Q);
+      pixels += direct[r].pixels();
+      if (large[r]) in_table += direct[r].pixels();
     }
-    if (area < TABLE_COST * static_cast<double>(s.N * s.H * s.W)) large.assign(s.R, false);
-    order.resize(s.R);
-    std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-      const Plan<T>&p = direct[a], &q = direct[b];
-      return std::tie(p.roi.image, p.y.origin, p.x.origin, a) <
-             std::tie(q.roi.image, q.y.origin, q.x.origin, b);
-    });
+    if (in_table < TABLE_COST * map) large.assign(s.R, false), in_table = 0;
+    dense = pixels - in_table > STRIP_COST * map;
+    set_order();
+    set_groups();
   }
-  // Calls body(image, its large RoIs) for the images that have such.
-  template <typename F>
-  void for_large(const F& body) const {
-    std::vector<std::vector<int64_t>> of_image(shape.N);
+  // The first row of a RoI's band: no later RoI of the order needs the rows above.
+  int64_t band(int64_t r) const {
+    return direct[r].y.origin / BAND * BAND;
+  }
+
+ private:
+  void set_order() {
     for (int64_t r = 0; r < shape.R; ++r) {
-      if (large[r]) of_image[direct[r].roi.image].push_back(r);
+      if (large[r]) continue;
+      order.push_back(r);
+      strip_rows = std::max(strip_rows, direct[r].y.origin + direct[r].y.extent - band(r));
     }
-    for (int64_t n = 0; n < shape.N; ++n) {
-      if (!of_image[n].empty()) body(n, of_image[n]);
+    strip_rows = std::min(strip_rows + strip_rows / 2, shape.H);  // rows are seldom moved up
+    const auto key = [&](int64_t r) {
+      return std::tuple(direct[r].roi.image, band(r), direct[r].x.origin, r);
+    };
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return key(a) < key(b); });
+  }
+  void set_groups() {
+    const int64_t most =
+        std::max<int64_t>(GROUP_BYTES / (shape.P * shape.Q * sizeof(Line<T>)), 64);
+    std::vector<int64_t> open(shape.N, -1);  // the group of an image that takes its next RoI
+    for (int64_t r = 0; r < shape.R; ++r) {
+      if (!large[r]) continue;
+      int64_t& group = open[direct[r].roi.image];
+      if (group < 0 || static_cast<int64_t>(groups[group].rois.size()) == most) {
+        group = static_cast<int64_t>(groups.size());
+        groups.emplace_back();
+        groups.back().image = direct[r].roi.image;
+      }
+      groups[group].add(r, direct[r].roi);
     }
+    for (Group& group : groups) group.sort();
   }
 };
 
 constexpr at::MemoryFormat kChannelsLast = at::MemoryFormat::ChannelsLast;
 
-// Splits C channels into blocks and R RoIs into parts and calls body(c0, c1, r0, r1) for each pair
-// in parallel. Where channels are neighbours a task takes all of them; else a block of LANES, whose
-// planes neighbouring RoIs share.
+// What a thread works in.
+template <typename T>
+struct Scratch {
+  Tile<T> pixels, bins, outputs;
+  Strip<T> strip;
+  int64_t image = -1;  // whose rows the strip has
+  // For the table: a row of the map, the bins of a group, and what edges leave for the next.
+  Tile<T, 1> line, group_bins;
+  std::vector<Line<double>> edges;
+};
+
+// Splits C channels into blocks and R RoIs into parts and calls body(scratch, c0, c1, r0, r1) for
+// each pair in parallel. Where channels are neighbours a task takes all of them; else those of a
+// tile, whose planes neighbouring RoIs share.
 template <typename T, typename F>
-void for_tasks(const Shape& s, bool in_place, const F& body) {
+void for_tasks(const Plans<T>& plans, bool in_place, const F& body) {
+  const int64_t C = plans.shape.C, R = static_cast<int64_t>(plans.order.size());
   const int64_t threads = at::get_num_threads();
-  const int64_t block = in_place ? s.C : Simd<T>::LANES, blocks = (s.C + block - 1) / block;
-  const int64_t parts = std::min(s.R, in_place ? 8 * threads : (threads + blocks - 1) / blocks);
+  const int64_t block = in_place ? C : Tile<T>::LANES, blocks = (C + block - 1) / block;
+  const int64_t parts = std::min(R, in_place ? 8 * threads : (threads + blocks - 1) / blocks);
   // Tasks are handed out one by one, for RoIs differ in size and cores in what else they do.
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(threads, blocks * parts), 1, [&](int64_t, int64_t) {
+    Scratch<T> scratch;
     for (int64_t task = next++; task < blocks * parts; task = next++) {
       const int64_t c = task / parts * block, part = task % parts;
-      body(c, std::min(c + block, s.C), part * s.R / parts, (part + 1) * s.R / parts);
+      scratch.image = -1;
+      body(scratch, c, std::min(c + block, C), part * R / parts, (part + 1) * R / parts);
     }
   });
 }
 
-// The same over blocks of channels of one image's table.
+// Calls body(group, rows of its table, scratch, c0, c1) in parallel over blocks of channels.
 template <typename T, typename F>
 void for_tables(const Plans<T>& plans, const F& body) {
-  constexpr int64_t LANES = Table::LANES;
+  constexpr int64_t LANES = Simd<T>::LANES;
   const Shape& s = plans.shape;
-  plans.for_large([&](int64_t n, const std::vector<int64_t>& large) {
-    std::vector<Corners> corners;
-    for (int64_t r : large) corners.emplace_back(plans.direct[r].roi);
-    at::parallel_for(0, (s.C + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end) {
-      Table table(s.H, s.W);
-      for (int64_t block = begin; block < end; ++block) {
-        body(table, n, block * LANES, std::min((block + 1) * LANES, s.C), large, corners);
-      }
-    });
+  if (plans.groups.empty()) return;
+  at::parallel_for(0, (s.C + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end) {
+    Rows<T> rows(s.W);
+    Scratch<T> scratch;
+    for (int64_t block = begin; block < end; ++block) {
+      for (const Group& group : plans.groups)
+        body(group, rows, scratch, block * LANES, std::min((block + 1) * LANES, s.C));
+    }
   });
 }
 

@@ -4,27 +4,31 @@
 // With S[i, j] the sum of the map above and left of pixel (i, j), the integral G(y, x) of the
 // surface over everything above and left of a point is a sum of 3 x 3 entries of S, and a bin is
 // the usual difference of G at its 4 corners. S is kept in float64 for LANES neighbouring channels
-// at a time.
+// at a time, and of its rows the last three, which stay in the nearest caches: a sweep over the map
+// meets the edges of all bins in the order of their rows.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "prroi_pool.h"
 #include "cpu_tile.h"
+#include "cpu_wide.h"
 
 namespace iou_d2::cpu {
 
 // The 3 entries of S along one axis that give G at an edge, and G's slope there.
 struct Corner {
-  int64_t at[3];
+  int32_t at[3];
   double value[3], slope[3];
 
   Corner(const Axis& axis, int64_t e) {
     const double x = clamp(axis.edge(e), -1, static_cast<double>(axis.size));
     const int64_t left = static_cast<int64_t>(std::floor(x));
     const double t = x - static_cast<double>(left), a = (1 - t) * (1 - t) / 2, b = t * t / 2;
-    for (int64_t k = 0; k < 3; ++k) at[k] = std::min(std::max<int64_t>(left + k, 0), axis.size);
+    for (int64_t k = 0; k < 3; ++k)
+      at[k] = static_cast<int32_t>(std::min(std::max<int64_t>(left + k, 0), axis.size));
     value[0] = a, value[1] = 1 - a - b, value[2] = b;
     slope[0] = t - 1, slope[1] = 1 - 2 * t, slope[2] = t;
   }
@@ -42,148 +46,260 @@ struct Corners {
   }
 };
 
-struct Table {
-  static constexpr int64_t LANES = Simd<double>::LANES;
-  using Pack = Simd<double>::Pack;
-  int64_t H, W;
-  std::vector<double> values;  // (H + 1, W + 1, LANES)
+// Some RoIs of one image, and their bins' horizontal edges by the last row of S that they need.
+struct Group {
+  static constexpr size_t SOON = 3;  // edges whose memory is worth fetching ahead
+  struct Edge {
+    int64_t row, k, p;  // edge p of the group's RoI k
+  };
+  int64_t image;
+  std::vector<int64_t> rois;
+  std::vector<Corners> corners;
+  std::vector<Edge> edges;
 
-  Table(int64_t height, int64_t width) : H(height), W(width), values((H + 1) * (W + 1) * LANES) {}
-
-  IOU_D2_INLINE Pack& at(int64_t i, int64_t j) {
-    return pack(values.data() + (i * (W + 1) + j) * LANES);
+  void add(int64_t r, const Roi& roi) {
+    rois.push_back(r);
+    corners.emplace_back(roi);
+    for (int64_t p = 0; p <= roi.y.bins; ++p)
+      edges.push_back({corners.back().y[p].at[2], static_cast<int64_t>(rois.size()) - 1, p});
   }
-  // Fills the table with S of the map's first `lanes` channels; false if the map is not finite.
-  template <typename T>
-  bool sum(const Strided<const T>& map, const T* start, int64_t lanes) {
-    for (int64_t i = 0; i < H; ++i) {
-      double line[LANES] = {};
-      for (int64_t j = 0; j < W; ++j) {
-        const T* pixel = start + i * map.row + j * map.column;
-        for (int64_t k = 0; k < lanes; ++k) line[k] += static_cast<double>(pixel[k * map.channel]);
-        double* entry = values.data() + ((i + 1) * (W + 1) + j + 1) * LANES;
-        for (int64_t k = 0; k < LANES; ++k) entry[k] = entry[k - (W + 1) * LANES] + line[k];
-      }
-    }
-    // One value that is not finite makes the last sum so.
-    return std::all_of(values.end() - LANES, values.end(),
-                       [](double v) { return std::isfinite(v); });
+  void prefetch_x(const Edge& e) const {
+    for (const Corner& x : corners[e.k].x) prefetch(&x);
   }
-  // The transpose of sum: adds to each pixel the entries below and right of it, and clears the
-  // table.
-  template <typename T>
-  void add_transposed(const Strided<T>& map, T* start, int64_t lanes) {
-    for (int64_t i = H - 1; i >= 0; --i) {
-      double line[LANES] = {};
-      for (int64_t j = W - 1; j >= 0; --j) {
-        double* entry = values.data() + ((i + 1) * (W + 1) + j + 1) * LANES;
-        T* pixel = start + i * map.row + j * map.column;
-        for (int64_t k = 0; k < LANES; ++k) {
-          line[k] += entry[k];
-          if (i + 1 < H)
-            entry[k] = line[k] + entry[k + (W + 1) * LANES];
-          else
-            entry[k] = line[k];
-        }
-        for (int64_t k = 0; k < lanes; ++k) pixel[k * map.channel] += static_cast<T>(entry[k]);
-      }
-    }
-    std::fill(values.begin(), values.end(), 0.0);
-  }
-  // G, or its slope along one axis, at a corner.
-  IOU_D2_INLINE Pack read(const Corner& y, const double* wy, const Corner& x, const double* wx) {
-    Pack total = {};
-    for (int a = 0; a < 3; ++a) {
-      for (int b = 0; b < 3; ++b) total += (wy[a] * wx[b]) * at(y.at[a], x.at[b]);
-    }
-    return total;
+  void sort() {
+    std::stable_sort(edges.begin(), edges.end(),
+                     [](const Edge& a, const Edge& b) { return a.row < b.row; });
   }
 };
 
-// out[p, q] = (G[p+1, q+1] - G[p, q+1] - G[p+1, q] + G[p, q]) / area
+// The last three rows of S, or of its gradient.
 template <typename T>
-IOU_D2_INLINE void pool(Table& table, const Corners& roi, const Strided<T>& out, T* start,
-                        int64_t lanes, std::vector<double>& scratch) {
-  constexpr int64_t LANES = Table::LANES;
-  const int64_t columns = roi.x.size();
-  scratch.resize(roi.y.size() * columns * LANES);
-  for (int64_t p = 0; p < static_cast<int64_t>(roi.y.size()); ++p) {
-    for (int64_t q = 0; q < columns; ++q) {
-      const Corner &y = roi.y[p], &x = roi.x[q];
-      double* here = scratch.data() + (p * columns + q) * LANES;
-      pack(here) = table.read(y, y.value, x, x.value);
-      if (p == 0 || q == 0) continue;
-      const double* above = here - columns * LANES;
-      T* bin = start + (p - 1) * out.row + (q - 1) * out.column;
-      for (int64_t k = 0; k < lanes; ++k) {
-        bin[k * out.channel] =
-            static_cast<T>((here[k] - above[k] - here[k - LANES] + above[k - LANES]) / roi.area);
-      }
+struct Rows {
+  static constexpr int64_t LANES = Simd<T>::LANES;
+  int64_t width;
+  std::vector<Line<double>> values;  // (3 + 1, W + 1, LANES); the fourth is for sums
+
+  explicit Rows(int64_t map_width)
+      : width(map_width + 1), values(4 * width * LANES / Simd<double>::LANES) {}
+
+  IOU_D2_INLINE double* row(int64_t i) {
+    return values.data()->lane + i % 3 * width * LANES;
+  }
+  IOU_D2_INLINE double* sums() {
+    return values.data()->lane + 3 * width * LANES;
+  }
+  IOU_D2_INLINE void clear(int64_t i) {
+    std::fill_n(row(i), width * LANES, 0.0);
+  }
+  // Row i of S from the one above and row i - 1 of the map.
+  IOU_D2_INLINE void append(int64_t i, const Grid<const T>& pixels) {
+    const double* above = row(i - 1);
+    double* here = row(i);
+    Wide<T> line;
+    for (int64_t j = 1; j < width; ++j) {
+      prefetch(pixels.at(1, j - 1));
+      line.add(pixels.at(0, j - 1), 1);
+      Wide<T> entry = line;
+      entry.add_entry(1, above + j * LANES);
+      entry.store(here + j * LANES);
     }
+  }
+  // The transpose of append, from the last row upwards: adds to row i - 1 of the map's gradient.
+  IOU_D2_INLINE void drain(int64_t i, const Grid<T>& pixels) {
+    const double* here = row(i);
+    double* below = sums();
+    Wide<T> line;
+    for (int64_t j = width - 1; j > 0; --j) {
+      line.add_entry(1, here + j * LANES);
+      line.add_to_entry(1, below + j * LANES);
+      Wide<T> entry;
+      entry.add_entry(1, below + j * LANES);
+      entry.add(pixels.at(0, j - 1), 1);
+      entry.narrow(pixels.at(0, j - 1));
+    }
+    clear(i);
+  }
+  // Whether the map is down to row `last` of S: what is not finite makes all later sums so.
+  bool finite(int64_t last) {
+    const double* end = row(last) + (width - 1) * LANES;
+    return std::all_of(end, end + LANES, [](double v) { return std::isfinite(v); });
+  }
+};
+
+// The three rows of S around a horizontal edge.
+template <typename T>
+struct EdgeRows {
+  double* row[3];
+
+  IOU_D2_INLINE EdgeRows(Rows<T>& rows, const Corner& y) {
+    for (int a = 0; a < 3; ++a) row[a] = rows.row(y.at[a]);
+  }
+  // G, or its slope along y, from the entries of one column of S.
+  IOU_D2_INLINE Wide<T> down(const double* wy, int64_t column) const {
+    Wide<T> total;
+    for (int a = 0; a < 3; ++a) total.add_entry(wy[a], row[a] + column * Rows<T>::LANES);
+    return total;
+  }
+  IOU_D2_INLINE Wide<T> read(const double* wy, const Corner& x) const {
+    Wide<T> total;
+    for (int b = 0; b < 3; ++b) total.add_scaled(x.value[b], down(wy, x.at[b]));
+    return total;
+  }
+  IOU_D2_INLINE void add(const double* wy, const Corner& x, const Wide<T>& g) const {
+    for (int a = 0; a < 3; ++a) {
+      for (int b = 0; b < 3; ++b)
+        g.add_to_entry(wy[a] * x.value[b], row[a] + x.at[b] * Rows<T>::LANES);
+    }
+  }
+};
+
+// out[p, q] = (G[p+1, q+1] - G[p, q+1] - G[p+1, q] + G[p, q]) / area, at edge p + 1. `above` has
+// the Q differences G[p, q+1] - G[p, q] of the edge before, and gets those of this one.
+template <typename T>
+IOU_D2_INLINE void pool_edge(Rows<T>& rows, const Corners& roi, int64_t p, const Grid<T>& out,
+                             double* above) {
+  const EdgeRows<T> edge(rows, roi.y[p]);
+  const double* wy = roi.y[p].value;
+  Wide<T> left = edge.read(wy, roi.x[0]);
+  for (int64_t q = 0; q + 1 < static_cast<int64_t>(roi.x.size()); ++q, above += Rows<T>::LANES) {
+    const Wide<T> right = edge.read(wy, roi.x[q + 1]);
+    Wide<T> difference = right, bin;
+    difference.add_scaled(-1, left);
+    if (p > 0) {
+      bin.add_scaled(1 / roi.area, difference);
+      bin.add_entry(-1 / roi.area, above);
+      bin.narrow(out.at(p - 1, q));
+    }
+    difference.store(above);
+    left = right;
   }
 }
 
-// d loss / d G[p, q], from the gradients of the (up to) 4 bins around a corner.
+// grad[p - 1, q] - grad[p, q], where those bins exist.
 template <typename T>
-IOU_D2_INLINE void corner_gradient(const Corners& roi, int64_t p, int64_t q,
-                                   const Strided<const T>& grad, const T* start, int64_t lanes,
-                                   double* out) {
-  const int64_t P = roi.y.size() - 1, Q = roi.x.size() - 1;
-  std::fill_n(out, Table::LANES, 0.0);
-  for (int64_t i = std::max<int64_t>(p - 1, 0); i < std::min(p + 1, P); ++i) {
-    for (int64_t j = std::max<int64_t>(q - 1, 0); j < std::min(q + 1, Q); ++j) {
-      const double sign = ((i == p) == (j == q) ? 1 : -1) / roi.area;
-      const T* bin = start + i * grad.row + j * grad.column;
-      for (int64_t k = 0; k < lanes; ++k)
-        out[k] += sign * static_cast<double>(bin[k * grad.channel]);
-    }
-  }
-}
-
-template <typename T>
-IOU_D2_INLINE void spread(Table& table, const Corners& roi, const Strided<const T>& grad,
-                          const T* start, int64_t lanes) {
-  alignas(64) double g[Table::LANES];
-  for (int64_t p = 0; p < static_cast<int64_t>(roi.y.size()); ++p) {
-    for (int64_t q = 0; q < static_cast<int64_t>(roi.x.size()); ++q) {
-      const Corner &y = roi.y[p], &x = roi.x[q];
-      corner_gradient(roi, p, q, grad, start, lanes, g);
-      for (int a = 0; a < 3; ++a) {
-        for (int b = 0; b < 3; ++b)
-          table.at(y.at[a], x.at[b]) += (y.value[a] * x.value[b]) * pack(g);
-      }
-    }
-  }
-}
-
-// Adds to edges_y[p] and edges_x[q] what moving an edge does to the loss while the bin areas stay.
-template <typename T>
-IOU_D2_INLINE void edge_sums(Table& table, const Corners& roi, const Strided<const T>& grad,
-                             const T* start, int64_t lanes, double* edges_y, double* edges_x) {
-  alignas(64) double g[Table::LANES];
-  for (int64_t p = 0; p < static_cast<int64_t>(roi.y.size()); ++p) {
-    for (int64_t q = 0; q < static_cast<int64_t>(roi.x.size()); ++q) {
-      const Corner &y = roi.y[p], &x = roi.x[q];
-      corner_gradient(roi, p, q, grad, start, lanes, g);
-      edges_y[p] += add_lanes<double>(pack(g) * table.read(y, y.slope, x, x.value));
-      edges_x[q] += add_lanes<double>(pack(g) * table.read(y, y.value, x, x.slope));
-    }
-  }
-}
-
-// sum of grad * out over bins and channels
-template <typename T>
-IOU_D2_INLINE double inner(const Strided<const T>& grad, const T* g, const Strided<const T>& out,
-                           const T* o, int64_t P, int64_t Q, int64_t lanes) {
-  double total = 0;
-  for (int64_t p = 0; p < P; ++p) {
-    for (int64_t q = 0; q < Q; ++q) {
-      const T *a = g + p * grad.row + q * grad.column, *b = o + p * out.row + q * out.column;
-      for (int64_t k = 0; k < lanes; ++k)
-        total += static_cast<double>(a[k * grad.channel]) * static_cast<double>(b[k * out.channel]);
-    }
-  }
+IOU_D2_INLINE Wide<T> step_down(const Corners& roi, int64_t p, int64_t q,
+                                const Grid<const T>& grad) {
+  Wide<T> total;
+  if (p > 0) total.add(grad.at(p - 1, q), 1);
+  if (p + 1 < static_cast<int64_t>(roi.y.size())) total.add(grad.at(p, q), -1);
   return total;
+}
+
+// The bins on both sides of edge p.
+template <typename T>
+IOU_D2_INLINE void prefetch_bins(const Corners& roi, int64_t p, const Grid<T>& bins) {
+  const int64_t P = roi.y.size() - 1, Q = roi.x.size() - 1;
+  for (int64_t i = std::max<int64_t>(p - 1, 0); i < std::min(p + 1, P); ++i) {
+    for (int64_t q = 0; q < Q; ++q) prefetch(bins.at(i, q));
+  }
+}
+
+// Calls body(q, d loss / d G[p, q] * area) for the corners of edge p.
+template <typename T, typename F>
+IOU_D2_INLINE void corner_gradients(const Corners& roi, int64_t p, const Grid<const T>& grad,
+                                    const F& body) {
+  const int64_t Q = static_cast<int64_t>(roi.x.size()) - 1;
+  Wide<T> left;
+  for (int64_t q = 0; q <= Q; ++q) {
+    Wide<T> right, g = left;
+    if (q < Q) right = step_down(roi, p, q, grad);
+    g.add_scaled(-1, right);
+    body(q, g);
+    left = right;
+  }
+}
+
+template <typename T>
+IOU_D2_INLINE void spread_edge(Rows<T>& rows, const Corners& roi, int64_t p,
+                               const Grid<const T>& grad) {
+  const EdgeRows<T> edge(rows, roi.y[p]);
+  double wy[3];
+  for (int a = 0; a < 3; ++a) wy[a] = roi.y[p].value[a] / roi.area;
+  corner_gradients(roi, p, grad, [&](int64_t q, const Wide<T>& g) IOU_D2_INLINE_LAMBDA {
+    edge.add(wy, roi.x[q], g);
+  });
+}
+
+// What the loss does when the edges of one RoI's bins move, summed for the two ends of each axis:
+// the edge that lies the share t from start to end moves by 1 - t and t of their moves.
+struct Ends {
+  double y[2] = {}, x[2] = {};
+  double inner = 0;  // sum of gradient * output
+};
+
+// Adds what edge p's corners give, with the bin areas kept; sum(gradient * output) is that of
+// d loss / d G times G.
+template <typename T>
+IOU_D2_INLINE void add_ends(Rows<T>& rows, const Corners& roi, int64_t p, const Grid<const T>& grad,
+                            Ends& ends) {
+  const EdgeRows<T> edge(rows, roi.y[p]);
+  const Corner& y = roi.y[p];
+  const double P = static_cast<double>(roi.y.size() - 1), Q = static_cast<double>(roi.x.size() - 1);
+  Wide<T> inner, moved_y, moved_x, moved_right;
+  corner_gradients(roi, p, grad, [&](int64_t q, const Wide<T>& g) IOU_D2_INLINE_LAMBDA {
+    const Corner& x = roi.x[q];
+    Wide<T> value, slope_y, slope_x;
+    for (int b = 0; b < 3; ++b) {
+      const Wide<T> down = edge.down(y.value, x.at[b]);
+      value.add_scaled(x.value[b], down);
+      slope_x.add_scaled(x.slope[b], down);
+      slope_y.add_scaled(x.value[b], edge.down(y.slope, x.at[b]));
+    }
+    inner.add_product(g, value);
+    moved_y.add_product(g, slope_y);
+    Wide<T> moved;
+    moved.add_product(g, slope_x);
+    moved_x.add_scaled(1, moved);
+    moved_right.add_scaled(static_cast<double>(q) / Q, moved);
+  });
+  const double t = static_cast<double>(p) / P, all_y = moved_y.sum() / roi.area;
+  const double all_x = moved_x.sum() / roi.area, right = moved_right.sum() / roi.area;
+  ends.inner += inner.sum() / roi.area;
+  ends.y[0] += (1 - t) * all_y, ends.y[1] += t * all_y;
+  ends.x[0] += all_x - right, ends.x[1] += right;
+}
+
+// Calls visit(edge, one that comes soon) for the group's edges in order, when the three rows of S
+// that each needs are there. False if a pixel that went into those is not finite.
+template <typename T, typename F>
+IOU_D2_INLINE bool sweep_down(const Group& group, Rows<T>& rows, const Strided<const T>& map,
+                              int64_t c0, int64_t lanes, Tile<T, 1>& line, const F& visit) {
+  line.resize(1, rows.width - 1);
+  rows.clear(0);
+  const size_t count = group.edges.size();
+  int64_t i = 0;
+  for (size_t e = 0; e < count; ++e) {
+    for (; i < group.edges[e].row; ++i) {
+      const T* start = map.at(group.image, c0, i, 0);
+      if (map.in_place(lanes))
+        rows.append(i + 1, map.grid(group.image, c0, i, 0));
+      else
+        rows.append(i + 1, line.gather(0, 1, map, start, lanes));
+    }
+    visit(group.edges[e], group.edges[std::min(e + Group::SOON, count - 1)]);
+  }
+  return rows.finite(i);
+}
+
+// The transpose of sweep_down: visit(edge, ...) adds to the gradient of S, and the map gets the sum
+// of all that lies below and right of a pixel.
+template <typename T, typename F>
+IOU_D2_INLINE void sweep_up(const Group& group, Rows<T>& rows, const Strided<T>& map, int64_t c0,
+                            int64_t lanes, Tile<T, 1>& line, const F& visit) {
+  line.resize(1, rows.width - 1);
+  std::fill(rows.values.begin(), rows.values.end(), Line<double>{});
+  size_t e = group.edges.size();
+  for (int64_t i = group.edges.back().row; i > 0; --i) {
+    for (; e > 0 && group.edges[e - 1].row == i; --e)
+      visit(group.edges[e - 1], group.edges[e > Group::SOON ? e - 1 - Group::SOON : 0]);
+    if (map.in_place(lanes)) {
+      rows.drain(i, map.grid(group.image, c0, i - 1, 0));
+      continue;
+    }
+    line.clear(0, 1);
+    rows.drain(i, line.grid());
+    line.template scatter<true>(0, 1, map, map.at(group.image, c0, i - 1, 0), lanes);
+  }
 }
 
 }  // namespace iou_d2::cpu

@@ -37,6 +37,10 @@ struct Strided {
   Grid<T> grid(int64_t n, int64_t c, int64_t i, int64_t j) const {
     return {at(n, c, i, j), row, column};
   }
+  // Whether kernels can work on `lanes` channels of it where they are.
+  bool in_place(int64_t lanes) const {
+    return channel == 1 && lanes % Simd<std::remove_const_t<T>>::LANES == 0;
+  }
 };
 
 template <typename T>
@@ -45,57 +49,120 @@ Strided<T> strided(const at::Tensor& t) {
           t.stride(2), t.stride(3)};
 }
 
-// A (rows, columns, LANES) block in cache; missing channels are 0.
+// LANES numbers in cache lines of their own: a vector that crosses two costs two loads.
 template <typename T>
+struct alignas(64) Line {
+  T lane[Simd<T>::LANES];
+};
+
+// A (rows, columns, LANES) block in cache, WIDTH vectors wide; missing channels are 0.
+template <typename T, int64_t WIDTH = 2>
 struct Tile {
-  static constexpr int64_t LANES = Simd<T>::LANES;
-  std::vector<T> values;
-  int64_t rows, columns;
+  static constexpr int64_t LANES = WIDTH * Simd<T>::LANES;
+  std::vector<Line<T>> values;
+  int64_t rows = 0, columns = 0;
 
   Tile& resize(int64_t h, int64_t w) {
     rows = h, columns = w;
-    values.resize(h * w * LANES);
+    if (static_cast<int64_t>(values.size()) < h * w * WIDTH) values.resize(h * w * WIDTH);
     return *this;
   }
-  Grid<T> grid() {
-    return {values.data(), columns * LANES, LANES};
+  IOU_D2_INLINE T* row(int64_t i) {
+    return values.data()->lane + i * columns * LANES;
   }
-  IOU_D2_INLINE Grid<const T> gather(const Strided<const T>& from, const T* start, int64_t lanes) {
-    if (lanes < LANES) std::fill(values.begin(), values.end(), T(0));
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* line = start + i * from.row;
-      T* to = values.data() + i * columns * LANES;
-      for (int64_t k = 0; i + 2 < rows && k < lanes; ++k) {  // each in a page of its own
+  Grid<T> grid(int64_t i = 0) {
+    return {row(i), columns * LANES, LANES};
+  }
+  void clear(int64_t i, int64_t count) {
+    std::fill_n(row(i), count * columns * LANES, T(0));
+  }
+  // Rows that follow one another without a gap are as one.
+  template <typename U>
+  bool joined(const Strided<U>& t) const {
+    return t.column == 1 && t.row == columns;
+  }
+  IOU_D2_INLINE void gather_row(int64_t i, const Strided<const T>& from, const T* line,
+                                int64_t lanes, int64_t length) {
+    T* to = row(i);
+    if (lanes < LANES) std::fill_n(to, length * LANES, T(0));
+    if (from.column == 1) return transpose<false>(line, from.channel, lanes, length, to, LANES);
+    for (int64_t j = 0; j < length; ++j) {
+      for (int64_t k = 0; k < lanes; ++k)
+        to[j * LANES + k] = line[j * from.column + k * from.channel];
+    }
+  }
+  // Rows [i, i + count) from a tensor, whose first number is at `start`.
+  IOU_D2_INLINE Grid<const T> gather(int64_t i, int64_t count, const Strided<const T>& from,
+                                     const T* start, int64_t lanes) {
+    const Grid<const T> result{row(i), columns * LANES, LANES};
+    if (joined(from)) {
+      gather_row(i, from, start, lanes, count * columns);
+      return result;
+    }
+    for (int64_t n = 0; n < count; ++n) {
+      const T* line = start + n * from.row;
+      for (int64_t k = 0; n + 2 < count && k < lanes; ++k) {  // each in a page of its own
         prefetch(line + 2 * from.row + k * from.channel);
         prefetch(line + 2 * from.row + k * from.channel + (columns - 1) * from.column);
       }
-      if (from.column == 1) {
-        transpose<false>(line, from.channel, lanes, columns, to, LANES);
-      } else {
-        for (int64_t j = 0; j < columns; ++j) {
-          for (int64_t k = 0; k < lanes; ++k)
-            to[j * LANES + k] = line[j * from.column + k * from.channel];
-        }
-      }
+      gather_row(i + n, from, line, lanes, columns);
     }
-    return {values.data(), columns * LANES, LANES};
+    return result;
   }
   template <bool ADD>
-  IOU_D2_INLINE void scatter(const Strided<T>& into, T* start, int64_t lanes) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      T* line = start + i * into.row;
-      const T* from = values.data() + i * columns * LANES;
-      if (into.column == 1) {
-        transpose<ADD>(from, LANES, columns, lanes, line, into.channel);
-      } else {
-        for (int64_t j = 0; j < columns; ++j) {
-          for (int64_t k = 0; k < lanes; ++k) {
-            T& place = line[j * into.column + k * into.channel];
-            place = (ADD ? place : T(0)) + from[j * LANES + k];
-          }
-        }
+  IOU_D2_INLINE void scatter_row(int64_t i, const Strided<T>& into, T* line, int64_t lanes,
+                                 int64_t length) {
+    const T* from = row(i);
+    if (into.column == 1) return transpose<ADD>(from, LANES, length, lanes, line, into.channel);
+    for (int64_t j = 0; j < length; ++j) {
+      for (int64_t k = 0; k < lanes; ++k) {
+        T& place = line[j * into.column + k * into.channel];
+        place = (ADD ? place : T(0)) + from[j * LANES + k];
       }
     }
+  }
+  template <bool ADD>
+  IOU_D2_INLINE void scatter(int64_t i, int64_t count, const Strided<T>& into, T* start,
+                             int64_t lanes) {
+    if (joined(into)) return scatter_row<ADD>(i, into, start, lanes, count * columns);
+    for (int64_t n = 0; n < count; ++n)
+      scatter_row<ADD>(i + n, into, start + n * into.row, lanes, columns);
+  }
+};
+
+// Rows of one image in a tile, LANES channels wide, that moves down the map with the RoIs: those
+// come in the order of their bands, so that each row is brought in once and left once.
+template <typename T>
+struct Strip {
+  Tile<T> tile;
+  int64_t base = 0, top = 0, bottom = 0;  // the map's row in the tile's first; rows [top, bottom)
+
+  void start(int64_t capacity, int64_t width) {
+    tile.resize(capacity, width);
+    base = top = bottom = 0;
+  }
+  // The pixels from (i, j) of the map on.
+  Grid<T> grid(int64_t i, int64_t j) {
+    return {tile.row(i - base) + j * Tile<T>::LANES, tile.columns * Tile<T>::LANES,
+            Tile<T>::LANES};
+  }
+  // Calls leave(row of the map, row of the tile) for all rows above `row`; the tile's is -1 for a
+  // row that was never brought in.
+  template <typename F>
+  IOU_D2_INLINE void close(int64_t row, const F& leave) {
+    for (; top < row; ++top) leave(top, top < bottom ? top - base : -1);
+    bottom = std::max(bottom, top);
+  }
+  // Makes place for the rows from `first` to before `last`, and calls bring(row of the map, row of
+  // the tile) for new ones.
+  template <typename F, typename G>
+  IOU_D2_INLINE void open(int64_t first, int64_t last, const F& bring, const G& leave) {
+    close(first, leave);
+    if (last - base > tile.rows) {
+      if (top < bottom) std::copy(tile.row(top - base), tile.row(bottom - base), tile.row(0));
+      base = top;
+    }
+    for (; bottom < last; ++bottom) bring(bottom, bottom - base);
   }
 };
 

@@ -1,0 +1,308 @@
+"""What this machine can do, and each operation as a share of it.
+
+    OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/limits.py
+        [--only machine prroi convolution models parts] [--threads N] [--rounds N]
+        [--height PIXELS] [--width PIXELS]
+
+PrRoI pooling, which moves numbers, is measured by the bytes that must move (each pixel under a RoI,
+each bin, and in the gradient of the features each pixel of the map, once) against the bandwidth of
+a copy; convolutions and whole models by their multiply-adds against the rate of a float32 matrix
+product. torch.utils.flop_counter counts those of a model; what is no matrix product counts as none.
+"old" is a copy or result into memory that was in use, "new" into memory that the system hands out
+page by page. Runs of a table take turns; medians, with the least and the most in brackets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import prroi_pool as prroi
+from common import build, in_turn, inference_runs, machine, random_batch, training_runs
+from deform_conv import CHANNELS, levels
+from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
+from iou_d2.detectors.iou_net_nms import GuidedNMS
+from iou_d2.layers.deform_conv import deform_conv
+from iou_net import CANDIDATES, DETECTIONS, random_boxes
+
+COPIED = 2**26  # numbers of float32
+SIDE = 2048  # of the matrices
+CLASSES = 80
+MODELS = {
+    "VFNet, ResNet-50": "configs/vfnet_R_50_FPN_1x.yaml",
+    "VFNet, MobileNetV2": "configs/quick/vfnet_own_data.yaml",
+    "RetinaNet, ResNet-50": "configs/retinanet_R_50_FPN_1x.yaml",
+    "IoU-Net, ResNet-50": "configs/iou_net_R_50_FPN_1x.yaml",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes a second, read and written, and float32 multiply-adds a second."""
+
+    bandwidth: float
+    rate: float
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    middle, *ends = (
+        f"{x:.{digits}f}" for x in (statistics.median(values), min(values), max(values))
+    )
+    return f"{middle} ({'-'.join(ends)})"
+
+
+def markdown(rows: list[list], headers: list[str]) -> None:
+    print(tabulate(rows, headers, "pipe", disable_numparse=True), end="\n\n", flush=True)
+
+
+def machine_runs() -> dict[str, tuple[Callable, float, str]]:
+    """Name -> a run, what it does in bytes or multiply-adds, and the unit."""
+    source, target = torch.ones(COPIED), torch.ones(COPIED)
+    moved = 2.0 * COPIED * source.element_size()
+    runs = {
+        "copy, old": (lambda: target.copy_(source), moved, "GB/s"),
+        "copy, new": (lambda: source.clone(), moved, "GB/s"),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, SIDE, SIDE).to(dtype)
+        name = f"matrix product, {dtype}".replace("torch.", "")
+        runs[name] = (lambda a=a, b=b: a @ b, float(SIDE) ** 3, "G multiply-adds/s")
+    return runs
+
+
+def measure_machine(threads: list[int], rounds: int) -> Limits:
+    """Prints what each number of threads can do; the limits of the last."""
+    rows, speeds = [], {}
+    for count in threads:
+        torch.set_num_threads(count)
+        runs = machine_runs()
+        times = in_turn({name: run for name, (run, _, _) in runs.items()}, rounds)
+        speeds = {name: [runs[name][1] / t / 1e9 for t in times[name]] for name in runs}
+        rows += [[name, count, spread(speeds[name]), runs[name][2]] for name in runs]
+    markdown(rows, ["limit", "threads", "median", "unit"])
+    best = {name: 1e9 * statistics.median(values) for name, values in speeds.items()}
+    return Limits(best["copy, old"], best["matrix product, float32"])
+
+
+def prroi_bytes(features: Tensor, rois: Tensor) -> dict[str, float]:
+    """Bytes that each step must move: what it reads and what it writes, once."""
+    touched = prroi.touched_bytes(features, rois)  # pixels under RoIs, and bins
+    bins = len(rois) * prroi.BINS**2 * features.shape[1] * features.element_size()
+    return {"forward": touched, "features": features.nbytes + bins, "rois": touched}
+
+
+def prroi_table(limits: Limits, rounds: int) -> None:
+    features = torch.randn(1, prroi.CHANNELS, prroi.HEIGHT, prroi.WIDTH)
+    maps = {
+        "NCHW": features,
+        "channels-last": features.contiguous(memory_format=torch.channels_last),
+    }
+    boxes = {
+        "512 of 4-28 px": prroi.make_rois(512, 4, (28, 28), "cpu"),
+        "1000 up to the map": prroi.make_rois(1000, 50, (prroi.WIDTH, prroi.HEIGHT), "cpu"),
+    }
+    rows = []
+    for title, rois in boxes.items():
+        runs = {
+            (layout, step): run
+            for layout, map_ in maps.items()
+            for step, run in prroi.steps(prroi.precise, map_, rois).items()
+        }
+        moved = prroi_bytes(features, rois)
+        times = in_turn(runs, rounds)
+        for (layout, step), values in times.items():
+            own = [a / b for a, b in zip(values, times[layout, "forward"])]
+            share = moved[step] / statistics.median(values) / limits.bandwidth
+            name = step if step == "forward" else f"backward to {step}"
+            milliseconds = spread([1e3 * t for t in values])
+            ratio = f"{statistics.median(own):.2f}"
+            rows.append([title, layout, name, milliseconds, ratio, f"{share:.0%}"])
+    markdown(rows, ["RoIs", "layout", "step", "ms", "/ forward", "of the copy bandwidth"])
+
+
+def convolution_runs(height: int, width: int) -> tuple[dict[str, Callable], float]:
+    """Forward and backward alone of both convolutions, and the multiply-adds of a forward pass."""
+    inputs = levels(height, width)
+    weight = (0.01 * torch.randn(CHANNELS, CHANNELS, 3, 3)).requires_grad_()
+    ways = {
+        "deformable convolution": lambda x, offset: deform_conv(x, offset, weight, padding=1),
+        "plain convolution": lambda x, offset: F.conv2d(x, weight, padding=1),
+    }
+    runs = {}
+    for name, way in ways.items():
+        outputs = [way(x, offset) for x, offset in inputs]
+
+        @torch.no_grad()
+        def forward(way=way):
+            for x, offset in inputs:
+                way(x, offset)
+
+        def backward(outputs=outputs):
+            for (x, offset), y in zip(inputs, outputs):
+                wanted = (x, offset, weight)
+                torch.autograd.grad(
+                    y, wanted, torch.ones_like(y), retain_graph=True, allow_unused=True
+                )
+
+        runs[f"{name}, forward"], runs[f"{name}, backward"] = forward, backward
+    pixels = sum(x.shape[2] * x.shape[3] for x, _ in inputs)
+    return runs, float(pixels * weight.numel())
+
+
+def convolution_table(limits: Limits, height: int, width: int, rounds: int) -> None:
+    runs, once = convolution_runs(height, width)
+    rows = []
+    for name, values in in_turn(runs, rounds).items():
+        work = once * (2 if name.endswith("backward") else 1)  # to the input and to the weight
+        share = work / statistics.median(values) / limits.rate
+        rows.append([name, spread([1e3 * t for t in values]), f"{work / 1e9:.1f}", f"{share:.0%}"])
+    headers = [f"strides 8 to 128 of {height} x {width} px", "ms", "G multiply-adds"]
+    markdown(rows, [*headers, "of the matrix rate"])
+
+
+def count_deform_conv(x, offset, mask, weight, *_, out_val) -> int:
+    """Operations of the matrix product; twice the multiply-adds, as the library counts."""
+    return 2 * out_val[:, 0].numel() * weight.numel()
+
+
+def count_deform_conv_backward(grad, x, offset, mask, weight, *_, out_val) -> int:
+    return 2 * 2 * grad[:, 0].numel() * weight.numel()
+
+
+def count_conv_backward(grad, x, weight, *settings, out_val) -> int:
+    """Of convolutions with groups too, for which the library's count is too high. The last of the
+    settings says which of the gradients of input and weight are wanted."""
+    return 2 * sum(settings[-1][:2]) * grad[:, 0].numel() * weight.numel()
+
+
+OUR_COUNTS = {
+    torch.ops.iou_d2.deform_conv: count_deform_conv,
+    torch.ops.iou_d2.deform_conv_backward: count_deform_conv_backward,
+    torch.ops.aten.convolution_backward: count_conv_backward,
+}
+for _count in OUR_COUNTS.values():
+    _count._get_raw = True  # is called with tensors, not with shapes
+
+
+def multiply_adds(run: Callable) -> float:
+    with FlopCounterMode(display=False, custom_mapping=OUR_COUNTS) as counter:
+        run()
+    return counter.get_total_flops() / 2
+
+
+def build_models() -> dict[str, torch.nn.Module]:
+    """IoU-Net with batch statistics: its heads see features of random weights."""
+    norms = {"IoU-Net, ResNet-50": ("MODEL.RESNETS.NORM", "BN")}
+    return {name: build(path, norms.get(name, ())) for name, path in MODELS.items()}
+
+
+def model_table(limits: Limits, models, batch: list[dict], rounds: int) -> dict[str, float]:
+    """Prints the models' shares; the median seconds of each one's training step."""
+    rows, steps = [], {}
+    for title, make in (("forward", inference_runs), ("training step", training_runs)):
+        runs = make(models, batch)
+        with torch.set_grad_enabled(title != "forward"):
+            work = {name: multiply_adds(run) for name, run in runs.items()}
+            times = in_turn(runs, rounds)
+        steps = {name: statistics.median(values) for name, values in times.items()}
+        for name, values in times.items():
+            share = work[name] / steps[name] / limits.rate
+            rows.append([name, title, spread(values, 3), f"{work[name] / 1e9:.1f}", f"{share:.0%}"])
+    markdown(rows, ["model", "pass", "seconds", "G multiply-adds", "of the matrix rate"])
+    return steps
+
+
+def loss_runs(model, batch: list[dict]) -> dict[str, Callable]:
+    """The assignment of a dense detector, and its losses with their gradients."""
+    images = model.train().preprocess_image(batch)
+    truths = [x["instances"].to(model.device) for x in batch]
+    predictions = model.predict(images.tensor)
+    outputs = [x for x in tree_leaves(predictions) if isinstance(x, Tensor) and x.requires_grad]
+
+    def losses():
+        with EventStorage():
+            total = sum(model.losses(predictions, images.image_sizes, truths).values())
+        torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
+
+    runs = {"losses with assignment": losses}
+    if hasattr(model, "match"):
+        points = [prediction.points for prediction in predictions]
+        runs["assignment"] = lambda: model.match(points, images.image_sizes, truths)
+    return runs
+
+
+@torch.no_grad()
+def iou_net_runs(model, batch: list[dict]) -> dict[str, Callable]:
+    """IoU-guided NMS, and refinement by 5 steps without an early stop, of one image."""
+    heads = model.eval().roi_heads
+    images = model.preprocess_image(batch[:1])
+    features = heads.levels(model.backbone(images.tensor))
+    guided = Postprocessor(GuidedNMS(0.5))
+    ascent = GradientAscent(steps=5, early_stop=0.0, max_drop=-float("inf"))
+
+    def instances(count: int):
+        boxes = random_boxes(count, *images.image_sizes[0]).to(model.device)
+        scores = torch.rand(count, device=model.device)
+        result = type(batch[0]["instances"])(images.image_sizes[0])
+        result.pred_boxes = type(batch[0]["instances"].gt_boxes)(boxes)
+        result.pred_classes = torch.zeros(count, dtype=torch.int64, device=model.device)
+        result.scores = result.pred_ious = scores
+        return [result]
+
+    candidates, detections = instances(CANDIDATES), instances(DETECTIONS)
+    return {
+        f"IoU-guided NMS of {CANDIDATES} boxes": lambda: guided.suppress(candidates[0]),
+        f"refinement of {DETECTIONS} boxes": lambda: ascent(detections, heads.iou_branch, features),
+    }
+
+
+def part_table(models, steps: dict[str, float], batch: list[dict], rounds: int) -> None:
+    rows = []
+    for name, model in models.items():
+        runs = iou_net_runs(model, batch) if "IoU-Net" in name else loss_runs(model, batch)
+        for part, values in in_turn(runs, rounds).items():
+            share = statistics.median(values) / steps[name]
+            rows.append([name, part, spread([1e3 * t for t in values]), f"{share:.1%}"])
+    markdown(rows, ["model", "part", "ms", "of the training step"])
+
+
+def main() -> None:
+    names = ("machine", "prroi", "convolution", "models", "parts")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, help="the machine is always measured"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--height", type=int, default=480, help="of the images, in pixels")
+    parser.add_argument("--width", type=int, default=640)
+    args = parser.parse_args()
+    size, only = (args.height, args.width), set(args.only)
+    torch.set_num_threads(args.threads)
+    print(f"{machine()}, float32, median of {args.rounds} rounds\n")
+    limits = measure_machine(sorted({1, args.threads}), args.rounds)
+    if "prroi" in only:
+        prroi_table(limits, args.rounds)
+    if "convolution" in only:
+        convolution_table(limits, *size, args.rounds)
+    if only & {"models", "parts"}:
+        models, batch = build_models(), random_batch(1, *size, CLASSES)
+        steps = model_table(limits, models, batch, args.rounds)
+        if "parts" in only:
+            part_table(models, steps, batch, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
