@@ -17,8 +17,14 @@ import torch
 from tabulate import tabulate
 from torchvision.models.detection import ssd300_vgg16
 
-from adapters import TorchvisionDetector, copy_weights, torchvision_batch
-from common import build, in_turn, inference_runs, machine, random_batch, training_runs
+from adapters import (
+    TorchvisionDetector,
+    copy_weights,
+    inference_in_turn,
+    torchvision_batch,
+    training_in_turn,
+)
+from common import build, machine, random_batch
 
 CLASSES = 80
 PEER = "torchvision"
@@ -34,17 +40,9 @@ def build_pair(side: int) -> tuple[TorchvisionDetector, torch.nn.Module]:
     ours = build(
         "configs/torchvision/ssd300_VGG16.yaml", (*SETTINGS, "INPUT.SQUARE_SIZE", str(side))
     )
-    copy_weights(peer, "torchvision", ours)
-    return TorchvisionDetector(peer), ours
-
-
-def times_of(
-    runs_of, models: dict[str, torch.nn.Module], batches: dict[str, list[dict]], rounds: int
-) -> dict[str, list[float]]:
-    runs = {}
-    for name, model in models.items():
-        runs |= runs_of({name: model}, batches[name])
-    return in_turn(runs, rounds)
+    peer = TorchvisionDetector(peer)
+    copy_weights(peer, ours)
+    return peer, ours
 
 
 def rows_of(times: dict[str, list[float]], what: str) -> list[list[str]]:
@@ -74,10 +72,9 @@ def main() -> None:
         models["RefineDet"] = build("configs/refinedet320_VGG16_coco.yaml")
         batches["RefineDet"] = random_batch(arguments.batch, 320, 320, CLASSES)
 
-    training = times_of(training_runs, models, batches, arguments.rounds)
+    training = training_in_turn(models, batches, arguments.rounds)
     single = {name: entries[:1] for name, entries in batches.items()}
-    with torch.no_grad():
-        inference = times_of(inference_runs, models, single, arguments.rounds)
+    inference = inference_in_turn(models, single, arguments.rounds)
     print(f"{arguments.side} px, {machine()}, {arguments.rounds} rounds")
     rows = rows_of(training, f"training step, {arguments.batch} images")
     rows += rows_of(inference, "inference, 1 image")
