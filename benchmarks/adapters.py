@@ -81,7 +81,9 @@ def copy_weights(peer: TorchvisionDetector | MMDetDetector, ours: nn.Module) -> 
 
     Raises RuntimeError where one has parameters that the other has not.
     """
-    tensors = translate_tensors(peer.model.state_dict(), peer.layout, "detectron2").tensors
+    theirs = peer.model.state_dict()
+    theirs = {name: x for name, x in theirs.items() if not name.endswith("num_batches_tracked")}
+    tensors = translate_tensors(theirs, peer.layout, "detectron2").tensors
     constants = {name: x for name, x in ours.state_dict().items() if "anchor" in name}
     ours.load_state_dict({**constants, **tensors})
 

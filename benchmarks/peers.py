@@ -17,7 +17,7 @@ torch. Without it a sentence stands in the place of its rows. Beside the package
 environment, in which it changes nothing (the last step of these compiles 77 files):
 
     pip install --target mmdet --no-deps mmdet==3.3.0 mmengine==0.10.7 addict yapf platformdirs \\
-        shapely terminaltables rich markdown-it-py mdurl pygments
+        shapely six terminaltables rich markdown-it-py mdurl pygments
     MMCV_WITH_OPS=1 MAX_JOBS=2 pip install --target mmdet --no-deps --no-build-isolation \\
         --no-binary mmcv mmcv==2.1.0
     PYTHONPATH=mmdet python benchmarks/peers.py --library mmdetection
