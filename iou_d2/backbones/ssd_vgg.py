@@ -144,7 +144,7 @@ class SSDVGG16(Backbone):
         of zeros, as if the images were padded.
         """
         if images.device.type == "cpu" and not self.training:
-            # A third less time in the convolutions; their backward gains nothing by it.
+            # Convolutions then reorder less; with their backward nothing is gained.
             images = images.contiguous(memory_format=torch.channels_last)
         found = self.vgg(images)
         features = {name: found[of_vgg] for name, of_vgg in _VGG_FEATURES.items()}
