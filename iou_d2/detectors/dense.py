@@ -26,7 +26,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from iou_d2.errors import InputError
-from iou_d2.ops.nms import batched_nms
+from iou_d2.ops.nms import best_of_nms
 
 from .visualize import is_time_to_draw, visualize_training
 
@@ -228,13 +228,14 @@ class DenseNMS:
         box is not finite are left out."""
         candidates = Instances.cat(list(levels))
         classes = candidates.pred_classes
-        keep = batched_nms(
+        keep = best_of_nms(
             candidates.pred_boxes.tensor,
             candidates.scores,
             torch.zeros_like(classes) if self.class_agnostic else classes,
             self.nms_threshold,
+            self.max_detections,
         )
-        return first(candidates[keep], self.max_detections)
+        return candidates[keep]
 
 
 def build_dense_nms(cfg, class_agnostic: bool = False) -> DenseNMS:

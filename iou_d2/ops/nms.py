@@ -19,6 +19,8 @@ from torchvision.ops import box_iou
 # Where torchvision sets the classes side by side, coordinates stay below this many pixels: there
 # float32 is exact to 1/128 pixel.
 _LARGEST_OFFSET = 2**17
+# So many of the best are compared at first where not all that are kept are wanted.
+_FIRST_BOXES = 1000
 # Pairs of boxes compared at a time: what stays in a CPU's cache, and some hundred MB on a GPU.
 _CPU_PAIRS, _GPU_PAIRS = 2**17, 2**23
 # Up to so many boxes on the CPU torchvision moves the classes apart; of more it takes one by one.
@@ -61,6 +63,26 @@ def batched_nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float
         return torchvision.ops.batched_nms(boxes, scores, classes, threshold)
     at_once = max(1, int(_LARGEST_OFFSET // room))
     return _nms_in_groups(boxes, scores, classes, threshold, at_once)
+
+
+def best_of_nms(
+    boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, max_kept: int
+) -> Tensor:
+    """The first `max_kept` of what `batched_nms` keeps of the same arguments; negative for all.
+
+    A box suppresses none that is better, so that only so many of the best are compared as it takes
+    to keep as many as asked for.
+    """
+    if max_kept < 0:
+        return batched_nms(boxes, scores, classes, threshold)
+    order = scores.sort(descending=True, stable=True).indices
+    count = max(_FIRST_BOXES, 4 * max_kept)
+    while True:
+        best = order[:count]
+        keep = best[batched_nms(boxes[best], scores[best], classes[best], threshold)]
+        if len(keep) >= max_kept or len(best) == len(order):
+            return keep[:max_kept]
+        count *= 4
 
 
 def compared_boxes(boxes: Tensor, classes: Tensor) -> Tensor | None:

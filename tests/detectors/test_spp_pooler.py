@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
+from torch import nn
 from torchvision.ops import RoIPool
 
 from iou_d2.detectors.any_pooler import PYRAMIDS
 from iou_d2.detectors.pooler import PrRoIPooler, SPPPooler, use_prroi_pool
+from learning import assert_learns_two_boxes
 
 FASTER_RCNN = "configs/quick/faster_rcnn_shapes.yaml"
 IOU_NET = "configs/quick/iou_net_shapes.yaml"
@@ -175,3 +177,45 @@ def test_precise_pooling_does_not_take_the_place_of_bins(build):
         model = build(KIND, kind)
         before = model.roi_heads.box_pooler
         assert use_prroi_pool(model).roi_heads.box_pooler is before
+
+
+def squares_in_boxes(count: int, generator: torch.Generator):
+    """Images of a bright square, a box of 16 pixels around each, and where in it the square is."""
+    place = torch.randint(0, 12, (count, 2), generator=generator)  # x, y in the box
+    start = torch.randint(0, 9, (count, 2), generator=generator)
+    images = torch.rand(count, 1, 24, 24, generator=generator) * 0.1
+    for image, (x, y) in zip(images, (start + place).tolist()):
+        image[0, y : y + 5, x : x + 5] = 1
+    boxes = [Boxes(torch.cat([x, x + 15])[None].float()) for x in start]
+    return images, boxes, place / 12.0
+
+
+@pytest.mark.parametrize(
+    ("levels", "learns"), [((4, 2, 1), True), ((6, 3, 2, 1), True), ((1,), False)]
+)
+def test_what_reads_the_bins_learns_where_an_object_is(levels, learns):
+    """And does not from the maximum of the whole box, which is the same wherever it is."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    pooler = SPPPooler(PYRAMIDS["SPP"], levels, [1.0])
+    conv, fc = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8 * pooler.output_size[0], 32)
+    head = nn.Sequential(nn.Flatten(), fc, nn.ReLU(), nn.Linear(32, 2))
+
+    def error():
+        images, boxes, place = squares_in_boxes(64, generator)
+        return (head(pooler([conv(images).relu()], boxes)) - place).abs().mean()
+
+    optimizer = torch.optim.Adam([*conv.parameters(), *head.parameters()], lr=0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        error().backward()
+        optimizer.step()
+    assert (error() < 0.1) == learns
+
+
+def test_a_detector_learns_two_boxes_from_scratch(small_cfg, make_batch, event_storage):
+    """It takes as long with ROIAlign: the second stage learns by what the first one proposes."""
+    torch.manual_seed(0)
+    keys = ("MODEL.ROI_BOX_HEAD.FC_DIM", "64", "MODEL.ROI_HEADS.NUM_CLASSES", "2")
+    model = build_model(small_cfg(FASTER_RCNN, *keys, KIND, "SPP", LEVELS, "[4, 2, 1]"))
+    assert_learns_two_boxes(model, *make_batch([2], classes=2, side=128), steps=100, tolerance=8)

@@ -89,9 +89,13 @@ def test_detections_are_those_of_torchvision(pair):
         a = a["instances"]
         assert len(a) == len(b["scores"]) == 200
         assert len(set(a.pred_classes.tolist())) == CLASSES
-        torch.testing.assert_close(a.scores, b["scores"], atol=1e-5, rtol=0)
-        torch.testing.assert_close(a.pred_boxes.tensor, b["boxes"], atol=1e-2, rtol=0)
-        assert torch.equal(a.pred_classes, b["labels"] - 1)
+        assert torch.equal(a.scores, a.scores.sort(descending=True).values)
+        # Scores that are equal but for rounding may come in either order.
+        far = (a.pred_boxes.tensor[:, None] - b["boxes"]).abs().amax(dim=2)
+        far[a.pred_classes[:, None] != b["labels"] - 1] = torch.inf
+        gap, other = far.min(dim=1)
+        assert gap.max() < 1e-2 and len(other.unique()) == 200
+        torch.testing.assert_close(a.scores, b["scores"][other], atol=1e-5, rtol=0)
 
 
 def test_losses_are_those_of_torchvision(pair, make_batch):

@@ -6,7 +6,7 @@ import torch
 import torchvision
 
 from iou_d2.ops import nms
-from iou_d2.ops.nms import batched_nms, iou_guided_nms, soft_nms
+from iou_d2.ops.nms import batched_nms, best_of_nms, iou_guided_nms, soft_nms
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -240,3 +240,34 @@ def test_soft_nms_leaves_other_classes_alone_and_its_input_unchanged():
     assert keep.tolist() == [0, 1, 2]
     assert new.tolist() == pytest.approx([0.9, 0.8, 0.7 * 0.2])
     assert scores.tolist() == pytest.approx([0.9, 0.8, 0.7])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [0, 1, 30, 400])
+def test_the_best_of_nms_are_the_first_that_it_keeps(monkeypatch, device, count):
+    """Many near each other, so that the first are not enough; some without a place or score."""
+    monkeypatch.setattr(nms, "_FIRST_BOXES", 1)
+    generator = torch.Generator().manual_seed(count)
+    corner = torch.randint(0, 30, (count, 2), generator=generator).float()
+    boxes = torch.cat([corner, corner + 20], dim=1)
+    scores = torch.rand(count, generator=generator)
+    boxes[::13, 2], scores[::17] = float("inf"), float("nan")
+    classes = torch.randint(0, 3, (count,), generator=generator)
+    case = [x.to(device) for x in (boxes, scores, classes)]
+    kept = batched_nms(*case, 0.4)
+    for wanted in (0, 1, 2, len(kept), len(kept) + 5):
+        assert torch.equal(best_of_nms(*case, 0.4, wanted), kept[:wanted])
+    assert torch.equal(best_of_nms(*case, 0.4, -1), kept)
+
+
+def test_no_more_boxes_are_compared_than_it_takes(monkeypatch):
+    asked, whole = [], nms.batched_nms
+    monkeypatch.setattr(nms, "batched_nms", lambda *x: asked.append(len(x[0])) or whole(*x))
+    corner = torch.arange(9000.0)[:, None].expand(-1, 2) * 10
+    scores = torch.randperm(9000, generator=torch.Generator().manual_seed(0)) / 9000
+    case = torch.cat([corner, corner + 10], dim=1), scores, torch.zeros(9000).long()
+    assert len(best_of_nms(*case, 0.5, 100)) == 100 and asked == [1000]
+    near = (torch.cat([corner, corner + 1000], dim=1), *case[1:])  # 2 of 100 are kept
+    kept = whole(*near, 0.5)
+    assert torch.equal(best_of_nms(*near, 0.5, len(kept) - 1), kept[:-1])
+    assert asked[1] == 4 * (len(kept) - 1) < asked[2]
