@@ -1,4 +1,4 @@
-"""What a pixel counts in the bins of a RoI along one axis, Wx or Wy of layers/prroi_pool.py, and its
+"""What a pixel counts in the bins of a RoI along an axis, Wx or Wy of layers/prroi_pool.py, and its
 derivatives in the RoI's edges, as plain operations.
 
 Shape letters: R RoIs, X pixels of a window.
