@@ -22,8 +22,9 @@ from iou_d2.detectors.pooler import PrRoIPooler
 
 from .prroi_weights import edges_of, slopes_of, weights_of
 
-# Pixels of all windows that are looked up at a time, 8 MiB for 256 channels: quick to read again.
-PIXELS_AT_ONCE = 2**13
+# Pixels of the windows that are looked up at a time, at most: 32 MiB for 256 channels. Most are
+# less: as many are looked up with the largest windows as with the smallest.
+PIXELS_AT_ONCE = 2**15
 
 
 class FeatureTable(NamedTuple):
@@ -117,7 +118,8 @@ def place(
 
 
 class Slopes(NamedTuple):
-    """Derivatives of the values of R RoIs in their order, 0 where one is not valid."""
+    """Derivatives of the values of R RoIs in their order, and of some more, 0 where one is not
+    valid."""
 
     in_x: Tensor  # (R, P, 2Q, C), for each row of bins in x1 of the box, then in x2
     in_y: Tensor  # (R, 2P, Q, C), in y1, then in y2
@@ -148,17 +150,18 @@ def pool_with_slopes(table: FeatureTable, rois: RoIs) -> tuple[Tensor, Slopes]:
 def box_gradient(rois: RoIs, slopes: Slopes, upstream: Tensor) -> Tensor:
     """Gradient (R, 4) in the boxes of a scalar whose gradient in the pooled values is `upstream`
     (R, C, P, Q)."""
+    count = rois.order.shape[0]
     upstream = upstream.permute(0, 2, 3, 1)[rois.order]
     rows, columns, channels = upstream.shape[1:]
-    in_x = slopes.in_x.reshape(-1, rows, 2, columns * channels)
+    in_x = slopes.in_x[:count].reshape(-1, rows, 2, columns * channels)
     in_x = (in_x @ upstream.reshape(-1, rows, columns * channels, 1)).sum(dim=1)
-    in_y = slopes.in_y.reshape(-1, 2, rows * columns * channels)
+    in_y = slopes.in_y[:count].reshape(-1, 2, rows * columns * channels)
     in_y = in_y @ upstream.reshape(-1, rows * columns * channels, 1)
     return _by_box(rois, torch.cat([in_x, in_y], dim=2).flatten(1))
 
 
 def _by_box(rois: RoIs, values: Tensor) -> Tensor:
-    """Values of RoIs (R, ...) in the order of their boxes."""
+    """Values of RoIs (R or more, ...) in the order of their R boxes."""
     return values[rois.order.argsort()]
 
 
@@ -203,11 +206,10 @@ def _pixels(first: Tensor, counts: Tensor, size: Tensor) -> tuple[Tensor, Tensor
     return torch.minimum(numbers, last), places
 
 
-def _end(counts: Tensor, begin: int, budget: int) -> int:
-    """The end of RoIs from `begin` on that have no more than `budget` pixels in windows of one
-    size, or of one RoI."""
-    largest = counts[begin:].max(dim=0)[0]
-    return min(counts.shape[0], begin + max(1, budget // int(largest[0] * largest[1])))
+def _rois_at_once(counts: Tensor, budget: int) -> int:
+    """As many RoIs as have no more than `budget` pixels in their windows, but one at least."""
+    largest = torch.cat([counts, counts.new_ones([1, 2])]).max(dim=0)[0]
+    return max(1, budget // int(largest[0] * largest[1]))
 
 
 def _windows(pixels: Tensor, counts: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -239,16 +241,15 @@ def _pool(
     x_weights: Tensor,
     budget: int,
 ) -> Tensor:
-    """(R, P, Q, C)"""
-    channels = pixels.shape[1]
+    """(R or more, P, Q, C): the last RoI again and again behind the R, for OpenVINO takes what the
+    rounds of a loop give for equally long."""
+    count, channels = counts.shape[0], pixels.shape[1]
     parts = [pixels.new_zeros([0, y_weights.shape[1], x_weights.shape[1], channels])]
-    begin = 0
-    while begin < counts.shape[0]:
-        end = _end(counts, begin, budget)
-        windows = _windows(pixels, counts[begin:end], rows[begin:end], columns[begin:end])
-        by_row = _by_row(y_weights[begin:end], windows, channels)
-        parts.append(_by_column(by_row, x_weights[begin:end]))
-        begin = end
+    step = _rois_at_once(counts, budget)
+    for i in range((count + step - 1) // step):
+        part = torch.arange(i * step, (i + 1) * step, device=counts.device).clamp(max=count - 1)
+        windows = _windows(pixels, counts[part], rows[part], columns[part])
+        parts.append(_by_column(_by_row(y_weights[part], windows, channels), x_weights[part]))
     return torch.cat(parts)
 
 
@@ -263,20 +264,18 @@ def _pool_with_slopes(
     x_slopes: Tensor,
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(R, P, Q, C), and its derivatives (R, P, 2Q, C) and (R, 2P, Q, C), of slopes (R, 2P, Y) and
-    (R, 2Q, X)."""
-    channels = pixels.shape[1]
+    """What `_pool` gives, and its derivatives (R or more, P, 2Q, C) and (R or more, 2P, Q, C), of
+    slopes (R, 2P, Y) and (R, 2Q, X)."""
+    count, channels = counts.shape[0], pixels.shape[1]
     pooled = [pixels.new_zeros([0, y_weights.shape[1], x_weights.shape[1], channels])]
     in_x = [pixels.new_zeros([0, y_weights.shape[1], x_slopes.shape[1], channels])]
     in_y = [pixels.new_zeros([0, y_slopes.shape[1], x_weights.shape[1], channels])]
-    begin = 0
-    while begin < counts.shape[0]:
-        end = _end(counts, begin, budget)
-        windows = _windows(pixels, counts[begin:end], rows[begin:end], columns[begin:end])
-        by_row = _by_row(y_weights[begin:end], windows, channels)
-        pooled.append(_by_column(by_row, x_weights[begin:end]))
-        in_x.append(_by_column(by_row, x_slopes[begin:end]))
-        slopes_by_row = _by_row(y_slopes[begin:end], windows, channels)
-        in_y.append(_by_column(slopes_by_row, x_weights[begin:end]))
-        begin = end
+    step = _rois_at_once(counts, budget)
+    for i in range((count + step - 1) // step):
+        part = torch.arange(i * step, (i + 1) * step, device=counts.device).clamp(max=count - 1)
+        windows = _windows(pixels, counts[part], rows[part], columns[part])
+        by_row, by_column = _by_row(y_weights[part], windows, channels), x_weights[part]
+        pooled.append(_by_column(by_row, by_column))
+        in_x.append(_by_column(by_row, x_slopes[part]))
+        in_y.append(_by_column(_by_row(y_slopes[part], windows, channels), by_column))
     return torch.cat(pooled), torch.cat(in_x), torch.cat(in_y)
