@@ -22,9 +22,9 @@ from iou_d2.detectors.pooler import PrRoIPooler
 
 from .prroi_weights import edges_of, slopes_of, weights_of
 
-# Pixels of the windows that are looked up at a time, at most: 32 MiB for 256 channels. Most are
+# Pixels of the windows that are looked up at a time, at most: 8 MiB for 256 channels. Most are
 # less: as many are looked up with the largest windows as with the smallest.
-PIXELS_AT_ONCE = 2**15
+PIXELS_AT_ONCE = 2**13
 
 
 class FeatureTable(NamedTuple):
