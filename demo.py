@@ -1,12 +1,8 @@
 """`iou-d2 detect`, where Detectron2 users look for it."""
 
-from iou_d2.commands.threads import limit_spinning
+import sys
 
-limit_spinning()
-
-from iou_d2.commands.detect import main  # noqa: E402
-from iou_d2.commands.errors import ending_in_a_sentence  # noqa: E402
+from iou_d2.commands.main import run_command
 
 if __name__ == "__main__":
-    with ending_in_a_sentence():
-        main()
+    run_command("detect", sys.argv[1:])

@@ -7,13 +7,9 @@
         DATASETS.TRAIN "('coco:train.json:images',)" DATASETS.TEST "('voc:VOC2007:test',)"
 """
 
-from iou_d2.commands.threads import limit_spinning
+import sys
 
-limit_spinning()
-
-from iou_d2.commands.errors import ending_in_a_sentence  # noqa: E402
-from iou_d2.commands.train import main  # noqa: E402
+from iou_d2.commands.main import run_command
 
 if __name__ == "__main__":
-    with ending_in_a_sentence():
-        main(epilog=__doc__)
+    run_command("train", sys.argv[1:])

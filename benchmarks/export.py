@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from common import in_turn, machine
 from iou_d2 import get_config
-from iou_d2.commands.eval import evaluate_exported
+from iou_d2.commands.eval import main as evaluate
 from iou_d2.commands.trained import load_trained
 from iou_d2.engine.export import build_graph
 from iou_d2.engine.export.describe import describe
@@ -189,7 +189,7 @@ def accuracy(trained: Trained, args: argparse.Namespace, folder: Path) -> str:
     rows = []
     for name, file in files.items():
         output = folder / name
-        evaluate_exported(["--model", str(file), "--test", args.test, "OUTPUT_DIR", str(output)])
+        evaluate(["--model", str(file), "--test", args.test, "OUTPUT_DIR", str(output)])
         results = json.loads((output / "evaluation.json").read_text())["results"]
         megabytes = file.stat().st_size / 2**20
         row = [results[f"bbox/{metric}"] for metric in ("AP", "AP50", "AP75")]

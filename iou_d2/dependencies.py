@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 # Module -> where to get it.
-_CHOICES = {
+CHOICES = {
     "torch": "Install torch and torchvision as pytorch.org says for your machine.",
     "torchvision": "Install the one that belongs to your torch, as pytorch.org says.",
     "detectron2": "Run `iou-d2 install-detectron2` for release 0.5, or the same with --git for its "
@@ -16,9 +17,11 @@ _CHOICES = {
 _NAMES = {"detectron2": "Detectron2", "cv2": "OpenCV"}
 
 
-def missing_dependency() -> str | None:
-    """A sentence for the first that is missing, None where all are there. Imports none of them."""
-    for module, remedy in _CHOICES.items():
+def missing_dependency(modules: Iterable[str] = CHOICES) -> str | None:
+    """A sentence for the first of `modules`, all of CHOICES by default, that is missing; None where
+    all are there. Imports none of them."""
+    for module in modules:
         if find_spec(module) is None:
-            return f"iou_d2 needs {_NAMES.get(module, module)}, which is not installed. {remedy}"
+            name = _NAMES.get(module, module)
+            return f"iou_d2 needs {name}, which is not installed. {CHOICES[module]}"
     return None

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
 import subprocess
 import sys
 import tempfile
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from forks import FORKS
 
 CONFIG = "configs/quick/iou_retinanet_shapes.yaml"
 TINY = (
@@ -21,36 +26,39 @@ def command(*arguments: str, script: str = "train_net.py", config: str = CONFIG)
     return [sys.executable, script, "--config-file", config, *arguments]
 
 
-class CommandServer:
-    """tests/command_server.py for one environment."""
-
-    def __init__(self, environment: dict):
-        self._process = subprocess.Popen(
-            [sys.executable, "tests/command_server.py"],
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-    def __call__(self, arguments: list[str]) -> tuple[int, str]:
-        """The exit status of a script with its arguments, and what it prints."""
-        with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
-            request = {"arguments": arguments, "output": output.name}
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-            return int(self._process.stdout.readline()), output.read()
+def start_script(environment: dict, arguments: list[str], output: Path) -> BaseProcess:
+    """`python SCRIPT ...`, in a fork that has loaded torch and Detectron2; `output` is a file for
+    what it prints."""
+    assert arguments[0] == sys.executable
+    process = FORKS.Process(target=_run_script, args=(environment, arguments[1:], output))
+    process.start()
+    return process
 
 
-_servers: dict[frozenset, CommandServer] = {}
+def _run_script(environment: dict, arguments: list[str], output: Path) -> None:
+    """What the fork does."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def outcome(environment: dict, arguments: list[str]) -> tuple[int, str]:
+    """The exit status of `python SCRIPT ...`, and what it prints."""
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
+        process = start_script(environment, arguments, Path(output.name))
+        process.join(timeout=280)
+        process.kill()  # has no effect where it has ended
+        process.join()
+        return process.exitcode, output.read()
 
 
 def run(environment: dict, arguments: list[str], fails: bool = False) -> str:
     """What `python SCRIPT ...` prints; it has to fail exactly where `fails` says so."""
-    key = frozenset(environment.items())
-    if key not in _servers:
-        _servers[key] = CommandServer(environment)
-    assert arguments[0] == sys.executable
-    status, printed = _servers[key](arguments[1:])
+    status, printed = outcome(environment, arguments)
     assert (status != 0) == fails, printed[-4000:]
     return printed
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 import iou_d2.detectors  # noqa: F401  (for what it registers)
-from iou_d2.engine.launch import launch
+from forks import FORKS
+from iou_d2.engine.launch import free_port, launch
 
 
 def spawn_cpu(function: Callable, processes: int, *arguments) -> None:
@@ -21,12 +22,28 @@ def spawn_cpu(function: Callable, processes: int, *arguments) -> None:
 
     `function` must be importable by name.
     """
-    launch(_with_rank, (function, arguments), num_gpus=0, num_processes=processes)
+    port = free_port()
+    started = [
+        FORKS.Process(target=_join, args=(rank, processes, port, function, arguments))
+        for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=250)
+        process.kill()  # has no effect where it has ended
+        process.join()
+    assert [process.exitcode for process in started] == [0] * processes
 
 
-def _with_rank(function: Callable, arguments: tuple) -> None:
+def _join(rank: int, processes: int, port: int, function: Callable, arguments: tuple) -> None:
+    """What the fork does: it forms the group as a process of torchrun does."""
     torch.set_num_threads(1)
-    function(comm.get_rank(), *arguments)
+    places = {"RANK": rank, "LOCAL_RANK": rank}
+    sizes = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ.update({name: str(value) for name, value in (places | sizes).items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    launch(function, (rank, *arguments), num_gpus=0)
 
 
 def two_steps(cfgs: list[CfgNode], batches: list[list[dict]], folder: Path, lr: float) -> list:

@@ -16,6 +16,7 @@ ARRAYS = {"numpy", "scipy", "matplotlib", "pycocotools", "faster_coco_eval"}
 # Floor -> the floors below that it may import from, and what else beside the standard library.
 FLOORS = {
     "errors": (set(), set()),
+    "field_names": (set(), set()),
     "ops": (set(), {"torch", "torchvision", "fvcore"}),
     "layers": ({"ops", "_C"}, {"torch", "torchvision", "detectron2"}),
     "backbones": ({"ops", "layers"}, DETECTION),
@@ -49,7 +50,7 @@ ROOF = (
     "commands",
 )
 # The cellar imports nothing of the house, and everything may import from it.
-CELLAR = {"errors"}
+CELLAR = {"errors", "field_names"}
 
 
 def imports_of(path: Path) -> set[str]:

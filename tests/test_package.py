@@ -75,7 +75,8 @@ def test_what_is_missing_is_named_in_a_sentence(module, sentence):
     hide = f"import sys; sys.modules[{module!r}] = None\n"
     done = run("-c", hide + "from iou_d2 import get_config")
     assert f"ImportError: {sentence}" in done.stderr
-    done = run("-c", hide + "from iou_d2.commands.main import main; main(['analyze'])")
+    analyze = ["analyze", "--gt", "x", "--results", "x", "--output", "x"]
+    done = run("-c", hide + f"from iou_d2.commands.main import main; main({analyze})")
     assert done.stderr.startswith(sentence) and "Traceback" not in done.stderr
 
 

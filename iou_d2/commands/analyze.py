@@ -1,11 +1,4 @@
-"""Show how well a detector's scores rank its boxes, from result files alone.
-
-    iou-d2 analyze --gt instances.json --results coco_instances_results.json --output out
-
-Prints AP by IoU and the correlation of each score with the true IoU; writes score_vs_iou.png and
-ap_by_iou.png. With --class-agnostic all objects are of one class, so that AP says how well boxes
-are found and ranked, and nothing about their classes.
-"""
+"""`iou-d2 analyze`: AP, and how well scores rank boxes, as tables and pictures."""
 
 from __future__ import annotations
 
@@ -23,20 +16,10 @@ from iou_d2.analysis import (
 )
 from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
 from iou_d2.commands.output import make_folder
+from iou_d2.commands.parsers.analyze import parse_args
 from iou_d2.errors import InputError
 from iou_d2.evaluation import IOU_THRESHOLDS, ap_by_iou, coco_precision, summarize_ap
 from iou_d2.ops.nms import batched_nms
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gt", required=True, help="ground truth, a COCO JSON")
-    parser.add_argument("--results", required=True, help="coco_instances_results.json")
-    parser.add_argument("--output", required=True, help="folder for the pictures")
-    parser.add_argument("--min-iou", type=float, default=0.5, help="boxes with more IoU count")
-    parser.add_argument("--max-dets", type=int, help="detections an image and class; all if unset")
-    parser.add_argument("--class-agnostic", action="store_true", help="as if there were one class")
-    return parser.parse_args(argv)
 
 
 def merge_classes(
@@ -69,11 +52,10 @@ def records_of(args: argparse.Namespace, ground_truth: dict, results: list[dict]
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    if args.max_dets is not None and args.max_dets < 1:
-        raise InputError(f"--max-dets is at least 1, but it is {args.max_dets}.")
-    if not 0 <= args.min_iou < 1:
-        raise InputError(f"--min-iou is in [0, 1), but it is {args.min_iou}.")
+    run(parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     output = make_folder(args.output)
     ground_truth = read_ground_truth(args.gt)
     require_annotations(args.gt, ground_truth)
@@ -98,7 +80,3 @@ def main(argv: list[str] | None = None) -> None:
     plot_score_vs_iou(records, output / "score_vs_iou.png", args.min_iou)
     plot_ap_by_iou(IOU_THRESHOLDS, ap_by_iou(precision), output / "ap_by_iou.png")
     print(f"\nPictures: {output / 'score_vs_iou.png'}, {output / 'ap_by_iou.png'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -84,6 +84,14 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-weights",
+        action="store_true",
+        help="let the file of the weights make any object, and so run any code",
+    )
+
+
 def config_of(args: argparse.Namespace) -> CfgNode:
     """The config that the arguments of `add_config_arguments` name. --train and --test win over
     DATASETS.TRAIN and DATASETS.TEST among the pairs.

@@ -1,15 +1,4 @@
-"""Learn what predicted IoUs are worth on held-out data, and write it beside the weights.
-
-    iou-d2 calibrate --run output/x --test coco:held_out.json
-    iou-d2 calibrate --config output/x/config.yaml --test coco:held_out.json \\
-        MODEL.WEIGHTS output/x/model_final.pth
-    iou-d2 eval --config output/x/config.yaml --test coco:test.json \\
-        MODEL.WEIGHTS output/x/model_final.pth \\
-        MODEL.CALIBRATION output/x/model_final.calibration.json
-
-Fits an isotonic regression of the true IoU of detections on the predicted one, and prints how far
-both, and the confidence, are off on images that the fit has not seen: docs/ORACLE.md.
-"""
+"""`iou-d2 calibrate`: learns what predicted IoUs are worth, and writes it beside the weights."""
 
 from __future__ import annotations
 
@@ -29,11 +18,11 @@ from torch import nn
 from iou_d2.analysis import plot_curves
 from iou_d2.analysis.calibration import Reliability, reliability
 from iou_d2.analysis.isotonic import fit_knots
-from iou_d2.commands.arguments import add_config_arguments, config_of
+from iou_d2.commands.arguments import config_of
 from iou_d2.commands.finished_runs import file_of
 from iou_d2.commands.oracle import prepare
 from iou_d2.commands.output import check_output_file, write_whole
-from iou_d2.commands.trained import add_trust_argument
+from iou_d2.commands.parsers.calibrate import parse_args
 from iou_d2.data.mapper import truth_mapper
 from iou_d2.engine.checkpoint import split_weights
 from iou_d2.engine.config_checks import require_predicted_ious
@@ -45,34 +34,8 @@ from iou_d2.ops.calibration import PiecewiseLinear
 MIN_DETECTIONS = 100
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--run", type=Path, metavar="FOLDER", help="with config.yaml and model_final.pth")
-    add("--output", metavar="FILE", help="by default beside the weights: NAME.calibration.json")
-    add(
-        "--min-iou",
-        type=float,
-        default=0.0,
-        help="detections of at least this true IoU count (default: all, false ones with 0)",
-    )
-    add("--share", type=float, default=0.5, help="of the images to fit on; the others judge it")
-    add_trust_argument(parser)
-    add_config_arguments(parser)
-    args = parser.parse_args(argv)
-    if not 0 <= args.min_iou < 1:
-        raise InputError(f"--min-iou is in [0, 1), but it is {args.min_iou}.")
-    if not 0 < args.share < 1:
-        raise InputError(f"--share is between 0 and 1, but it is {args.share}.")
-    return args
-
-
 def read_config(args: argparse.Namespace) -> CfgNode:
     if args.run is not None:
-        if args.config_file:
-            raise InputError("--run has its own config: leave --config out.")
         args.config_file = str(file_of(args.run, "config.yaml"))
         weights = str(file_of(args.run, "model_final.pth"))
         args.more_opts = ["MODEL.WEIGHTS", weights, *args.more_opts]
@@ -149,7 +112,10 @@ def draw(judged: dict[str, Reliability], path: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    run(parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     cfg = read_config(args)
     name, model = prepare(cfg, args.trust_weights)
     cfg.freeze()
@@ -170,7 +136,3 @@ def main(argv: list[str] | None = None) -> None:
     write_whole(path, json.dumps(content, indent=2) + "\n")
     print(report(fitted, held_out))
     print(f"\nFiles: {path}, {draw(held_out, path)}")
-
-
-if __name__ == "__main__":
-    main()

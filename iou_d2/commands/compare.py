@@ -1,13 +1,4 @@
-"""Draw finished runs on the same test set beside each other, as curves.
-
-    iou-d2 compare output/unitbox_facemask output/unitbox_facemask_l2 \\
-        --output output/unitbox_curves --sides 60 120 240 480 960
-
-Writes and prints recall against false positives at IoU 0.5 (the curve of FDDB), AP against
-iteration where the run was trained with TEST.EVAL_PERIOD, and, for every side in --sides, AP
-where the shorter side of the test images is resized to so many pixels. The results for the sides
-are kept in RUN/sides and taken from there the next time.
-"""
+"""`iou-d2 compare`: curves of finished runs on the same test set."""
 
 from __future__ import annotations
 
@@ -24,8 +15,9 @@ from iou_d2.analysis import metric_by_iteration, plot_curves, recall_by_false_po
 from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
 from iou_d2.commands.finished_runs import file_of, read_metrics, read_run_config, trained_config
 from iou_d2.commands.output import make_folder
+from iou_d2.commands.parsers.compare import parse_args
 from iou_d2.commands.run_data import use_test_set
-from iou_d2.commands.trained import add_trust_argument, load_trained
+from iou_d2.commands.trained import load_trained
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.errors import InputError
 from iou_d2.evaluation import build_evaluator, coco_precision, summarize_ap
@@ -125,16 +117,10 @@ def print_table(header: str, curves: dict, at: list[int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the pictures")
-    parser.add_argument("--sides", nargs="*", type=int, default=[], metavar="PIXELS")
-    add_trust_argument(parser)
-    args = parser.parse_args(argv)
-    if any(side < 1 for side in args.sides):
-        raise InputError(f"--sides are at least 1 pixel, but they are {args.sides}.")
+    run(parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     make_folder(args.output)
     names = [run.resolve().name for run in args.runs]
     if len(set(names)) < len(names):
@@ -173,7 +159,3 @@ def main(argv: list[str] | None = None) -> None:
             marker="o",
         )
         print_table("AP at side", curves, sides)
-
-
-if __name__ == "__main__":
-    main()

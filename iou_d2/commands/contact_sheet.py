@@ -6,23 +6,30 @@ import os
 import random
 import textwrap
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
-from detectron2.utils.colormap import colormap
-from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from iou_d2.commands.drawing import (
+    color_of,
+    draw_box,
+    font_of,
+    printable,
+    readable_on,
+    shortened,
+    write_label,
+)
 from iou_d2.commands.pictures import read_picture, write_picture
 from iou_d2.errors import InputError
 
 COLUMNS, ROWS = 5, 4
 # Pixels. Everything is drawn at the size that it has in the sheet.
 _CELL, _CAPTION, _GAP = 480, 44, 8
-_FONT, _LINE = 15, 50  # height of letters in pixels, letters of a line
+_LETTER, _LINE = 15, 50  # height of letters in pixels, letters of a line
+_FONT = font_of(_LETTER)
 _DRAWN = 300  # objects of an image
 _LABELLED = 12  # with more objects labels would hide them; the caption names the classes anyway
 _RED = (200, 0, 0)
@@ -75,7 +82,7 @@ def draw_cell(record: dict, class_names: list[str]) -> Image.Image:
     if picture.size != said:
         title = f"{name}: not {said[0]}x{said[1]}, but {picture.width}x{picture.height}"
         color = _RED
-    draw.text((2, drawn.height + 2), _shortened(title, room), color, _font())
+    draw.text((2, drawn.height + 2), shortened(title, room, _FONT), color, _FONT)
     _write_classes(draw, record, class_names, drawn.height + _CAPTION // 2 + 2, room)
     return cell
 
@@ -87,31 +94,13 @@ def _draw_objects(picture: Image.Image, record: dict, class_names: list[str], sc
     labelled = len(class_names) > 1 and len(annotations) <= _LABELLED
     for annotation in annotations[:_DRAWN]:
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        x0, y0, x1, y1 = (float(value) * scale for value in box)
-        color = _color(annotation["category_id"])
-        x1, y1 = max(x0, x1 - 1), max(y0, y1 - 1)
-        draw.rectangle((x0, y0, x1, y1), outline=color, width=2)
+        box = [float(value) * scale for value in box]
+        color = color_of(annotation["category_id"])
+        draw_box(draw, box, color)
         if labelled or annotation.get("iscrowd"):
             crowd = " (crowd)" if annotation.get("iscrowd") else ""
             label = class_names[annotation["category_id"]] + crowd
-            _write_label(draw, x0, y0, label, color, picture.width)
-
-
-def _write_label(
-    draw: ImageDraw.ImageDraw,
-    x: float,
-    y: float,
-    text: str,
-    color: tuple[int, int, int],
-    room: int,
-) -> None:
-    """A label above the box whose corner is (x, y), or inside where there is no room."""
-    text = _shortened(text, room // 2)
-    x = max(0.0, min(x, room - 4 - draw.textlength(text, _font())))
-    y = y - _FONT - 4 if y > _FONT + 4 else y
-    left, top, right, bottom = draw.textbbox((x + 2, y), text, _font())
-    draw.rectangle((left - 2, top - 1, right + 1, bottom + 1), fill=color)
-    draw.text((x + 2, y), text, _readable_on(color), _font())
+            write_label(draw, box[0], box[1], label, color, picture.width, _FONT)
 
 
 def _write_classes(
@@ -120,52 +109,21 @@ def _write_classes(
     """The classes of an image with their numbers of objects, most frequent first, on one line."""
     counts = Counter(a["category_id"] for a in record.get("annotations", []))
     if not counts:
-        draw.text((2, y), "no object", "gray", _font())
+        draw.text((2, y), "no object", "gray", _FONT)
     x = 2.0
     for index, number in counts.most_common():
-        text = f" {_shortened(class_names[index], room // 2)} {number} "
-        if x + draw.textlength(text, _font()) > room - 20:
-            draw.text((x, y), "...", "black", _font())
+        text = f" {shortened(class_names[index], room // 2, _FONT)} {number} "
+        if x + draw.textlength(text, _FONT) > room - 20:
+            draw.text((x, y), "...", "black", _FONT)
             return
-        color = _color(index)
-        box = draw.textbbox((x, y), text, _font())
-        draw.rectangle((box[0], y, box[2], y + _FONT + 4), fill=color)
-        draw.text((x, y), text, _readable_on(color), _font())
+        color = color_of(index)
+        box = draw.textbbox((x, y), text, _FONT)
+        draw.rectangle((box[0], y, box[2], y + _LETTER + 4), fill=color)
+        draw.text((x, y), text, readable_on(color), _FONT)
         x = box[2] + 6
 
 
 def _write_lines(draw: ImageDraw.ImageDraw, text: str) -> None:
     """`text` in red at the top of a cell."""
-    for number, line in enumerate(textwrap.wrap(_printable(text), _LINE)):
-        draw.text((_GAP, _GAP + number * (_FONT + 4)), line, _RED, _font())
-
-
-def _shortened(text: str, room: int) -> str:
-    """`text` on one line, without its middle where it is wider than `room` pixels."""
-    text = _printable(text)
-    if _font().getlength(text) <= room:
-        return text
-    kept = len(text)
-    while kept > 2 and _font().getlength(f"{text[: kept // 2]}...{text[-(kept // 2) :]}") > room:
-        kept -= 1
-    return f"{text[: kept // 2]}...{text[-(kept // 2) :]}"
-
-
-def _printable(text: str) -> str:
-    """Pillow draws no line breaks in labels, and fails at names of files that are no UTF-8."""
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
-@cache
-def _font() -> ImageFont.FreeTypeFont:
-    file = font_manager.findfont("DejaVu Sans")
-    return ImageFont.truetype(file, _FONT, layout_engine=ImageFont.Layout.BASIC)
-
-
-def _color(index: int) -> tuple[int, int, int]:
-    palette = colormap(rgb=True)
-    return tuple(int(value) for value in palette[index % len(palette)])
-
-
-def _readable_on(color: tuple[int, int, int]) -> str:
-    return "black" if np.dot(color, (0.299, 0.587, 0.114)) > 140 else "white"
+    for number, line in enumerate(textwrap.wrap(printable(text), _LINE)):
+        draw.text((_GAP, _GAP + number * (_LETTER + 4)), line, _RED, _FONT)

@@ -1,11 +1,4 @@
-"""Look at datasets before training on them.
-
-    iou-d2 data check coco:train.json coco:val.json --output output/data_check
-
-Tells what is refused or was mended, counts classes and sizes, compares the sets with each other,
-says which configs fit, and draws some images with their boxes into pictures.png. Trains nothing.
-Exit status 1 where training on a set, or evaluation, would end in an error.
-"""
+"""`iou-d2 data check`: tells what is in datasets before one trains on them."""
 
 from __future__ import annotations
 
@@ -23,6 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from iou_d2.commands import data_report
 from iou_d2.commands.contact_sheet import draw_sheet
 from iou_d2.commands.output import make_folder
+from iou_d2.commands.parsers.data import parse_args
 from iou_d2.data.classes import OWN, classes_of, require_objects
 from iou_d2.data.cleaning import Findings, Trust
 from iou_d2.data.images import check_images, read_header
@@ -50,19 +44,12 @@ class DataSet:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    check_parser = parser.add_subparsers(required=True, metavar="check").add_parser("check")
-    add = check_parser.add_argument
-    add("names", nargs="+", metavar="NAME", help="as in DATASETS.TRAIN, such as coco:train.json")
-    add("--output", type=Path, default=Path("output/data_check"), metavar="FOLDER")
-    add("--config", nargs="+", metavar="CONFIG", help="in place of those that come with iou_d2")
-    add("--trust-boxes", action="store_true", help="as DATASETS.TRUST_BOXES True in training")
-    add("--trust-paths", action="store_true", help="as DATASETS.TRUST_PATHS True in training")
-    arguments = parser.parse_args(argv)
-    trust = Trust(boxes=arguments.trust_boxes, paths=arguments.trust_paths)
-    if not check(arguments.names, arguments.output, arguments.config, trust):
+    run(parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    trust = Trust(boxes=args.trust_boxes, paths=args.trust_paths)
+    if not check(args.names, args.output, args.config, trust):
         sys.exit(1)
 
 
@@ -166,7 +153,3 @@ def _refusal(error: InputError) -> str:
         if f"DATASETS.TRUST_{key}" in text:
             text += f" Here that is --trust-{key.lower()}."
     return text
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,6 @@
-"""Detect objects in pictures, folders, globs or a video with a trained model.
+"""`iou-d2 detect`: draws what a trained or an exported model finds in pictures or a video.
 
-    iou-d2 detect --config output/x/config.yaml --input image.jpg folder "more/*.png" \\
-        --output drawn MODEL.WEIGHTS output/x/model_final.pth
-    iou-d2 detect --model model.onnx --input folder --output drawn
-
---output receives each picture with its detections drawn, or the video, and detections.json. A
-picture whose ending OpenCV does not write, such as .jfif, is written as .png. One that cannot be
-read is reported, the others go on, and the exit status is 1.
-"""
+Loads torch and Detectron2 for a trained model only."""
 
 from __future__ import annotations
 
@@ -16,28 +9,22 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import tqdm
-from detectron2.config import CfgNode
-from detectron2.engine import DefaultPredictor
-from detectron2.structures import Instances
 
-from iou_d2 import get_config
-from iou_d2.commands.arguments import IMAGE_ENDINGS, Names
-from iou_d2.commands.exported import ExportedPredictor
+from iou_d2.commands.arguments import IMAGE_ENDINGS
+from iou_d2.commands.drawing import detection_label, draw_boxes
+from iou_d2.commands.exported_file import open_detector
 from iou_d2.commands.output import make_folder, write_whole
+from iou_d2.commands.parsers.detect import parse_args
 from iou_d2.commands.pictures import picture_names, read_picture, write_picture
-from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
-from iou_d2.config import set_class_names
-from iou_d2.detectors.visualize import detection_label, draw_boxes
-from iou_d2.engine.checkpoint import untrained_predictor, use_tta
-from iou_d2.engine.config_checks import check_config, require_detections
+from iou_d2.dependencies import missing_dependency
 from iou_d2.errors import InputError, MissingFileError
-from iou_d2.evaluation.coco import OPTIONAL_FIELDS
+from iou_d2.field_names import OPTIONAL_FIELDS
 
 
 def find_images(inputs: list[str]) -> list[str]:
@@ -65,43 +52,44 @@ def read_frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
 
 
 class Demo:
-    """A predictor that draws what it finds and puts it into words."""
+    """A detector that draws what it finds and puts it into words."""
 
     def __init__(
         self,
-        predictor: DefaultPredictor | ExportedPredictor,
+        detector: Callable[[np.ndarray], dict[str, np.ndarray]],
         class_names: Sequence[str],
         threshold: float,
     ):
         """
         Args:
+            detector: answers as one of iou_d2/runtime does.
             class_names: where there are none, classes are called by their number.
             threshold: detections with a lower score are left out of pictures and JSON.
         """
-        self.predictor = predictor
+        self.detector = detector
         self.class_names = class_names
         self.threshold = threshold
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, list[dict]]:
         """(H, W, 3) uint8 BGR -> the picture with boxes drawn, and its detections, best first."""
-        instances = self.predictor(image)["instances"].to("cpu")
-        instances = instances[instances.scores >= self.threshold]
-        detections = self.describe(instances)
+        found = self.detector(image)
+        shown = found["scores"] >= self.threshold
+        found = {name: values[shown] for name, values in found.items()}
+        detections = self.describe(found)
         labels = [detection_label(d["class"], d["score"], d.get("pred_iou")) for d in detections]
-        boxes = instances.pred_boxes.tensor.numpy()
-        return draw_boxes(image, boxes, instances.pred_classes.tolist(), labels), detections
+        return draw_boxes(image, found["boxes"], found["classes"].tolist(), labels), detections
 
-    def describe(self, instances: Instances) -> list[dict]:
+    def describe(self, found: dict[str, np.ndarray]) -> list[dict]:
         detections = []
-        for i in range(len(instances)):
+        for i in range(len(found["scores"])):
             detection = {
-                "class": self.class_name(int(instances.pred_classes[i])),
-                "score": float(instances.scores[i]),
-                "bbox": instances.pred_boxes.tensor[i].tolist(),
+                "class": self.class_name(int(found["classes"][i])),
+                "score": float(found["scores"][i]),
+                "bbox": found["boxes"][i].tolist(),
             }
             for name, key in OPTIONAL_FIELDS.items():
-                if instances.has(name):
-                    detection[key] = float(instances.get(name)[i])
+                if name in found:
+                    detection[key] = float(found[name][i])
             detections.append(detection)
         return detections
 
@@ -157,59 +145,20 @@ def open_video(path: Path, rate: float, size: tuple[int, int]) -> cv2.VideoWrite
     return writer
 
 
-def setup(
-    config_file: str, overrides: list[str], trust: bool = False, augments: bool = False
-) -> tuple[CfgNode, dict]:
-    """The config with the names of the classes, and what its MODEL.WEIGHTS hold. `augments`: see
-    `check_config`."""
-    cfg = get_config(config_file, overrides)
-    check_config(cfg, augments)
-    require_detections(cfg)
-    checkpoint = read_weights(cfg, trust)
-    names = names_in(checkpoint, cfg.MODEL.WEIGHTS) or cfg.MODEL.CLASS_NAMES
-    if names:
-        set_class_names(cfg, names)
-    cfg.freeze()
-    return cfg, checkpoint
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--config", "--config-file", dest="config_file")
-    model.add_argument("--model", metavar="FILE", help="what `iou-d2 export` wrote")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input",
-        nargs="+",
-        action=Names,
-        metavar="PICTURE",
-        help="pictures, folders or globs",
-    )
-    source.add_argument("--video-input", metavar="FILE")
-    parser.add_argument("--output", required=True, metavar="FOLDER")
-    parser.add_argument("--confidence-threshold", type=float, default=0.5)
-    add_trust_argument(parser)
-    parser.set_defaults(more_opts=[])
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
-    arguments = parser.parse_args(argv)
+    run(parse_args(argv))
 
-    if not 0 <= arguments.confidence_threshold <= 1:
-        raise InputError(
-            f"--confidence-threshold is in [0, 1], but it is {arguments.confidence_threshold}."
-        )
-    files = find_images(arguments.input) if arguments.input else []
-    output = make_folder(arguments.output)
+
+def run(args: argparse.Namespace) -> None:
+    files = find_images(args.input) if args.input else []
+    output = make_folder(args.output)
     require_other_folder(files, output)
-    overrides = [*arguments.more_opts, *arguments.opts]
-    demo = demo_of(arguments, overrides)
+    demo = demo_of(args)
     records: list[dict] = []
     faults: list[str] = []
     try:
-        if arguments.video_input:
-            run_on_video(demo, arguments.video_input, output, records)
+        if args.video_input:
+            run_on_video(demo, args.video_input, output, records)
         else:
             faults = run_on_images(demo, files, output, records)
     finally:  # what was found until an interruption is kept
@@ -219,27 +168,19 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("\n".join(faults))
 
 
-def demo_of(arguments: argparse.Namespace, overrides: list[str]) -> Demo:
-    """What detects: an exported model, or a trained one."""
-    threshold = arguments.confidence_threshold
-    if not arguments.model:
-        trust = arguments.trust_weights
-        cfg, checkpoint = setup(arguments.config_file, overrides, trust, augments=True)
-        return trained_demo(cfg, checkpoint, threshold)
-    if overrides:
-        raise InputError(
-            f"--model has no config, of which {overrides[0]} could be a key: export it anew."
-        )
-    predictor = ExportedPredictor(arguments.model)
-    return Demo(predictor, predictor.class_names, threshold)
+def demo_of(args: argparse.Namespace) -> Demo:
+    """What detects: an exported model, or a trained one, for which alone torch is loaded."""
+    if args.model:
+        detector = open_detector(args.model)
+        names = detector.description.class_names
+    else:
+        missing = missing_dependency()
+        if missing:
+            raise InputError(f"{missing} Exported models alone run without it: see --model.")
+        from iou_d2.commands.trained import open_trained
 
-
-def trained_demo(cfg: CfgNode, checkpoint: dict, threshold: float) -> Demo:
-    """That of what `read_weights` read of MODEL.WEIGHTS."""
-    predictor = untrained_predictor(cfg)
-    fill(predictor.model, cfg, checkpoint)
-    use_tta(predictor, cfg)
-    return Demo(predictor, cfg.MODEL.CLASS_NAMES, threshold)
+        detector, names = open_trained(args.config_file, args.overrides, args.trust_weights)
+    return Demo(detector, names, args.confidence_threshold)
 
 
 def require_other_folder(files: list[str], output: Path) -> None:
@@ -248,7 +189,3 @@ def require_other_folder(files: list[str], output: Path) -> None:
         path = output / name
         if path.exists() and any(path.samefile(file) for file in files):
             raise InputError(f"{path} would be overwritten: give another --output.")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,4 @@
-"""Draw ground truth beside predictions, from result files alone.
-
-    iou-d2 draw --gt instances.json --images images \\
-        --results output/x/inference/coco_instances_results.json --output drawn
-"""
+"""`iou-d2 draw`: pictures of ground truth beside predictions. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from iou_d2.analysis.reading import read_ground_truth, read_results
+from iou_d2.commands.drawing import detection_label, draw_boxes
 from iou_d2.commands.output import make_folder
+from iou_d2.commands.parsers.draw import parse_args
 from iou_d2.commands.pictures import read_picture, unlike_names, write_picture
-from iou_d2.detectors.visualize import detection_label, draw_boxes
-from iou_d2.errors import InputError
 
 
 def xyxy(records: list[dict]) -> np.ndarray:
@@ -49,46 +45,33 @@ def draw_pair(
     return beside(draw(truth, truth_labels), draw(found, found_labels))
 
 
-def draw_all(arguments: argparse.Namespace, truth: dict, results: list[dict], output: Path) -> None:
-    """Draw `arguments.number` images of the ground truth, spread evenly, into `output`."""
+def draw_all(args: argparse.Namespace, truth: dict, results: list[dict], output: Path) -> None:
+    """Draw `args.number` images of the ground truth, spread evenly, into `output`."""
     ordered = sorted(truth["categories"], key=lambda category: category["id"])
     categories = {x["id"]: (index, x["name"]) for index, x in enumerate(ordered)}
     objects, found = defaultdict(list), defaultdict(list)
     for annotation in truth.get("annotations", ()):
         objects[annotation["image_id"]].append(annotation)
     for record in sorted(results, key=lambda record: record["score"]):  # the best on top
-        if record["score"] >= arguments.threshold:
+        if record["score"] >= args.threshold:
             found[record["image_id"]].append(record)
 
     images = sorted(truth["images"], key=lambda image: image["id"])
-    images = images[:: max(1, len(images) // arguments.number)][: arguments.number]
+    images = images[:: max(1, len(images) // args.number)][: args.number]
     pictures = unlike_names([f"{Path(image['file_name']).stem}.png" for image in images])
     for image, picture in zip(images, pictures):
-        pixels = read_picture(arguments.images / image["file_name"])
+        pixels = read_picture(args.images / image["file_name"])
         drawn = draw_pair(pixels, objects[image["id"]], found[image["id"]], categories)
         write_picture(output / picture, drawn)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--gt", required=True, help="ground truth, a COCO JSON")
-    parser.add_argument("--images", required=True, type=Path, help="folder of the images")
-    parser.add_argument("--results", required=True, help="coco_instances_results.json")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the pictures")
-    parser.add_argument("--number", type=int, default=12, help="pictures, spread over the set")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
-    arguments = parser.parse_args(argv)
-
-    if arguments.number < 1:
-        raise InputError(f"--number is at least 1, but it is {arguments.number}.")
-    output = make_folder(arguments.output)
-    truth = read_ground_truth(arguments.gt)
-    results = read_results(arguments.results, truth)
-    draw_all(arguments, truth, results, output)
-    print(f"Pictures of ground truth (left) and predictions (right) are in {arguments.output}.")
+    run(parse_args(argv))
 
 
-if __name__ == "__main__":
-    main()
+def run(args: argparse.Namespace) -> None:
+    output = make_folder(args.output)
+    truth = read_ground_truth(args.gt)
+    results = read_results(args.results, truth)
+    draw_all(args, truth, results, output)
+    print(f"Pictures of ground truth (left) and predictions (right) are in {args.output}.")

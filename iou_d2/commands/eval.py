@@ -1,15 +1,9 @@
-"""Evaluate a trained detector: `iou-d2 train --eval-only`. Or one that was exported.
-
-    iou-d2 eval --config output/x/config.yaml --test coco:val.json \\
-        MODEL.WEIGHTS output/x/model_final.pth
-    iou-d2 eval --model model.onnx --test coco:val.json OUTPUT_DIR output/x
-"""
+"""`iou-d2 eval`: evaluates a trained detector, or one that was exported."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 import tqdm
@@ -18,35 +12,31 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import print_csv_format, verify_results
 from detectron2.utils.logger import setup_logger
 
-from iou_d2.commands.arguments import add_config_arguments, config_of
+from iou_d2.commands import train
+from iou_d2.commands.arguments import config_of
 from iou_d2.commands.exported import ExportedPredictor
+from iou_d2.commands.parsers.eval import parse_args
 from iou_d2.commands.pictures import read_picture
 from iou_d2.commands.run_data import Start, use_datasets
-from iou_d2.commands.train import log_results
-from iou_d2.commands.train import main as train
 from iou_d2.engine.lock import locked
 from iou_d2.engine.run_record import describe_run, recorded
 from iou_d2.errors import InputError
 from iou_d2.evaluation.build import build_evaluator
 
 
-def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    if any(argument.split("=")[0] == "--model" for argument in argv):
-        return evaluate_exported(argv)
-    return train(["--eval-only", *argv])
+def main(argv: list[str] | None = None) -> None:
+    run(parse_args(argv))
 
 
-def evaluate_exported(argv: list[str]) -> None:
+def run(args: argparse.Namespace) -> None:
+    if args.model is None:
+        train.run(args)
+    else:
+        evaluate_exported(args)
+
+
+def evaluate_exported(args: argparse.Namespace) -> None:
     """Evaluate the file --model on DATASETS.TEST, and record it as any other evaluation."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, metavar="FILE", help="of `iou-d2 export`")
-    add_config_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.config_file:
-        raise InputError("--model knows how it was trained: leave --config out.")
     predictor = ExportedPredictor(args.model)
     cfg = config_of(args)
     if cfg.TEST.AUG.ENABLED:
@@ -65,7 +55,7 @@ def evaluate_exported(argv: list[str]) -> None:
             if len(results) == 1:  # as Detectron2's `DefaultTrainer.test` has it
                 results = results[cfg.DATASETS.TEST[0]]
             record["results"] = results
-            log_results(cfg, results)
+            train.log_results(cfg, results)
             verify_results(cfg, results)
 
 
@@ -79,7 +69,3 @@ def evaluate_on(cfg: CfgNode, name: str, predictor: ExportedPredictor) -> dict[s
     logging.getLogger("iou_d2").info(f"Evaluation results for {name}:")
     print_csv_format(results)
     return results
-
-
-if __name__ == "__main__":
-    main()

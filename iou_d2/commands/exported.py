@@ -1,4 +1,4 @@
-"""Exported models in the place of trained ones: --model of `iou-d2 detect` and `iou-d2 eval`."""
+"""Exported models in the place of trained ones: --model of `iou-d2 eval`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 
-from iou_d2.errors import InputError
+from iou_d2.commands.exported_file import open_detector
 
 
 class ExportedPredictor:
@@ -18,14 +18,7 @@ class ExportedPredictor:
 
     def __init__(self, path: str):
         """Raises InputError where `path` is no exported model, or ONNX Runtime is not installed."""
-        try:
-            from iou_d2.runtime import Detector
-        except ModuleNotFoundError as error:
-            raise InputError(
-                f"{path} runs in ONNX Runtime, but {error.name} is not installed: run "
-                '`pip install "iou_d2[runtime]"`.'
-            ) from error
-        self.detector = Detector(path, threads=torch.get_num_threads())
+        self.detector = open_detector(path)
 
     @property
     def class_names(self) -> list[str]:

@@ -1,14 +1,4 @@
-"""Give this Python environment a Detectron2.
-
-An importable Detectron2 (upstream main, your own build) is left alone. Otherwise the Python part of
-Detectron2 0.5 is taken from PyPI (the sdist detectron2-cdo, checked by sha256), mended for current
-NumPy, Pillow, setuptools and torch and for the absence of compiled operators, and installed as a
-pure-Python wheel named detectron2. With --git, upstream main is built from its repository instead.
-
-    iou-d2 install-detectron2 [--git]
-
-Needs torch and pip, and no other part of iou_d2.
-"""
+"""`iou-d2 install-detectron2`: mends and installs release 0.5, or builds upstream main."""
 
 from __future__ import annotations
 
@@ -22,6 +12,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from iou_d2.commands.parsers.install_detectron2 import parse_args
 
 SDIST = "detectron2-cdo==0.5"
 SDIST_SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
@@ -189,24 +181,18 @@ def install_release(work: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--git", action="store_true", help="build upstream main instead of 0.5")
-    arguments = parser.parse_args(argv)
+    run(parse_args(argv))
 
+
+def run(args: argparse.Namespace) -> None:
     present = installed_detectron2()
     if present is not None:
         print(f"Detectron2 {present} is left as it is.")
         return
     prepare_build()
-    if arguments.git:
+    if args.git:
         pip("install", "--no-build-isolation", f"git+{UPSTREAM}")
     else:
         with tempfile.TemporaryDirectory() as work:
             install_release(Path(work))
     print(f"Installed Detectron2 {installed_detectron2()}.")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,4 @@
-"""How well the IoU branch of a trained IoU-Net predicts, and what its gradient does to boxes.
-
-    iou-d2 iou-branch output/iou_net_shapes [--images 200]
-
-Prints the mean and the standard deviation of the predicted IoU by true IoU, for jittered boxes, as
-the branch is trained, and for the detector's own (class score over 0.3, IoU over 0.5 with an object
-of their class, plain NMS); and the IoU of the latter before and after refinement.
-"""
+"""`iou-d2 iou-branch`: how well an IoU-Net predicts IoUs, and what their gradient does to boxes."""
 
 from __future__ import annotations
 
@@ -20,8 +13,9 @@ from tabulate import tabulate
 from torch import Tensor
 
 from iou_d2.commands.finished_runs import trained_config
+from iou_d2.commands.parsers.iou_branch import parse_args
 from iou_d2.commands.run_data import use_test_set
-from iou_d2.commands.trained import add_trust_argument, load_trained
+from iou_d2.commands.trained import load_trained
 from iou_d2.data.mapper import truth_mapper
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
 from iou_d2.detectors.iou_net_nms import PlainNMS
@@ -122,20 +116,10 @@ def report(jittered: Tensor, detected: Tensor) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="folder with config.yaml and model_final.pth")
-    parser.add_argument("--images", type=int, default=200)
-    add_trust_argument(parser)
-    args = parser.parse_args(argv)
+    run(parse_args(argv))
 
-    if args.images < 1:
-        raise InputError(f"--images is at least 1, but it is {args.images}.")
+
+def run(args: argparse.Namespace) -> None:
     cfg = trained_config(args.run)
     model = load_trained(cfg, args.trust_weights)
     print(report(*measure(model, read_images(cfg, args.images, args.run / "datasets"))))
-
-
-if __name__ == "__main__":
-    main()

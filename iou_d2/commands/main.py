@@ -1,4 +1,4 @@
-"""`iou-d2 COMMAND`: finds the module of a command and hands the other arguments to its `main`."""
+"""`iou-d2 COMMAND`: parses the arguments of a command, and then loads and runs it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from iou_d2.commands.errors import ending_in_a_sentence
 from iou_d2.commands.threads import limit_spinning
-from iou_d2.dependencies import missing_dependency
+from iou_d2.dependencies import CHOICES, missing_dependency
 
-# A command is the module of its name in this folder, with "_" for "-".
+# A command is the modules of its name in this folder and in parsers, with "_" for "-".
 COMMANDS = (
     "data",
     "train",
@@ -26,14 +26,16 @@ COMMANDS = (
     "zoo",
     "refine",
     "iou-branch",
+    "figures",
     "oracle",
     "calibrate",
     "convert",
     "export",
     "install-detectron2",
 )
-# These run without it, or say themselves what they miss.
-WITHOUT_DETECTRON2 = ("install-detectron2", "report")
+# What these need before they start; all others need all that iou_d2 does. They say themselves what
+# else their arguments ask for.
+NEEDS = {"detect": ("cv2",), "draw": ("cv2",), "install-detectron2": (), "report": ()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,14 +47,25 @@ def main(argv: list[str] | None = None) -> None:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
         sys.exit(f"iou-d2 has no command {command}. The nearest is {near}.")
-    missing = None if command in WITHOUT_DETECTRON2 else missing_dependency()
-    if missing:
-        sys.exit(missing)
-    limit_spinning()
     # The usage that argparse prints names the command.
     sys.argv[0] = f"iou-d2 {command}"
+    run_command(command, arguments)
+
+
+def run_command(command: str, argv: list[str]) -> None:
+    """Run one of COMMANDS, and end in a sentence where the user can mend what is wrong.
+
+    What does the work is imported after the arguments are parsed: torch and Detectron2 take
+    seconds to load, for which neither --help nor a wrong argument has to wait.
+    """
+    name = module_name(command)
     with ending_in_a_sentence():
-        importlib.import_module(f"iou_d2.commands.{module_name(command)}").main(arguments)
+        args = importlib.import_module(f"iou_d2.commands.parsers.{name}").parse_args(argv)
+        limit_spinning()
+        missing = missing_dependency(NEEDS.get(command, CHOICES))
+        if missing:
+            sys.exit(missing)
+        importlib.import_module(f"iou_d2.commands.{name}").run(args)
 
 
 def module_name(command: str) -> str:
@@ -68,7 +81,8 @@ def overview() -> str:
 
 
 def summary(command: str) -> str:
-    source = Path(__file__).with_name(f"{module_name(command)}.py").read_text(encoding="utf-8")
+    path = Path(__file__).with_name("parsers") / f"{module_name(command)}.py"
+    source = path.read_text(encoding="utf-8")
     return ast.get_docstring(ast.parse(source)).splitlines()[0]
 
 

@@ -1,11 +1,4 @@
-"""Show what AP a detector would have if its boxes, classes or IoUs were true.
-
-    iou-d2 oracle --config output/x/config.yaml --test coco:val.json [--output output/x/oracle] \\
-        MODEL.WEIGHTS output/x/model_final.pth
-
-The oracles of VarifocalNet's Table 1, and IoU-Net's: what they are stands in docs/ORACLE.md. Prints
-a table; writes oracle.json, oracle.png and the detections of each row.
-"""
+"""`iou-d2 oracle`: the AP of a detector whose boxes, classes or IoUs were true."""
 
 from __future__ import annotations
 
@@ -22,10 +15,11 @@ from tabulate import tabulate
 from torch import nn
 
 from iou_d2.analysis import plot_bars
-from iou_d2.commands.arguments import Names, add_config_arguments, config_of
+from iou_d2.commands.arguments import config_of
 from iou_d2.commands.output import make_folder, write_whole
+from iou_d2.commands.parsers.oracle import parse_args
 from iou_d2.commands.run_data import Start, use_datasets
-from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
+from iou_d2.commands.trained import fill, names_in, read_weights
 from iou_d2.engine.config_checks import check_config, check_datasets
 from iou_d2.engine.oracle import ORACLES, editor_of
 from iou_d2.engine.oracle.evaluation import Plan, measure, plan
@@ -33,23 +27,6 @@ from iou_d2.errors import InputError
 
 METRICS = ("AP", "AP50", "AP75", "AP90")
 RANKED_BY = {False: "class score", True: "class score and quality"}
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", metavar="FOLDER", help="by default oracle in OUTPUT_DIR")
-    parser.add_argument(
-        "--oracles",
-        nargs="+",
-        action=Names,
-        metavar="ORACLE",
-        help=f"of {', '.join(ORACLES)} (all by default); gt_bbox+gt_cls does both",
-    )
-    add_trust_argument(parser)
-    add_config_arguments(parser)
-    return parser
 
 
 def prepare(cfg: CfgNode, trust: bool) -> tuple[str, nn.Module]:
@@ -69,7 +46,7 @@ def prepare(cfg: CfgNode, trust: bool) -> tuple[str, nn.Module]:
     use_datasets(cfg, start, eval_only=True, resume=False)
     (name,) = cfg.DATASETS.TEST
     if not MetadataCatalog.get(name).get("has_annotations", True):
-        raise InputError(f"'{name}' has no annotations: there is no truth to overwrite with.")
+        raise InputError(f"'{name}' has no annotations: there is no truth to compare with.")
     return name, fill(build_model(cfg).eval(), cfg, content)
 
 
@@ -114,7 +91,10 @@ def write(
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    run(parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     cfg = config_of(args)
     output = make_folder(args.output or Path(cfg.OUTPUT_DIR) / "oracle")
     name, model = prepare(cfg, args.trust_weights)
@@ -128,7 +108,3 @@ def main(argv: list[str] | None = None) -> None:
     print(report(rows, chosen.left_out))
     write(output, cfg, args.config_file, name, rows, chosen)
     print(f"\nFiles: {output / 'oracle.json'}, {output / 'oracle.png'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,17 +8,27 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data.detection_utils import read_image
+from PIL import Image
 
 from iou_d2.data.images import usable_header
 from iou_d2.errors import InputError, MissingFileError
 
 # What OpenCV writes under its own ending; every other picture is written as PNG.
 WRITTEN_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
+# EXIF orientation -> what turns the picture upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_picture(path: str | os.PathLike) -> np.ndarray:
-    """(H, W, 3) uint8 BGR, turned as EXIF says.
+    """(H, W, 3) uint8 BGR, turned as EXIF says: what Detectron2's `read_image` gives.
 
     Raises InputError with the name of a file that is not there, is no image, is damaged, has too
     many pixels or more than 8 bits a channel, of which Pillow would cut off all above 255.
@@ -26,9 +36,12 @@ def read_picture(path: str | os.PathLike) -> np.ndarray:
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise MissingFileError(f"There is no image {path}.")
-    usable_header(path)
+    header = usable_header(path)
     try:
-        return read_image(path, format="BGR")
+        with Image.open(path) as image:
+            if header.orientation in _TURNS:
+                image = image.transpose(_TURNS[header.orientation])
+            return np.asarray(image.convert("RGB"))[:, :, ::-1]
     except Exception as error:  # Pillow raises half a dozen types
         raise InputError(f"{path} cannot be read as an image: {error}") from error
 

@@ -1,17 +1,4 @@
-"""Apply a trained IoU-Net to the detections of any detector: IoU-guided NMS and refinement.
-
-    iou-d2 refine \\
-        --config-file configs/quick/iou_net_standalone_shapes.yaml \\
-        --gt instances.json --images images --results coco_instances_results.json \\
-        --output refined.json MODEL.WEIGHTS output/iou_net_standalone_shapes/model_final.pth
-
-Reads and writes COCO results, and prints AP before and after where --gt has annotations. Everything
-in MODEL.IOU_NET can be switched at the end of the command line, such as MODEL.IOU_NET.NMS plain;
-MODEL.ROI_HEADS has SCORE_THRESH_TEST and NMS_THRESH_TEST. IoU-guided NMS can only do its work on
-results that nothing has thinned out: make them with the NMS threshold of the detector, such as
-MODEL.ROI_HEADS.NMS_THRESH_TEST, at 1.0 (arXiv 1807.11590, Table 1) and with
-TEST.DETECTIONS_PER_IMAGE -1.
-"""
+"""`iou-d2 refine`: IoU-guided NMS and refinement of the detections of any detector."""
 
 from __future__ import annotations
 
@@ -34,8 +21,8 @@ from torch import nn
 from iou_d2 import get_config
 from iou_d2.analysis.reading import read_ground_truth, read_results
 from iou_d2.commands.output import check_output_file, write_whole
+from iou_d2.commands.parsers.refine import parse_args
 from iou_d2.commands.trained import (
-    add_trust_argument,
     fill,
     names_in,
     read_weights,
@@ -198,19 +185,11 @@ def ap_table(truth: dict, results: list[dict], refined: list[dict]) -> str:
     return tabulate(rows, ["", *METRICS], "pipe", floatfmt=".1f")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", "--config-file", required=True, dest="config_file")
-    parser.add_argument("--gt", required=True, metavar="FILE", help="ground truth, COCO JSON")
-    parser.add_argument("--images", required=True, metavar="FOLDER")
-    parser.add_argument("--results", required=True, metavar="FILE", help="COCO results to refine")
-    parser.add_argument("--output", required=True, metavar="FILE", help="refined COCO results")
-    add_trust_argument(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
-    args = parser.parse_args(arguments)
+def main(argv: list[str] | None = None) -> None:
+    run(parse_args(argv))
 
+
+def run(args: argparse.Namespace) -> None:
     check_output_file(args.output)
     truth = read_ground_truth(args.gt)
     results = read_results(args.results, truth)
@@ -230,7 +209,3 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         print(f"{args.gt} has no annotations: AP is left out.")
     print(f"{len(refined)} of {len(results)} detections are left, in {args.output}.")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,4 @@
-"""A table of AP and correlations from the metrics.json of finished runs, in Markdown.
-
-iou-d2 table output/retinanet_shapes output/iou_retinanet_shapes
-"""
+"""`iou-d2 table`: AP and correlations of finished runs, in Markdown."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from iou_d2.commands.finished_runs import read_metrics, read_run_config
+from iou_d2.commands.parsers.table import parse_args
 from iou_d2.errors import InputError
 
 AP_KEYS = ["AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90"]
@@ -32,15 +30,10 @@ def row(run: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
-    runs = parser.parse_args(argv).runs
+    run(parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     names = ["r class score", "r confidence", "r predicted IoU"]
     headers = ["run", "seed", *AP_KEYS, *names]
-    print(tabulate([row(run) for run in runs], headers, "github", disable_numparse=True))
-
-
-if __name__ == "__main__":
-    main()
+    print(tabulate([row(run) for run in args.runs], headers, "github", disable_numparse=True))

@@ -1,4 +1,5 @@
-"""How the threads of torch wait. Needs no torch, for it has to be called before torch is loaded."""
+"""How many threads compute, and how they wait. Needs no torch: the latter has to be said before
+torch is loaded."""
 
 from __future__ import annotations
 
@@ -13,3 +14,13 @@ def limit_spinning() -> None:
     limit) they keep each other from working. OpenMP reads the variable once, when it is loaded.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def count_threads() -> int:
+    """OMP_NUM_THREADS, which torch obeys too, or the cores that this process may use."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdecimal() and int(said) > 0:
+        return int(said)
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

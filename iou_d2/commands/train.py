@@ -1,12 +1,4 @@
-"""Train a detector, or evaluate one with --eval-only.
-
-    iou-d2 train --config quick/iou_retinanet_shapes
-    iou-d2 train --config vfnet_R_50_FPN_1x --train coco:train.json --test coco:val.json \\
-        OUTPUT_DIR output/x SOLVER.IMS_PER_BATCH 8
-    iou-d2 train --config output/x/config.yaml --eval-only MODEL.WEIGHTS output/x/model_final.pth
-
-OUTPUT_DIR receives model_final.pth, metrics.json, log.txt, config.yaml and run.json.
-"""
+"""`iou-d2 train`: trains a detector, or evaluates one, in as many processes as are wanted."""
 
 from __future__ import annotations
 
@@ -26,10 +18,11 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from iou_d2.commands.arguments import add_config_arguments, config_of
+from iou_d2.commands.arguments import config_of
 from iou_d2.commands.errors import leaves_no_traceback
+from iou_d2.commands.parsers.train import parse_args
 from iou_d2.commands.run_data import Start, use_datasets
-from iou_d2.commands.trained import add_trust_argument, fill, names_in, read_weights
+from iou_d2.commands.trained import fill, names_in, read_weights
 from iou_d2.data.cleaning import write_text
 from iou_d2.engine.checkpoint import remove_unfinished, split_weights
 from iou_d2.engine.config_checks import check_config, check_datasets, check_training
@@ -42,45 +35,23 @@ from iou_d2.engine.trainer import Trainer
 from iou_d2.errors import InputError
 
 
-def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=None if epilog else __doc__,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
-    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
-    add("--num-gpus", type=int, default=1, metavar="N", help="GPUs a machine; 0 is the CPU")
-    add("--num-processes", type=int, default=1, metavar="N", help="CPU processes a machine")
-    add("--num-machines", type=int, default=1, metavar="N")
-    add("--machine-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
-    add(
-        "--dist-url",
-        default=default_argument_parser().get_default("dist_url"),
-        metavar="URL",
-        help="where processes meet: tcp://HOST:PORT of machine 0, or auto on a single machine",
-    )
-    add_trust_argument(parser)
-    add_config_arguments(parser)
-    return parser
+def main(argv: list[str] | None = None) -> None:
+    run(parse_args(argv))
 
 
-def main(argv: list[str] | None = None, epilog: str | None = None) -> None:
-    """`epilog` stands below the arguments in --help, in place of what this module says."""
-    args = make_parser(epilog).parse_args(argv)
+def run(args: argparse.Namespace) -> None:
     launch(
-        run,
+        run_process,
         (args,),
         num_gpus=args.num_gpus,
         num_processes=args.num_processes,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
+        dist_url=args.dist_url or default_argument_parser().get_default("dist_url"),
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run_process(args: argparse.Namespace) -> None:
     """What each process does."""
     cfg = read_config(args)
     start = start_of(cfg, args)
@@ -212,7 +183,3 @@ def log_results(cfg: CfgNode, results: dict) -> None:
     """Append the results of an evaluation to metrics.json, where training logs its own."""
     with open(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), "a") as file:
         file.write(json.dumps(flatten_results_dict(results)) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from iou_d2.engine.checkpoint import SafeCheckpointer, split_weights
+from iou_d2 import get_config
+from iou_d2.config import set_class_names
+from iou_d2.engine.checkpoint import (
+    SafeCheckpointer,
+    split_weights,
+    untrained_predictor,
+    use_tta,
+)
 from iou_d2.engine.config_checks import check_config, require_detections
+from iou_d2.engine.precision import with_precision
 from iou_d2.engine.pretrained import require_trained
 from iou_d2.engine.safe_load import local_file, read_checkpoint_file
 from iou_d2.errors import InputError
-
-
-def add_trust_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--trust-weights",
-        action="store_true",
-        help="let the file of the weights make any object, and so run any code",
-    )
+from iou_d2.field_names import OPTIONAL_FIELDS
 
 
 def read_weights(cfg: CfgNode, trust: bool = False) -> dict:
@@ -65,7 +66,7 @@ def load_trained(cfg: CfgNode, trust: bool = False) -> nn.Module:
                 f"{cfg.MODEL.WEIGHTS} has the classes in the order {', '.join(names)}, but the "
                 f"config in the order {', '.join(cfg.MODEL.CLASS_NAMES)}."
             )
-    return fill(build_model(cfg).eval(), cfg, content)
+    return fill(with_precision(build_model(cfg).eval(), cfg), cfg, content)
 
 
 def names_in(content: dict, weights: str) -> list[str]:
@@ -89,3 +90,53 @@ def require_same_names(
             f"{weights} knows the classes {', '.join(known)}, but {where} has "
             f"{', '.join(wanted) or 'none'}."
         )
+
+
+def setup(
+    config_file: str, overrides: list[str], trust: bool = False, augments: bool = False
+) -> tuple[CfgNode, dict]:
+    """The config with the names of the classes, and what its MODEL.WEIGHTS hold. `augments`: see
+    `check_config`."""
+    cfg = get_config(config_file, overrides)
+    check_config(cfg, augments)
+    require_detections(cfg)
+    checkpoint = read_weights(cfg, trust)
+    names = names_in(checkpoint, cfg.MODEL.WEIGHTS) or cfg.MODEL.CLASS_NAMES
+    if names:
+        set_class_names(cfg, names)
+    cfg.freeze()
+    return cfg, checkpoint
+
+
+def open_trained(
+    config_file: str, overrides: list[str], trust: bool = False
+) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]], Sequence[str]]:
+    """A trained detector that answers as those of iou_d2/runtime do, and the names of its classes,
+    which may be none. Test-time augmentation is as the config says."""
+    cfg, checkpoint = setup(config_file, overrides, trust, augments=True)
+    return TrainedDetector(cfg, checkpoint), cfg.MODEL.CLASS_NAMES
+
+
+class TrainedDetector:
+    """Detectron2's DefaultPredictor that answers as a Detector of iou_d2/runtime does.
+
+    Attributes:
+        predictor: the DefaultPredictor.
+    """
+
+    def __init__(self, cfg: CfgNode, checkpoint: dict):
+        """`checkpoint` is what `setup` read of MODEL.WEIGHTS. Raises as `fill` does."""
+        self.predictor = untrained_predictor(cfg)
+        fill(self.predictor.model, cfg, checkpoint)
+        use_tta(self.predictor, cfg)
+
+    def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        """(H, W, 3) uint8 BGR -> its D detections, best first: "boxes" (D, 4) XYXY in pixels of
+        `image`, "scores" (D,), "classes" (D,) and what it has of OPTIONAL_FIELDS, (D,)."""
+        instances = self.predictor(image)["instances"].to("cpu")
+        return {
+            "boxes": instances.pred_boxes.tensor.numpy(),
+            "scores": instances.scores.numpy(),
+            "classes": instances.pred_classes.numpy(),
+            **{x: instances.get(x).numpy() for x in OPTIONAL_FIELDS if instances.has(x)},
+        }

@@ -1,11 +1,4 @@
-"""Train the runs behind the documents' tables, and write those tables.
-
-    iou-d2 zoo train --data DATA        # what has no record yet; may be stopped and started again
-    iou-d2 zoo write                    # MODEL_ZOO.md, and the tables on the pages
-    iou-d2 zoo keep own_data/nuclei/vfnet-seed1 output/x    # a run that was trained by hand
-
-The plan, docs/runs/zoo.yaml in a checkout, names the runs; their records are kept beside it.
-"""
+"""`iou-d2 zoo`: trains the runs behind the documents' tables, and writes those tables."""
 
 from __future__ import annotations
 
@@ -16,9 +9,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 
+from iou_d2.commands.parsers.zoo import parse_args
 from iou_d2.data.cleaning import write_text
 from iou_d2.errors import InputError
 from iou_d2.zoo import Plan, Run, keep, kept, model_zoo, read_plan, with_tables
@@ -106,28 +99,8 @@ def keep_run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--plan", type=Path, default=Path("docs/runs/zoo.yaml"))
-    parts = parser.add_subparsers(dest="part", required=True)
-    add = parts.add_parser("train", help="train what has no record yet").add_argument
-    add("--data", type=Path, help="folder of the sets")
-    add("--only", nargs="*", default=[], metavar="PATTERN", help="of names: 'own_data/*/vfnet-*'")
-    add("--output", type=Path, default=Path("output/zoo"))
-    add("--threads", type=int, default=0, help="of each run; 0: what the machine has")
-    parts.choices["train"].set_defaults(run_part=train)
-    add = parts.add_parser("write", help="write MODEL_ZOO.md and the tables of pages").add_argument
-    add("--pages", nargs="*", type=Path, default=[Path("docs/RESULTS.md")])
-    add("--model-zoo", type=Path, default=Path("MODEL_ZOO.md"))
-    parts.choices["write"].set_defaults(run_part=write)
-    add = parts.add_parser("keep", help="keep the record of a finished run").add_argument
-    add("name", help="of the run in the plan: TABLE/SET/ROW-seedN")
-    add("run", type=Path, metavar="OUTPUT_DIR")
-    parts.choices["keep"].set_defaults(run_part=keep_run)
-    args = parser.parse_args(argv)
-    args.run_part(args)
+    run(parse_args(argv))
 
 
-if __name__ == "__main__":
-    main()
+def run(args: argparse.Namespace) -> None:
+    {"train": train, "write": write, "keep": keep_run}[args.part](args)

@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from iou_d2.ops.calibration import Calibration, as_predicted
-from iou_d2.ops.refine import leave_inference_mode, refine_boxes
+from iou_d2.ops.refine import Observer, leave_inference_mode, refine_boxes
 
 from .calibration import build_calibration
 from .dense import first, part_named
@@ -73,7 +73,7 @@ class GradientAscent:
     """Ascent on the predicted IoU (Algorithm 2); a box keeps its class and its pyramid level.
 
     Args:
-        steps, step_size, early_stop, max_drop, roll_back: see `refine_boxes`.
+        steps, step_size, early_stop, max_drop, roll_back, observe: see `refine_boxes`.
     """
 
     steps: int = 5
@@ -81,6 +81,7 @@ class GradientAscent:
     early_stop: float = 0.001
     max_drop: float = -0.01
     roll_back: bool = False
+    observe: Observer | None = None
 
     def __call__(self, detections, branch, features, regress=None) -> None:
         features = [leave_inference_mode(feature.float()) for feature in features]
@@ -107,6 +108,7 @@ class GradientAscent:
             early_stop=self.early_stop,
             max_drop=self.max_drop,
             roll_back=self.roll_back,
+            observe=self.observe,
         )
         _distribute(detections, pred_boxes=boxes, pred_ious=ious)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -22,8 +23,15 @@ def build_solver(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of `model` that SOLVER.OPTIMIZER names, with the learning rates that
     SOLVER.LR_FACTORS multiplies; all other SOLVER keys as in Detectron2.
 
-    Raises InputError for another name than "SGD" or "AdamW", and for a factor of no parameter.
+    Raises InputError for another name than "SGD" or "AdamW", and for a factor of no parameter. Logs
+    a warning where training ends within its warm-up.
     """
+    if cfg.SOLVER.MAX_ITER <= cfg.SOLVER.WARMUP_ITERS:
+        logging.getLogger(__name__).warning(
+            f"Training ends after {cfg.SOLVER.MAX_ITER} iterations, within its warm-up of "
+            f"{cfg.SOLVER.WARMUP_ITERS}, so the learning rate never reaches SOLVER.BASE_LR and "
+            "next to nothing is learnt: give a smaller SOLVER.WARMUP_ITERS."
+        )
     optimizer = _build_optimizer(cfg, model)
     if cfg.SOLVER.LR_FACTORS:
         multiply_learning_rates(optimizer, model, dict(cfg.SOLVER.LR_FACTORS))

@@ -13,6 +13,7 @@ from PIL import Image
 from coco_files import HEIGHT, WIDTH, annotation, two_images, write
 from iou_d2.commands import contact_sheet, data_report
 from iou_d2.commands.data import main
+from iou_d2.commands.drawing import color_of
 from iou_d2.errors import InputError, MissingFileError
 
 CONFIG = ("--config", "quick/retinanet_own_data")
@@ -214,7 +215,7 @@ def test_a_cell_has_the_box_where_the_object_is(tmp_path):
     Image.new("RGB", (WIDTH, HEIGHT), (10, 20, 30)).save(file)
     cell = np.asarray(contact_sheet.draw_cell(record(file, (16, 12, 48, 36)), ["cat"]))
     scale = 428 / HEIGHT if 428 / HEIGHT < 472 / WIDTH else 472 / WIDTH
-    color = (cell == np.array(contact_sheet._color(0))).all(axis=2)
+    color = (cell == np.array(color_of(0))).all(axis=2)
     inside = color[: round(HEIGHT * scale)]  # above the caption
     rows, columns = np.nonzero(inside)
     edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]

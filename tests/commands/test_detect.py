@@ -14,6 +14,8 @@ import yaml
 from command_line import command, run
 from iou_d2 import get_config
 from iou_d2.commands import detect, pictures
+from iou_d2.commands.trained import TrainedDetector, open_trained, setup
+from iou_d2.engine.checkpoint import untrained_predictor
 from iou_d2.errors import InputError
 
 
@@ -79,7 +81,7 @@ CONFIG = "configs/quick/retinanet_shapes.yaml"
 def state():
     """The weights of a RetinaNet of three classes."""
     torch.manual_seed(0)
-    return detect.untrained_predictor(get_config(CONFIG, SMALL)).model.state_dict()
+    return untrained_predictor(get_config(CONFIG, SMALL)).model.state_dict()
 
 
 def write(path, content) -> str:
@@ -96,31 +98,30 @@ def write(path, content) -> str:
 def test_one_read_of_the_checkpoint_gives_names_and_weights(tmp_path, monkeypatch, state, name):
     content = {"model": state, "__author__": "iou_d2", "class_names": CLASSES}
     weights = write(tmp_path / name, content)
-    cfg, checkpoint = detect.setup(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights])
+    cfg, checkpoint = setup(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights])
     assert cfg.MODEL.CLASS_NAMES == CLASSES
     for reader in (torch, pickle):
         monkeypatch.setattr(reader, "load", None)
-    demo = detect.trained_demo(cfg, checkpoint, 0.0)
-    loaded = demo.predictor.model.state_dict()
+    detector = TrainedDetector(cfg, checkpoint)
+    loaded = detector.predictor.model.state_dict()
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[key], state[key]) for key in state)
-    _, detections = demo(np.full((64, 64, 3), 90, dtype=np.uint8))
+    _, detections = detect.Demo(detector, CLASSES, 0.0)(np.full((64, 64, 3), 90, dtype=np.uint8))
     assert detections and {d["class"] for d in detections} <= set(CLASSES)
 
 
 def test_classes_without_names_are_called_by_their_number(tmp_path):
     config, overrides = "configs/quick/unitbox_shapes.yaml", ["MODEL.DEVICE", "cpu"]
     torch.manual_seed(0)
-    model = detect.untrained_predictor(get_config(config, overrides)).model
+    model = untrained_predictor(get_config(config, overrides)).model
     weights = write(tmp_path / "model.pth", {"model": model.state_dict()})
-    cfg, checkpoint = detect.setup(config, [*overrides, "MODEL.WEIGHTS", weights])
-    demo = detect.trained_demo(cfg, checkpoint, 0.0)
+    demo = detect.Demo(*open_trained(config, [*overrides, "MODEL.WEIGHTS", weights]), 0.0)
     assert [demo.class_name(index) for index in range(2)] == ["class 0", "class 1"]
 
 
 def test_the_number_of_names_is_that_of_the_heads(tmp_path, state):
     weights = write(tmp_path / "model.pth", {"model": state, "class_names": CLASSES})
-    cfg, _ = detect.setup("configs/quick/unitbox_shapes.yaml", ["MODEL.WEIGHTS", weights])
+    cfg, _ = setup("configs/quick/unitbox_shapes.yaml", ["MODEL.WEIGHTS", weights])
     numbers = [cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES]
     assert numbers == [3, 3]
 
@@ -129,7 +130,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     weights = tmp_path / "model.pkl"
     weights.write_bytes(pickle.dumps({"model": {}, "class_names": print}))
     with pytest.raises(ValueError, match="is refused, and nothing in it was run"):
-        detect.setup(CONFIG, ["MODEL.WEIGHTS", str(weights)])
+        setup(CONFIG, ["MODEL.WEIGHTS", str(weights)])
 
 
 def test_equal_names_are_told_apart():
@@ -151,10 +152,10 @@ def test_tensors_with_other_beginnings_of_names_are_matched_where_one_says_so(tm
     short = {name.removeprefix("backbone."): value for name, value in state.items()}
     weights = write(tmp_path / "model.pth", {"model": short})
     with pytest.raises(InputError, match="are not, such as backbone"):
-        detect.trained_demo(*detect.setup(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights]), 0.0)
+        open_trained(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights])
     weights += "?matching_heuristics=True"
-    demo = detect.trained_demo(*detect.setup(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights]), 0.0)
-    loaded = demo.predictor.model.state_dict()
+    detector, _ = open_trained(CONFIG, [*SMALL, "MODEL.WEIGHTS", weights])
+    loaded = detector.predictor.model.state_dict()
     assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 

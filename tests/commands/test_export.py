@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import cv2
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from command_line import metrics_of
+from command_line import metrics_of, run_alone
 from exported_models import SMALL, small_model
 from iou_d2.commands import detect, export
 from iou_d2.commands import eval as evaluate
@@ -47,16 +48,36 @@ def test_it_writes_checks_and_tells(tmp_path, weights, capsys):
     assert "boxes (2, " in capsys.readouterr().out
 
 
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "torchvision", "detectron2", "fvcore"):
+    sys.modules[name] = None  # an import of it fails
+from iou_d2.commands.main import main
+arguments = ["detect", "--input", sys.argv[2], "--output", sys.argv[3]]
+try:
+    main([*arguments, "--config", "x.yaml"])
+except SystemExit as ended:
+    print(ended)
+main([*arguments, "--model", sys.argv[1], "--confidence-threshold", "0"])
+"""
+
+
 def test_detect_takes_the_file(tmp_path, weights):
     path = run_export(tmp_path, weights)
     cv2.imwrite(str(tmp_path / "x.png"), np.full((48, 64, 3), 90, dtype=np.uint8))
     arguments = ["--input", str(tmp_path / "x.png"), "--output", str(tmp_path / "out")]
     arguments += ["--confidence-threshold", "0"]
-    detect.main(["--model", path, *arguments])
+    program = [sys.executable, "-c", WITHOUT_TORCH, path, arguments[1], arguments[3]]
+    printed = run_alone({**os.environ, "PYTHONPATH": os.getcwd()}, program)
+    assert "Exported models alone run without it: see --model." in printed
     (record,) = json.loads((tmp_path / "out/detections.json").read_text())
+    assert cv2.imread(str(tmp_path / "out/x.png")).shape == (600, 800, 3)
     detect.main(["--config", CONFIG, *arguments, *SMALL, "MODEL.WEIGHTS", weights])
     (expected,) = json.loads((tmp_path / "out/detections.json").read_text())
-    assert len(record["detections"]) == len(expected["detections"])
+    assert len(record["detections"]) == len(expected["detections"]) > 10
+    for found, other in zip(record["detections"], expected["detections"]):
+        assert found["score"] == pytest.approx(other["score"], abs=1e-4)
+        assert found.keys() == other.keys()
     assert {x["class"] for x in record["detections"]} <= {"a", "b", "c"}
     with pytest.raises(InputError, match="--model has no config, of which MODEL.DEVICE could be"):
         detect.main(["--model", path, *arguments, "MODEL.DEVICE", "cpu"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coco_files import annotation, two_images, write
-from command_line import TINY, command, run, run_alone
+from command_line import TINY, command, run
 
 OWN = "configs/quick/iou_retinanet_own_data.yaml"
 # The learning rate is too small to move a weight.
@@ -77,7 +77,7 @@ STILL = (
 def test_two_processes_stop_together(environment, tmp_path):
     arguments = ("--num-gpus", "0", "--num-processes", "2", "--dist-url", "auto", *TINY, *EVERY)
     where = ("OUTPUT_DIR", str(tmp_path))
-    printed = run_alone(environment, command(*arguments, *STILL, *where))
+    printed = run(environment, command(*arguments, *STILL, *where))
     assert printed.count("Training stops after 3 iterations, for no evaluation since that") == 1
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["outcome"] == "finished" and record["stopped_early_after"] == 3

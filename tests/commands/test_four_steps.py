@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from command_line import command, run
-from iou_d2.commands.detect import setup
+from iou_d2.commands.trained import setup
 from iou_d2.errors import InputError
 
 CONFIG = "configs/quick/faster_rcnn_shapes.yaml"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -16,7 +15,7 @@ import yaml
 from detectron2.engine import DefaultPredictor
 from PIL import Image
 
-from command_line import CONFIG, TINY, command, metrics_of, run, run_alone
+from command_line import CONFIG, TINY, command, metrics_of, run, run_alone, start_script
 from iou_d2 import get_config
 from iou_d2.commands import train
 from iou_d2.engine.trainer import Trainer
@@ -68,15 +67,14 @@ def test_a_killed_run_resumes_with_iteration_learning_rate_and_momentum(
     arguments = (*TINY, "SOLVER.MAX_ITER", "400", "SOLVER.CHECKPOINT_PERIOD", "3")
     arguments += ("SOLVER.STEPS", "(2,)", "OUTPUT_DIR", str(tmp_path), "SOLVER.OPTIMIZER", "SGD")
     arguments += ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")
-    killed = subprocess.Popen(
-        command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    killed = start_script(environment, command(*arguments), tmp_path / "printed")
     deadline = time.monotonic() + 200
     while not (tmp_path / "last_checkpoint").exists():
-        assert killed.poll() is None and time.monotonic() < deadline
+        assert killed.is_alive() and time.monotonic() < deadline
         time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
 
     saved = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
     start = saved["iteration"] + 1
@@ -84,7 +82,7 @@ def test_a_killed_run_resumes_with_iteration_learning_rate_and_momentum(
     (tmp_path / "model_9999999.pth.unfinished").write_bytes(b"half")
 
     monkeypatch.setenv("DETECTRON2_DATASETS", environment["DETECTRON2_DATASETS"])
-    parsed = train.make_parser().parse_args(["--config-file", CONFIG, *arguments])
+    parsed = train.parse_args(["--config-file", CONFIG, *arguments])
     cfg = train.read_config(parsed)
     train.prepare(cfg, parsed, train.start_of(cfg, parsed))
     trainer = Trainer(cfg)
@@ -152,7 +150,7 @@ def test_a_run_and_its_evaluation_are_recorded_apart(environment, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train_net.py", "demo.py"])
-def test_threads_are_told_how_to_wait_before_torch_is_loaded(script):
+def test_threads_are_told_how_to_wait_before_torch_is_loaded(script, tmp_path):
     """GNU's OpenMP reads the variable when torch loads it."""
     code = f"""
 import os, sys
@@ -165,8 +163,11 @@ sys.meta_path.insert(0, Watch())
 exec(compile(open({script!r}).read(), {script!r}, "exec"))
 """
     environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    arguments = ["--config", CONFIG]
+    if script == "demo.py":
+        arguments += ["--input", script, "--output", str(tmp_path)]
     for given, used in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
-        printed = run_alone({**environment, **given}, [sys.executable, "-c", code])
+        printed = run_alone({**environment, **given}, [sys.executable, "-c", code, *arguments])
         assert printed == f"GOMP_SPINCOUNT is {used}\n"
 
 

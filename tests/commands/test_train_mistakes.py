@@ -12,7 +12,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from command_line import command, run
+from command_line import command, outcome, run
 from iou_d2.commands import train
 from iou_d2.errors import InputError
 
@@ -85,11 +85,9 @@ def evaluate(environment, data: str, output: Path, *more: str, refused: bool = F
 
 
 def last_lines(environment, *arguments: str) -> tuple[int, list[str]]:
-    """The exit status, and what was said on stderr."""
-    done = subprocess.run(
-        command(*arguments, config=OWN), env=environment, text=True, capture_output=True
-    )
-    return done.returncode, done.stderr.strip().splitlines()
+    """The exit status, and what was said."""
+    status, printed = outcome(environment, command(*arguments, config=OWN))
+    return status, printed.strip().splitlines()
 
 
 def detections(folder: Path) -> list[dict]:

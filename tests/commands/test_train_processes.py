@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from command_line import TINY, command, metrics_of
-from command_line import run_alone as run
+from command_line import TINY, command, metrics_of, run, run_alone, start_script
 from iou_d2.engine.launch import free_port
 
 # No batch norm, whose statistics are those of a process, and nothing random in the data. Clipping
@@ -25,8 +23,8 @@ SAME_DATA = (
 SHORT = (*TINY, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()")
 
 
-def with_torchrun(*arguments: str) -> list[str]:
-    options = ("--nproc_per_node", "2", "--master_port", str(free_port()))
+def with_torchrun(processes: int, *arguments: str) -> list[str]:
+    options = ("--nproc_per_node", str(processes), "--master_port", str(free_port()))
     return [sys.executable, "-m", "torch.distributed.run", *options, *arguments]
 
 
@@ -68,35 +66,28 @@ def test_two_processes_train_as_one(environment, alone, tmp_path):
 
 def test_two_machines_train_as_one(environment, alone, tmp_path):
     url = f"tcp://127.0.0.1:{free_port()}"
-    machines = [
-        subprocess.Popen(
-            command(
-                *("--num-machines", "2", "--machine-rank", str(rank), "--dist-url", url),
-                *(*SAME_DATA, "OUTPUT_DIR", str(tmp_path)),
-                config=CONFIG,
-            ),
-            env=environment,
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [machine.wait(timeout=250) for machine in machines] == [0, 0]
-    finally:
-        for machine in machines:
-            machine.kill()
-    assert_as_alone(tmp_path, alone)
+    machines = []
+    for rank in range(2):
+        place = ("--num-machines", "2", "--machine-rank", str(rank), "--dist-url", url)
+        arguments = command(*place, *SAME_DATA, "OUTPUT_DIR", str(tmp_path / "out"), config=CONFIG)
+        machines.append(start_script(environment, arguments, tmp_path / f"printed_{rank}"))
+    for machine in machines:
+        machine.join(timeout=250)
+        machine.kill()  # has no effect where it has ended
+        machine.join()
+    assert [machine.exitcode for machine in machines] == [0, 0]
+    assert_as_alone(tmp_path / "out", alone)
 
 
 def test_torchrun_trains_as_one(environment, alone, tmp_path):
     arguments = command(*SAME_DATA, "OUTPUT_DIR", str(tmp_path), config=CONFIG)[1:]
-    run(environment, with_torchrun(*arguments))
+    run_alone(environment, with_torchrun(2, *arguments))
     assert_as_alone(tmp_path, alone)
 
 
 def test_torchrun_with_processes_of_our_own_is_refused(environment, tmp_path):
     arguments = command("--num-processes", "2", *SHORT, "OUTPUT_DIR", str(tmp_path / "out"))[1:]
-    printed = run(environment, with_torchrun(*arguments), fails=True)
+    printed = run_alone(environment, with_torchrun(1, *arguments), fails=True)
     assert "torchrun has started the processes: leave out" in printed
     assert not (tmp_path / "out").exists()
 

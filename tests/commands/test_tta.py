@@ -13,6 +13,7 @@ from command_line import TINY, command, metrics_of, run
 from iou_d2 import build_predictor, get_config
 from iou_d2.commands import detect, export
 from iou_d2.commands import eval as evaluate
+from iou_d2.commands.trained import open_trained
 from iou_d2.engine.trainer import Trainer
 from iou_d2.errors import InputError
 
@@ -75,9 +76,8 @@ def test_a_predictor_and_detect_augment_alike(folder):
 
     several = build_predictor(get_config(config, [*weights, *low]))(image)["instances"]
     assert not torch.equal(several.pred_boxes.tensor, plain.pred_boxes.tensor)
-    cfg, checkpoint = detect.setup(config, [*weights, *low], augments=True)
-    _, found = detect.trained_demo(cfg, checkpoint, 0.0)(image)
-    assert [x["score"] for x in found] == several.scores.tolist()
+    detector, _ = open_trained(config, [*weights, *low])
+    assert detector(image)["scores"].tolist() == several.scores.tolist()
 
 
 def test_detect_draws_with_it(folder, tmp_path):

@@ -46,7 +46,7 @@ def trainer(own_data, tmp_path):
     def make(folder: str, resume: bool, *overrides: str) -> Trainer:
         arguments = ["--config-file", CONFIG, *(["--resume"] if resume else [])]
         arguments += ["--train", own_data, "--test", own_data, *KEYS, *overrides]
-        parsed = train.make_parser().parse_args([*arguments, "OUTPUT_DIR", str(tmp_path / folder)])
+        parsed = train.parse_args([*arguments, "OUTPUT_DIR", str(tmp_path / folder)])
         cfg = train.read_config(parsed)
         train.prepare(cfg, parsed, train.start_of(cfg, parsed))
         trainer = Trainer(cfg)

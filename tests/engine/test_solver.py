@@ -117,3 +117,10 @@ def test_factors_of_the_command_line_and_of_a_file(tmp_path):
     assert dict(by_command.SOLVER.LR_FACTORS) == dict(get_config(path).SOLVER.LR_FACTORS)
     assert [list(x) for x in by_command.SOLVER.LR_FACTORS] == pairs
     assert by_command.SOLVER.FREEZE == ["backbone"]
+
+
+def test_a_training_within_its_warm_up_is_told(model, caplog):
+    build_solver(cfg_with(MAX_ITER=101, WARMUP_ITERS=100), model)
+    assert not caplog.records
+    build_solver(cfg_with(MAX_ITER=100, WARMUP_ITERS=100), model)
+    assert "Training ends after 100 iterations, within its warm-up of 100" in caplog.text
