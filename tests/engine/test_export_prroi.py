@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from iou_d2.engine.export import prroi_graph
-from iou_d2.engine.export.prroi_graph import box_gradient, feature_table, place, pool
+from iou_d2.engine.export.prroi_graph import (
+    box_gradient,
+    feature_table,
+    place,
+    pool,
+    pool_with_slopes,
+)
 from iou_d2.layers import prroi_pool
 
 SCALES, BINS = (1 / 4, 1 / 8), (3, 2)
@@ -19,7 +25,8 @@ class PoolAndGradient(torch.nn.Module):
     def forward(self, fine, coarse, boxes, image, level, upstream):
         table = feature_table([fine, coarse], SCALES)
         rois = place(table, boxes, image, level, BINS, self.aligned)
-        return pool(table, rois), box_gradient(table, rois, level, upstream)
+        pooled, slopes = pool_with_slopes(table, rois)
+        return pool(table, rois), box_gradient(rois, slopes, upstream), pooled
 
 
 def example(images, count, height, width, dtype=torch.float32):
@@ -69,7 +76,7 @@ def by_operator(fine, coarse, boxes, image, level, upstream, aligned=True):
             scale = SCALES[level[index]]
             pooled[index] = prroi_pool(maps[level[index]], roi, BINS, scale, aligned)[0]
     (gradient,) = torch.autograd.grad((pooled * upstream).sum(), boxes)
-    return pooled.detach(), gradient
+    return pooled.detach(), gradient, pooled.detach()
 
 
 def assert_same(got, expected, **tolerance):

@@ -18,7 +18,15 @@ from iou_d2.detectors.iou_branch import IOU_CODES, IoUBranch
 from iou_d2.detectors.pooler import PrRoIPooler
 from iou_d2.errors import InputError
 
-from .prroi_graph import FeatureTable, assigned_levels, box_gradient, feature_table, place, pool
+from .prroi_graph import (
+    FeatureTable,
+    assigned_levels,
+    box_gradient,
+    feature_table,
+    place,
+    pool,
+    pool_with_slopes,
+)
 
 # What decodes an output -> from decoded IoUs (R,), its derivative (R,).
 SLOPES: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
@@ -84,7 +92,8 @@ class PredictedIoU(nn.Module):
         """Predicted IoU (R,) and its gradient (R, 4) in the boxes, whose level is fixed."""
         level = self.levels(boxes) if level is None else level
         rois = self._place(table, boxes, image, level)
-        values = [pool(table, rois)]
+        pooled, slopes = pool_with_slopes(table, rois)
+        values = [pooled]
         for layer in self.head:
             values.append(layer(values[-1]))
         ious = self.decode(self._of_class(values[-1], classes))
@@ -93,7 +102,7 @@ class PredictedIoU(nn.Module):
             reversed(self.head), reversed(values[:-1]), reversed(values[1:])
         ):
             gradient = _before(layer, gradient, before, after)
-        return ious, box_gradient(table, rois, level, gradient)
+        return ious, box_gradient(rois, slopes, gradient)
 
     def _place(self, table: FeatureTable, boxes: Tensor, image: Tensor, level: Tensor):
         aligned = self.pooler.level_poolers[0].aligned

@@ -1,18 +1,18 @@
-"""Precise RoI pooling over the levels of a pyramid and its gradient in the boxes, as tensor
+"""Precise RoI pooling over the levels of a pyramid and its derivatives in the boxes, as tensor
 operations that ONNX and TorchScript hold, with any number of images, sizes and boxes.
 
-Arithmetic as in layers/prroi_pool.py (arXiv 1807.11590, eq. 2-4): out = Wy F Wx^T. Here F is but
-the window of the map that a box touches, looked up in a table of all pixels of all levels, a few
-boxes at a time. Shape letters: N images, C channels, H x W feature map, L levels, R RoIs, P x Q
-bins, S pixels of all levels and images, Y x X pixels of a window. Boxes are XYXY in pixels of the
-network input.
+Arithmetic as in layers/prroi_pool.py (arXiv 1807.11590, eq. 2-4): out = Wy F Wx^T, so that
+d out / dx1 = Wy F (d Wx / dx1)^T. Here F is but the window of the map that a box touches, looked up
+in a table of all pixels of all levels, a few boxes of like windows at a time. Shape letters: N
+images, C channels, H x W feature map, L levels, R RoIs, P x Q bins, S pixels of all levels and
+images, Y x X pixels of the largest window. Boxes are XYXY in pixels of the network input.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.structures import Boxes
@@ -20,8 +20,11 @@ from torch import Tensor
 
 from iou_d2.detectors.pooler import PrRoIPooler
 
-# Pixels of all windows that are looked up at a time, 16 MiB for 256 channels: quick to read again.
-PIXELS_AT_ONCE = 2**14
+from .prroi_weights import edges_of, slopes_of, weights_of
+
+# Pixels of the windows that are looked up at a time, at most: 8 MiB for 256 channels. Most are
+# less: as many are looked up with the largest windows as with the smallest.
+PIXELS_AT_ONCE = 2**13
 
 
 class FeatureTable(NamedTuple):
@@ -57,15 +60,18 @@ def assigned_levels(pooler: PrRoIPooler, boxes: Tensor) -> Tensor:
 
 
 class RoIs(NamedTuple):
-    """RoIs as the table sees them."""
+    """RoIs as the table sees them, those of like windows beside each other."""
 
-    origin: Tensor  # (R,) int64, the first pixel in the table of a RoI's map
-    sizes: Tensor  # (R, 2) int64, W and H of that map
-    first: Tensor  # (R, 2) int64, x and y of the first pixel that the RoI touches
-    counts: Tensor  # (R, 2) int64, how many it touches from there on, at least 1
+    order: Tensor  # (R,) int64, which of the boxes each is
+    counts: Tensor  # (R, 2) int64, columns and rows of its window, at least 1
+    columns: Tensor  # (R, X) int64, of the window
+    rows: Tensor  # (R, Y) int64, where each row of its map begins in the table
+    x_places: Tensor  # (R, X) float64, coordinates of the columns; infinity where there is none
+    y_places: Tensor  # (R, Y) float64
     x_edges: Tensor  # (R, Q + 1) float64, of its bins in feature pixels
-    y_edges: Tensor  # (R, P + 1)
+    y_edges: Tensor  # (R, P + 1) float64
     valid: Tensor  # (R,) whether it has an area, is finite and of one of the images
+    scales: Tensor  # (R,) float64, feature pixels an input pixel
 
 
 def place(
@@ -80,40 +86,89 @@ def place(
 
     A box of an image that there is not, such as -1, is pooled to 0.
     """
+    scales = table.scales[level]
     # In float64: float32 leaves no digits of sides of a thousandth of a pixel.
-    boxes = boxes.double() * table.scales[level][:, None] - (0.5 if aligned else 0.0)
+    boxes = boxes.double() * scales[:, None] - (0.5 if aligned else 0.0)
     sides = boxes[:, 2:] - boxes[:, :2]
     valid = (sides > 1e-9).all(1) & boxes.isfinite().all(1)
     valid = valid & (image >= 0) & (image < table.images)
     boxes = torch.where(valid[:, None], boxes, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]))
     sizes = torch.stack([table.widths[level], table.heights[level]], dim=1)
     image = torch.where(valid, image, torch.zeros_like(image))
+    origin = table.first[level] + image * sizes[:, 0] * sizes[:, 1]
     first = _inside(boxes[:, :2].floor(), sizes)
+    counts = _inside(boxes[:, 2:].ceil(), sizes) - first + 1
+    order = _by_window(counts)
+    boxes, first, counts, sizes = boxes[order], first[order], counts[order], sizes[order]
+    pixels_of = _scripted(_pixels)
+    columns, x_places = pixels_of(first[:, 0], counts[:, 0], sizes[:, 0])
+    rows, y_places = pixels_of(first[:, 1], counts[:, 1], sizes[:, 1])
     return RoIs(
-        table.first[level] + image * sizes[:, 0] * sizes[:, 1],
-        sizes,
-        first,
-        _inside(boxes[:, 2:].ceil(), sizes) - first + 1,
-        _edges(boxes[:, 0], boxes[:, 2], output_size[1]),
-        _edges(boxes[:, 1], boxes[:, 3], output_size[0]),
-        valid,
+        order,
+        counts,
+        columns,
+        origin[order][:, None] + rows * sizes[:, :1],
+        x_places,
+        y_places,
+        edges_of(boxes[:, 0], boxes[:, 2], output_size[1]),
+        edges_of(boxes[:, 1], boxes[:, 3], output_size[0]),
+        valid[order],
+        scales[order],
     )
 
 
+class Slopes(NamedTuple):
+    """Derivatives of the values of R RoIs in their order, and of some more, 0 where one is not
+    valid."""
+
+    in_x: Tensor  # (R, P, 2Q, C), for each row of bins in x1 of the box, then in x2
+    in_y: Tensor  # (R, 2P, Q, C), in y1, then in y2
+
+
 def pool(table: FeatureTable, rois: RoIs) -> Tensor:
-    """(R, C, P, Q): what `prroi_pool` gives for each RoI. No RoIs: an empty result."""
-    pooled = _scripted(_pool)(table.pixels, *rois[:-1], PIXELS_AT_ONCE).permute(0, 3, 1, 2)
-    return torch.where(rois.valid[:, None, None, None], pooled, torch.zeros_like(pooled))
+    """(R, C, P, Q): what `prroi_pool` gives for each box. No RoIs: an empty result."""
+    where = rois.counts, rois.rows, rois.columns
+    weights = _weights_of_rois(rois, table.pixels.dtype)
+    pooled = _scripted(_pool)(table.pixels, *where, *weights, PIXELS_AT_ONCE)
+    return _by_box(rois, pooled).permute(0, 3, 1, 2)
 
 
-def box_gradient(table: FeatureTable, rois: RoIs, level: Tensor, upstream: Tensor) -> Tensor:
+def pool_with_slopes(table: FeatureTable, rois: RoIs) -> tuple[Tensor, Slopes]:
+    """What `pool` gives, and what `box_gradient` takes."""
+    dtype = table.pixels.dtype
+    where = rois.counts, rois.rows, rois.columns
+    weights = _weights_of_rois(rois, dtype)
+    slopes = [
+        slopes_of(edges, places, rois.scales).to(dtype)
+        for edges, places in ((rois.y_edges, rois.y_places), (rois.x_edges, rois.x_places))
+    ]
+    slopes[0] = slopes[0] * rois.valid[:, None, None]
+    found = _scripted(_pool_with_slopes)(table.pixels, *where, *weights, *slopes, PIXELS_AT_ONCE)
+    return _by_box(rois, found[0]).permute(0, 3, 1, 2), Slopes(*found[1:])
+
+
+def box_gradient(rois: RoIs, slopes: Slopes, upstream: Tensor) -> Tensor:
     """Gradient (R, 4) in the boxes of a scalar whose gradient in the pooled values is `upstream`
-    (R, C, P, Q); `level` as given to `place`. 0 where a RoI is not valid."""
-    upstream = upstream.permute(0, 2, 3, 1)
-    gradient = _scripted(_box_gradient)(table.pixels, *rois[:-1], upstream, PIXELS_AT_ONCE)
-    gradient = gradient * table.scales[level][:, None]
-    gradient = torch.where(rois.valid[:, None], gradient, torch.zeros_like(gradient))
-    return gradient.to(table.pixels.dtype)
+    (R, C, P, Q)."""
+    count = rois.order.shape[0]
+    upstream = upstream.permute(0, 2, 3, 1)[rois.order]
+    rows, columns, channels = upstream.shape[1:]
+    in_x = slopes.in_x[:count].reshape(-1, rows, 2, columns * channels)
+    in_x = (in_x @ upstream.reshape(-1, rows, columns * channels, 1)).sum(dim=1)
+    in_y = slopes.in_y[:count].reshape(-1, 2, rows * columns * channels)
+    in_y = in_y @ upstream.reshape(-1, rows * columns * channels, 1)
+    return _by_box(rois, torch.cat([in_x, in_y], dim=2).flatten(1))
+
+
+def _by_box(rois: RoIs, values: Tensor) -> Tensor:
+    """Values of RoIs (R or more, ...) in the order of their R boxes."""
+    return values[rois.order.argsort()]
+
+
+def _weights_of_rois(rois: RoIs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Wy (R, P, Y), 0 where a RoI is not valid, and Wx (R, Q, X)."""
+    y_weights = weights_of(rois.y_edges, rois.y_places) * rois.valid[:, None, None]
+    return y_weights.to(dtype), weights_of(rois.x_edges, rois.x_places).to(dtype)
 
 
 def _inside(coordinates: Tensor, sizes: Tensor) -> Tensor:
@@ -123,13 +178,14 @@ def _inside(coordinates: Tensor, sizes: Tensor) -> Tensor:
     return torch.minimum(coordinates.clamp(min=0.0), limits).to(torch.int64)
 
 
-def _edges(start: Tensor, end: Tensor, bins: int) -> Tensor:
-    """(R,), (R,) -> (R, bins + 1)"""
-    steps = torch.arange(bins + 1, dtype=start.dtype, device=start.device) / bins
-    return start[:, None] + (end - start)[:, None] * steps
+def _by_window(counts: Tensor) -> Tensor:
+    """An order (R,) in which windows beside each other are about as wide and as high, the widest
+    first: those that are looked up together are filled up to one size."""
+    widths, heights = counts.unbind(dim=1)
+    return ((widths + 3) // 4 * 2**31 + heights).sort(descending=True).indices
 
 
-def _scripted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _scripted(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as a graph can hold it: a tracer would unroll its loops and make constants of the
     sizes of windows, and TorchScript does neither."""
     if not torch.jit.is_tracing():
@@ -139,121 +195,87 @@ def _scripted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.jit.script(function)
 
 
-def _rois_at_once(counts: Tensor, budget: int) -> int:
-    """As many RoIs as have no more than `budget` pixels in their windows, but one at least."""
-    longest = torch.cat([counts, counts.new_ones([1, 2])]).max(dim=0)[0]
-    return max(1, budget // int(longest[0] * longest[1]))
-
-
 def _pixels(first: Tensor, counts: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """The pixels (R, X) of a side of windows, X the longest, and their coordinates: where there are
     no more, the last one, infinitely far away."""
-    numbers = first[:, None] + torch.arange(int(counts.max()), device=first.device)
+    longest = int(torch.cat([counts, counts.new_ones([1])]).max())
+    numbers = first[:, None] + torch.arange(longest, device=first.device)
     last = (size - 1)[:, None]
     far = torch.full_like(numbers, torch.inf, dtype=torch.float64)
-    place = torch.where(numbers > last, far, numbers.to(torch.float64))
-    return torch.minimum(numbers, last), place
+    places = torch.where(numbers > last, far, numbers.to(torch.float64))
+    return torch.minimum(numbers, last), places
 
 
-def _lookup(pixels: Tensor, origin: Tensor, width: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Windows (R, Y, X, C) of the table, of rows (R, Y) and columns (R, X)."""
-    begin = rows * width[:, None] + origin[:, None]
-    index = begin[:, :, None] + columns[:, None]
-    found = pixels.index_select(0, index.reshape(-1))
-    return found.view(-1, rows.shape[1], columns.shape[1], pixels.shape[1])
+def _rois_at_once(counts: Tensor, budget: int) -> int:
+    """As many RoIs as have no more than `budget` pixels in their windows, but one at least."""
+    largest = torch.cat([counts, counts.new_ones([1, 2])]).max(dim=0)[0]
+    return max(1, budget // int(largest[0] * largest[1]))
 
 
-def _right_half(low: Tensor, high: Tensor) -> Tensor:
-    """As in layers/prroi_pool.py."""
-    low, high = low.clamp(0.0, 1.0), high.clamp(0.0, 1.0)
-    return (high - low) * (1.0 - (low + high) / 2.0)
+def _windows(pixels: Tensor, counts: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(R, Y, XC): the windows of some RoIs, as large as the largest of them."""
+    largest = counts.max(dim=0)[0]
+    width, height = int(largest[0]), int(largest[1])
+    index = rows[:, :height, None] + columns[:, None, :width]
+    return pixels.index_select(0, index.reshape(-1)).view(-1, height, width * pixels.shape[1])
 
 
-def _weights(edges: Tensor, place: Tensor) -> Tensor:
-    """(R, bins, X): the integral of each pixel's hat over each bin, divided by the bin's length."""
-    offsets = edges[:, :, None] - place[:, None]
-    low, high = offsets[:, :-1], offsets[:, 1:]
-    integral = _right_half(low, high) + _right_half(-high, -low)
-    bins = edges.shape[1] - 1
-    return integral * bins / (edges[:, -1:] - edges[:, :1])[:, :, None]
+def _by_row(weights: Tensor, windows: Tensor, channels: int) -> Tensor:
+    """Wy F, (R, bins, X, C), of weights (R, bins, Y) and windows (R, Y, XC)."""
+    height = windows.shape[1]
+    by_row = weights[:, :, :height] @ windows
+    return by_row.view(-1, weights.shape[1], windows.shape[2] // channels, channels)
 
 
-def _edge_gradient(edges: Tensor, place: Tensor, weights: Tensor, upstream: Tensor) -> Tensor:
-    """Gradient (R, 2) in the first and the last edge of a scalar whose gradient in the weights is
-    `upstream` (R, bins, X).
-
-    An edge between them moves with both. What a weight gains from its own edges is the hat there,
-    over the bin's length; what it loses from a longer bin is itself, over the length of all.
-    """
-    hats = (1.0 - (edges[:, :, None] - place[:, None]).abs()).clamp(min=0.0)
-    low, high = (hats[:, :-1] * upstream).sum(dim=2), (hats[:, 1:] * upstream).sum(dim=2)
-    lost = (weights * upstream).sum(dim=2).sum(dim=1, keepdim=True)  # (R, 1)
-    bins = edges.shape[1] - 1
-    numbers = torch.arange(bins, dtype=edges.dtype, device=edges.device)
-    of_last = (high * (numbers + 1) - low * numbers).sum(dim=1, keepdim=True)
-    of_both = bins * (high - low).sum(dim=1, keepdim=True)
-    gradient = torch.cat([of_both - of_last + lost, of_last - lost], dim=1)
-    return gradient / (edges[:, -1:] - edges[:, :1])
+def _by_column(by_row: Tensor, weights: Tensor) -> Tensor:
+    """Wy F Wx^T, (R, P, Q, C), of (R, P, X, C) and weights (R, Q, X)."""
+    return weights[:, None, :, : by_row.shape[2]] @ by_row
 
 
 def _pool(
     pixels: Tensor,
-    origin: Tensor,
-    sizes: Tensor,
-    first: Tensor,
     counts: Tensor,
-    x_edges: Tensor,
-    y_edges: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    y_weights: Tensor,
+    x_weights: Tensor,
     budget: int,
 ) -> Tensor:
-    """(R, P, Q, C)"""
-    channels = pixels.shape[1]
-    rows, columns = y_edges.shape[1] - 1, x_edges.shape[1] - 1
-    parts = [pixels.new_zeros([0, rows, columns, channels])]
+    """(R or more, P, Q, C): the last RoI again and again behind the R, for OpenVINO takes what the
+    rounds of a loop give for equally long."""
+    count, channels = counts.shape[0], pixels.shape[1]
+    parts = [pixels.new_zeros([0, y_weights.shape[1], x_weights.shape[1], channels])]
     step = _rois_at_once(counts, budget)
-    for i in range((origin.shape[0] + step - 1) // step):
-        part = torch.arange(i * step, min((i + 1) * step, origin.shape[0]), device=origin.device)
-        size, begin, count = sizes[part], first[part], counts[part]
-        x, x_place = _pixels(begin[:, 0], count[:, 0], size[:, 0])
-        y, y_place = _pixels(begin[:, 1], count[:, 1], size[:, 1])
-        x_weights = _weights(x_edges[part], x_place).to(pixels.dtype)
-        y_weights = _weights(y_edges[part], y_place).to(pixels.dtype)
-        window = _lookup(pixels, origin[part], size[:, 0], y, x)
-        by_row = (y_weights @ window.flatten(2)).view(-1, rows, x.shape[1], channels)
-        parts.append(x_weights[:, None] @ by_row)
+    for i in range((count + step - 1) // step):
+        part = torch.arange(i * step, (i + 1) * step, device=counts.device).clamp(max=count - 1)
+        windows = _windows(pixels, counts[part], rows[part], columns[part])
+        parts.append(_by_column(_by_row(y_weights[part], windows, channels), x_weights[part]))
     return torch.cat(parts)
 
 
-def _box_gradient(
+def _pool_with_slopes(
     pixels: Tensor,
-    origin: Tensor,
-    sizes: Tensor,
-    first: Tensor,
     counts: Tensor,
-    x_edges: Tensor,
-    y_edges: Tensor,
-    upstream: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    y_weights: Tensor,
+    x_weights: Tensor,
+    y_slopes: Tensor,
+    x_slopes: Tensor,
     budget: int,
-) -> Tensor:
-    """(R, 4), from an upstream (R, P, Q, C)."""
-    channels, rows = pixels.shape[1], y_edges.shape[1] - 1
-    parts = [x_edges.new_zeros([0, 4])]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_pool` gives, and its derivatives (R or more, P, 2Q, C) and (R or more, 2P, Q, C), of
+    slopes (R, 2P, Y) and (R, 2Q, X)."""
+    count, channels = counts.shape[0], pixels.shape[1]
+    pooled = [pixels.new_zeros([0, y_weights.shape[1], x_weights.shape[1], channels])]
+    in_x = [pixels.new_zeros([0, y_weights.shape[1], x_slopes.shape[1], channels])]
+    in_y = [pixels.new_zeros([0, y_slopes.shape[1], x_weights.shape[1], channels])]
     step = _rois_at_once(counts, budget)
-    for i in range((origin.shape[0] + step - 1) // step):
-        part = torch.arange(i * step, min((i + 1) * step, origin.shape[0]), device=origin.device)
-        size, begin, count = sizes[part], first[part], counts[part]
-        x, x_place = _pixels(begin[:, 0], count[:, 0], size[:, 0])
-        y, y_place = _pixels(begin[:, 1], count[:, 1], size[:, 1])
-        x_edge, y_edge, above = x_edges[part], y_edges[part], upstream[part]
-        x_weights, y_weights = _weights(x_edge, x_place), _weights(y_edge, y_place)
-        window = _lookup(pixels, origin[part], size[:, 0], y, x).flatten(2)
-        by_row = y_weights.to(pixels.dtype) @ window
-        by_row = by_row.view(-1, rows, x.shape[1], channels)
-        of_x = (above @ by_row.transpose(2, 3)).sum(dim=1)  # (R, Q, X), gradient in Wx
-        # The gradient in Wy F, (R, P, X, C), which meets F in that in Wy.
-        by_column = x_weights.transpose(1, 2)[:, None].to(pixels.dtype) @ above
-        of_y = by_column.flatten(2) @ window.transpose(1, 2)  # (R, P, Y)
-        x_sides = _edge_gradient(x_edge, x_place, x_weights, of_x.to(x_edge.dtype))
-        y_sides = _edge_gradient(y_edge, y_place, y_weights, of_y.to(y_edge.dtype))
-        parts.append(torch.stack([x_sides, y_sides], dim=2).flatten(1))  # x1, y1, x2, y2
-    return torch.cat(parts)
+    for i in range((count + step - 1) // step):
+        part = torch.arange(i * step, (i + 1) * step, device=counts.device).clamp(max=count - 1)
+        windows = _windows(pixels, counts[part], rows[part], columns[part])
+        by_row, by_column = _by_row(y_weights[part], windows, channels), x_weights[part]
+        pooled.append(_by_column(by_row, by_column))
+        in_x.append(_by_column(by_row, x_slopes[part]))
+        in_y.append(_by_column(_by_row(y_slopes[part], windows, channels), by_column))
+    return torch.cat(pooled), torch.cat(in_x), torch.cat(in_y)
