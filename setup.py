@@ -33,7 +33,15 @@ if not NO_EXTENSION:
         )
 
 CSRC = "iou_d2/layers/csrc/"
-SOURCES = [CSRC + name for name in ("prroi_pool.cpp", "prroi_pool_cpu.cpp", "deform_conv_cpu.cpp")]
+SOURCES = [
+    CSRC + name
+    for name in (
+        "prroi_pool.cpp",
+        "prroi_pool_cpu.cpp",
+        "deform_conv_cpu.cpp",
+        "suppressors_cpu.cpp",
+    )
+]
 CUDA_SOURCES = [CSRC + "prroi_pool_cuda.cu"]
 # Without a GPU to ask, torch would build for all that it knows. T4, A100, RTX 30, H100, newer.
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"

@@ -3,12 +3,15 @@
     python benchmarks/iou_net.py [--config FILE] [--height PIXELS] [--width PIXELS] [--rounds N]
 
 The rows of each table take turns; medians over rounds. "forward" is all of Faster R-CNN on one
-image; refinement moves 100 boxes by 5 steps without an early stop, which is the most it can cost.
+image, with 1000 proposals that it is given, for of random weights the RPN has few; refinement moves
+100 boxes by 5 steps without an early stop, which is the most it can cost. "layers alone" are the
+matrix products of the branch, below which its row cannot come.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable
 
@@ -20,6 +23,7 @@ from torchvision.ops import batched_nms
 from common import build, in_turn, machine
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor, predict_ious
 from iou_d2.detectors.iou_net_nms import GuidedNMS, PlainNMS
+from iou_d2.layers.suppressors import first_suppressors
 from iou_d2.ops.jitter import jittered_boxes
 from iou_d2.ops.nms import iou_guided_nms
 
@@ -54,7 +58,7 @@ def nms_table(rounds: int, device: str) -> str:
                     {
                         "plain": lambda b=boxes, r=ranks, c=labels: batched_nms(b, r, c, 0.5),
                         "guided": lambda b=boxes, s=scores, r=ranks, c=labels: iou_guided_nms(
-                            b, s, r, c, 0.5
+                            b, s, r, c, 0.5, first_suppressors
                         ),
                     },
                     rounds,
@@ -67,6 +71,27 @@ def nms_table(rounds: int, device: str) -> str:
     return tabulate(rows, names, "pipe", floatfmt=".2f")
 
 
+def random_instances(
+    count: int, size: tuple[int, int], device: torch.device, objects: int = 0
+) -> list[Instances]:
+    """What stands for the proposals, candidates or detections of one image."""
+    boxes = Boxes(random_boxes(count, *size, objects)).to(device)
+    classes = torch.zeros(count, dtype=torch.int64, device=device)
+    scores = torch.rand(count, device=device)
+    fields = {"pred_boxes": boxes, "pred_classes": classes, "scores": scores}
+    return [Instances(size, **fields, pred_ious=scores, proposal_boxes=boxes)]
+
+
+def run_layers(branch, pooled: torch.Tensor, forward: int = 1, backward: int = 0) -> None:
+    """The matrix products of a branch, so many times."""
+    for _ in range(forward):
+        hidden = branch.head(pooled)
+        branch.iou_pred(hidden)
+    for _ in range(backward):
+        gradient = hidden @ branch.head.fc2.weight
+        gradient @ branch.head.fc1.weight
+
+
 @torch.no_grad()
 def model_table(model, height: int, width: int, rounds: int) -> str:
     image = {"image": torch.randint(256, (3, height, width), dtype=torch.uint8)}
@@ -76,28 +101,33 @@ def model_table(model, height: int, width: int, rounds: int) -> str:
     features = heads.levels(model.backbone(model.preprocess_image([image]).tensor))
     size = features[0].shape[2] * 4, features[0].shape[3] * 4
 
-    def instances(count: int) -> list[Instances]:
-        boxes = Boxes(random_boxes(count, *size)).to(model.device)
-        classes = torch.zeros(count, dtype=torch.int64, device=model.device)
-        scores = torch.rand(count, device=model.device)
-        return [
-            Instances(size, pred_boxes=boxes, pred_classes=classes, scores=scores, pred_ious=scores)
-        ]
+    make = functools.partial(random_instances, size=size, device=model.device)
+    detections, candidates, crowded = (
+        make(DETECTIONS),
+        make(CANDIDATES),
+        make(CANDIDATES, objects=20),
+    )
+    proposals = make(1000)
 
     def forward():
         images = model.preprocess_image([image])
         maps = model.backbone(images.tensor)
-        proposals, _ = model.proposal_generator(images, maps, None)
+        model.proposal_generator(images, maps, None)
         heads.regress(maps, proposals)
 
-    detections, candidates = instances(DETECTIONS), instances(CANDIDATES)
     gt = random_boxes(8, *size).to(model.device)
+    pooled = [branch.pooler(features, [x[0].pred_boxes]) for x in (candidates, detections)]
+    steps = ascent.steps
     parts = {
         "forward of the detector, without its NMS": forward,
         f"plain NMS, {CANDIDATES} boxes": lambda: plain.suppress(candidates[0]),
         f"IoU-guided NMS, {CANDIDATES} boxes": lambda: guided.suppress(candidates[0]),
         f"predicted IoU, {CANDIDATES} boxes": lambda: predict_ious(candidates, branch, features),
+        "- its layers alone": lambda: run_layers(branch, pooled[0]),
+        "- of those anywhere that NMS needs": lambda: guided.judge(candidates, branch, features),
+        "- of those around 20 objects": lambda: guided.judge(crowded, branch, features),
         f"refinement, {DETECTIONS} boxes": lambda: ascent(detections, branch, features),
+        "- the layers alone": lambda: run_layers(branch, pooled[1], steps + 1, steps),
         "jittered boxes, 1000 of one image": lambda: jittered_boxes(
             gt, size, branch.offsets, per_gt=250, per_image=1000
         ),

@@ -18,6 +18,8 @@ def add_keys(cfg: CfgNode) -> None:
     # place (ours). Empty for none.
     cfg.MODEL.CALIBRATION = ""
 
+    _add_precision(cfg)
+
     # What a user insists on where data look wrong (ours): boxes that look like corners (XYXY) or
     # fractions of the image are taken as XYWH in pixels; images outside the image folder are read;
     # classes of a test set that the model does not know are left out of it.
@@ -36,6 +38,18 @@ def add_keys(cfg: CfgNode) -> None:
     _add_box_losses(cfg)
     _add_iou_net(cfg)
     add_dense_keys(cfg)
+
+
+def _add_precision(cfg: CfgNode) -> None:
+    """How networks compute, which changes times more than results (ours; docs/TRAINING.md)."""
+    # "float32", or "bfloat16" for the backbone and the heads in training and inference, where
+    # weights, all that follows the networks, and IoU branches stay in float32. For CPUs with
+    # bfloat16 instructions (avx512_bf16, amx_bf16) and GPUs; other CPUs take longer with it.
+    # Detectron2's SOLVER.AMP.ENABLED is for training alone.
+    cfg.MODEL.PRECISION = "float32"
+    # How feature maps lie in memory: "channels_last" as NHWC, "contiguous" as NCHW, "auto" the
+    # first on CPUs and the second on GPUs.
+    cfg.MODEL.MEMORY_FORMAT = "auto"
 
 
 def _add_fine_tuning(cfg: CfgNode) -> None:

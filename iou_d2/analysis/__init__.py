@@ -5,7 +5,7 @@ Works on a ground-truth JSON and a results JSON; knows no method and no config.
 
 from .comparison import metric_by_iteration, recall_by_false_positives
 from .curves import binned_mean, correlation, localization_table, select_localized
-from .plots import plot_ap_by_iou, plot_bars, plot_curves, plot_score_vs_iou
+from .plots import plot_ap_by_iou, plot_bars, plot_curves, plot_panels, plot_score_vs_iou
 from .reading import read_ground_truth, read_results
 from .records import Records, best_iou, make_records, read_records
 
@@ -20,6 +20,7 @@ __all__ = [
     "plot_ap_by_iou",
     "plot_bars",
     "plot_curves",
+    "plot_panels",
     "plot_score_vs_iou",
     "read_ground_truth",
     "read_records",

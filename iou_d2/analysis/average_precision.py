@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable
 
 import numpy as np
+from pycocotools import mask as mask_util
 
 from iou_d2.analysis.records import check_ids
 
@@ -33,6 +34,7 @@ def coco_precision_recall(
     image_ids: Iterable | None = None,
     max_dets: int = 100,
     backend: str | None = None,
+    kind: str = "bbox",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Interpolated precision, and the recall that is reached in the end, as COCO counts.
 
@@ -48,24 +50,29 @@ def coco_precision_recall(
         image_ids: images to count on; None for all.
         max_dets: detections of an image and class that count, best first.
         backend: "pycocotools", "faster", or None for the faster one where it is installed.
+        kind: of the IoU, "bbox" or "segm", that of masks: images have "height" and "width",
+            annotations and detections a "segmentation", polygons or RLE. The area of a detection is
+            then that of its mask, and so is that of an annotation without "area".
 
     Returns:
         precision: (T, R, K, A) float64 in [0, 1]; -1 for a class and area range without objects.
         recall: (T, K, A), the same of the share of the objects that are found at any score.
 
     Raises:
-        ValueError: unknown back end, or a detection of an unknown image or category.
+        ValueError: unknown back end, a detection of an unknown image or category, or no mask where
+            masks count.
         ImportError: the back end asked for is not installed.
     """
     coco_class, eval_class = _backend(backend)
     check_ids(ground_truth, results)
+    index = _with_masks if kind == "segm" else _with_boxes
     number = {id_: n for n, id_ in enumerate(sorted(i["id"] for i in ground_truth["images"]), 1)}
 
     # Both packages print their progress.
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _index(coco_class, ground_truth, ground_truth["annotations"], number)
-        detections = _index(coco_class, ground_truth, results, number)
-        evaluation = eval_class(truth, detections, "bbox")
+        truth = index(coco_class, ground_truth, ground_truth["annotations"], number)
+        detections = index(coco_class, ground_truth, results, number)
+        evaluation = eval_class(truth, detections, kind)
         evaluation.params.maxDets = [max_dets]
         if image_ids is not None:
             evaluation.params.imgIds = [number[id_] for id_ in image_ids]
@@ -91,25 +98,71 @@ def _backend(name: str | None) -> tuple[type, type]:
     return COCO, COCOeval
 
 
-def _index(coco_class: type, dataset: dict, boxes: list[dict], number: dict):
+def _with_boxes(coco_class: type, dataset: dict, boxes: list[dict], number: dict):
     """A COCO object of `boxes`, annotations or detections, with images numbered by `number`."""
-    coco = coco_class()
-    coco.dataset = {
-        "images": [{"id": n} for n in number.values()],
-        "categories": dataset["categories"],
-        "annotations": [
-            {
-                "id": n,
-                "image_id": number[box["image_id"]],
-                "category_id": box["category_id"],
-                "bbox": box["bbox"],
-                "area": box.get("area", box["bbox"][2] * box["bbox"][3]),
-                "iscrowd": box.get("iscrowd", 0),
-                "score": box.get("score", 0),
-            }
-            for n, box in enumerate(boxes, 1)
-        ],
+    images = [{"id": n} for n in number.values()]
+    annotations = [
+        {
+            **_label(n, box, number),
+            "bbox": box["bbox"],
+            "area": box.get("area", box["bbox"][2] * box["bbox"][3]),
+        }
+        for n, box in enumerate(boxes, 1)
+    ]
+    return _index(coco_class, images, dataset["categories"], annotations)
+
+
+def _with_masks(coco_class: type, dataset: dict, masks: list[dict], number: dict):
+    """The same of masks."""
+    sizes = {number[i["id"]]: (i["height"], i["width"]) for i in dataset["images"]}
+    images = [{"id": n, "height": size[0], "width": size[1]} for n, size in sizes.items()]
+    annotations = []
+    for n, mask in enumerate(masks, 1):
+        label = _label(n, mask, number)
+        rle = as_rle(mask.get("segmentation"), *sizes[label["image_id"]])
+        area = mask.get("area", float(mask_util.area(rle)))
+        annotations.append({**label, "segmentation": rle, "area": area})
+    return _index(coco_class, images, dataset["categories"], annotations)
+
+
+def as_rle(segmentation: list | dict | None, height: int, width: int) -> dict:
+    """The compressed RLE of polygons, those of less than three points left out, or of a COCO RLE.
+
+    Raises a ValueError where `has_mask` is False.
+    """
+    if not has_mask(segmentation):
+        raise ValueError("An annotation or detection has no mask.")
+    if isinstance(segmentation, list):
+        polygons = [polygon for polygon in segmentation if _is_area(polygon)]
+        return mask_util.merge(mask_util.frPyObjects(polygons, height, width))
+    if isinstance(segmentation["counts"], list):
+        return mask_util.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
+def has_mask(segmentation: list | dict | None) -> bool:
+    """Whether a "segmentation" of COCO is an RLE, or has a polygon of three points or more."""
+    is_list = isinstance(segmentation, list)
+    return any(map(_is_area, segmentation)) if is_list else bool(segmentation)
+
+
+def _is_area(polygon: list) -> bool:
+    return len(polygon) >= 6 and len(polygon) % 2 == 0
+
+
+def _label(n: int, box: dict, number: dict) -> dict:
+    return {
+        "id": n,
+        "image_id": number[box["image_id"]],
+        "category_id": box["category_id"],
+        "iscrowd": box.get("iscrowd", 0),
+        "score": box.get("score", 0),
     }
+
+
+def _index(coco_class: type, images: list, categories: list, annotations: list):
+    coco = coco_class()
+    coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
     coco.createIndex()
     return coco
 

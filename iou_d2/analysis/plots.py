@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -43,7 +44,7 @@ def plot_score_vs_iou(records: Records, path: str | os.PathLike, min_iou: float 
         pearson, spearman = correlation(signals[name][keep], true_iou)
         axes.set_title(f"{_LABELS[name]}: r = {pearson:.3f} (rho = {spearman:.3f})", fontsize=10)
         axes.set_ylabel(_LABELS[name])
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _scatter_panel(axes, true_iou: np.ndarray, values: np.ndarray, min_iou: float) -> None:
@@ -63,11 +64,14 @@ def plot_ap_by_iou(thresholds: np.ndarray, ap: np.ndarray, path: str | os.PathLi
     axes.plot(thresholds, ap, marker="o")
     axes.set(xlabel="IoU threshold", ylabel="AP (%)", ylim=(0, 100), title="AP by IoU threshold")
     axes.grid(alpha=0.3)
-    return _save(figure, path)
+    return save(figure, path)
+
+
+Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def plot_curves(
-    curves: dict[str, tuple[np.ndarray, np.ndarray]],
+    curves: Curves,
     path: str | os.PathLike,
     *,
     x_label: str,
@@ -78,17 +82,43 @@ def plot_curves(
     """Draw curves by name, each two arrays x and y of one shape, and write them to `path`."""
     figure = Figure(figsize=(5.2, 4), layout="constrained")
     axes = figure.subplots()
-    for name, (x, y) in curves.items():
-        axes.plot(x, y, label=name, marker=marker)
+    _draw_curves(axes, curves, marker)
     axes.set(xlabel=x_label, ylabel=y_label, xscale=x_scale)
     axes.set_ylim(bottom=0)
+    return save(figure, path)
+
+
+def plot_panels(
+    panels: Mapping[str, Curves], path: str | os.PathLike, *, x_label: str, marker: str = "o"
+) -> Figure:
+    """Draw curves in panels, two beside each other, by what is measured; what a panel holds decides
+    on its range."""
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(7, 2.6 * rows), layout="constrained")
+    places = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axes, (y_label, curves) in zip(places, panels.items()):
+        _draw_curves(axes, curves, marker)
+        axes.set(xlabel=x_label, ylabel=y_label)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    return save(figure, path)
+
+
+def _draw_curves(axes, curves: Curves, marker: str) -> None:
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=name, marker=marker)
     axes.grid(alpha=0.3)
-    axes.legend()
-    return _save(figure, path)
+    if curves:
+        axes.legend()
 
 
 def plot_bars(
-    groups: dict[str, dict[str, float]], path: str | os.PathLike, *, y_label: str, title: str = ""
+    groups: dict[str, dict[str, float]],
+    path: str | os.PathLike,
+    *,
+    y_label: str,
+    title: str = "",
+    x_label: str = "",
 ) -> Figure:
     """Draw bars side by side, each with its value, and write them to `path`.
 
@@ -105,15 +135,16 @@ def plot_bars(
         drawn = axes.bar(x, heights, width, label=name)
         labels = ["" if np.isnan(height) else f"{height:.1f}" for height in heights]
         axes.bar_label(drawn, labels, fontsize=8)
-    axes.set(ylabel=y_label, title=title)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.set_xticks(range(len(groups)), list(groups), rotation=20)
     axes.margins(y=0.1)
     if names:
         axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> Figure:
+def save(figure: Figure, path: str | os.PathLike) -> Figure:
+    """Write a figure as PNG, and return it."""
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=120)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
@@ -15,6 +16,31 @@ _LAYERS = {"res2": (3, 4), "res3": (6, 8), "res4": (13, 16), "res5": (17, 32)}
 # The last layer of each stage that FREEZE_AT counts: the first is the stem, which has no feature.
 _STAGE_ENDS = [1, *(layer for layer, _ in _LAYERS.values())]
 NORMS = ("FrozenBN", "BN", "SyncBN")
+
+
+class StridedDepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution that autocast leaves in float32 on the CPU.
+
+    There oneDNN has no fast gradient of a strided one in bfloat16: it takes about ten times as long
+    as in float32.
+    """
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d) -> StridedDepthwiseConv2d:
+        """One with the weights of `conv`, which has no bias."""
+        channels = conv.in_channels
+        # On "meta" no random numbers are drawn.
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        new = cls(channels, channels, *geometry, groups=channels, bias=False, device="meta")
+        new.weight = conv.weight
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, h, w) in the dtype of `x`."""
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class MobileNetV2(Backbone):
@@ -58,6 +84,7 @@ class MobileNetV2(Backbone):
             num_classes=1, width_mult=width, norm_layer=lambda channels: get_norm(norm, channels)
         )
         self.features = network.features[: max(_LAYERS[name][0] for name in out_features) + 1]
+        _use_fast_layers(self.features)
         self._shapes = {
             name: ShapeSpec(channels=self.features[layer].out_channels, stride=stride)
             for name, (layer, stride) in _LAYERS.items()
@@ -82,6 +109,17 @@ class MobileNetV2(Backbone):
             x = layer(x)
             outputs.append(x)
         return {name: outputs[_LAYERS[name][0]] for name in self._shapes}
+
+
+def _use_fast_layers(features: nn.Sequential) -> None:
+    """Let layers of torchvision compute the same in less time, in place."""
+    for module in list(features.modules()):
+        if isinstance(module, nn.ReLU6):
+            module.inplace = False  # In place, autograd copies the input before.
+        elif isinstance(module, nn.Sequential) and isinstance(module[0], nn.Conv2d):
+            conv = module[0]
+            if conv.groups == conv.in_channels and conv.stride != (1, 1):
+                module[0] = StridedDepthwiseConv2d.like(conv)
 
 
 @BACKBONE_REGISTRY.register()

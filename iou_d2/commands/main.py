@@ -26,6 +26,7 @@ COMMANDS = (
     "zoo",
     "refine",
     "iou-branch",
+    "figures",
     "oracle",
     "calibrate",
     "convert",

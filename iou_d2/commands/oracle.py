@@ -46,7 +46,7 @@ def prepare(cfg: CfgNode, trust: bool) -> tuple[str, nn.Module]:
     use_datasets(cfg, start, eval_only=True, resume=False)
     (name,) = cfg.DATASETS.TEST
     if not MetadataCatalog.get(name).get("has_annotations", True):
-        raise InputError(f"'{name}' has no annotations: there is no truth to overwrite with.")
+        raise InputError(f"'{name}' has no annotations: there is no truth to compare with.")
     return name, fill(build_model(cfg).eval(), cfg, content)
 
 

@@ -18,6 +18,7 @@ from iou_d2.engine.checkpoint import (
     use_tta,
 )
 from iou_d2.engine.config_checks import check_config, require_detections
+from iou_d2.engine.precision import with_precision
 from iou_d2.engine.pretrained import require_trained
 from iou_d2.engine.safe_load import local_file, read_checkpoint_file
 from iou_d2.errors import InputError
@@ -65,7 +66,7 @@ def load_trained(cfg: CfgNode, trust: bool = False) -> nn.Module:
                 f"{cfg.MODEL.WEIGHTS} has the classes in the order {', '.join(names)}, but the "
                 f"config in the order {', '.join(cfg.MODEL.CLASS_NAMES)}."
             )
-    return fill(build_model(cfg).eval(), cfg, content)
+    return fill(with_precision(build_model(cfg).eval(), cfg), cfg, content)
 
 
 def names_in(content: dict, weights: str) -> list[str]:

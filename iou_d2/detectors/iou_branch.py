@@ -23,6 +23,11 @@ from iou_d2.ops.boxes import aligned_iou
 from iou_d2.ops.jitter import jitter_offsets, jittered_boxes
 
 from .dense import part_named, reduce_mean
+from .pooler import LayerPooler
+
+# Boxes of which the CPU predicts the IoU at a time: what is pooled of them, 26 MB for 7 x 7 bins of
+# 256 channels, is below the 32 MB from which on glibc's malloc maps new pages for every tensor.
+_CPU_BOXES = 512
 
 
 @dataclass(frozen=True)
@@ -218,4 +223,27 @@ class IoUBranch(nn.Module):
         smooth L1 it may leave [0, 1]. Arguments as in `forward`."""
         with torch.autocast(features[0].device.type, enabled=False):
             features = [feature.float() for feature in features]
-            return self.code.decode(self(features, boxes, classes, levels))
+            if levels is None and isinstance(self.pooler, LayerPooler):
+                levels = self.pooler.assign_levels(boxes)
+            return self.code.decode(self._by_level(features, boxes, classes, levels))
+
+    def _by_level(
+        self, features: list[Tensor], boxes: list[Boxes], classes: Tensor, levels: Tensor | None
+    ) -> Tensor:
+        """What `forward` returns, from boxes that are sorted by level and, on the CPU, so many at a
+        time that what is pooled is not copied and lies in memory that the process has already."""
+        if not len(classes):
+            return self(features, boxes, classes, levels)
+        tensor = torch.cat([x.tensor for x in boxes])
+        image = torch.cat([torch.full_like(classes[: len(x)], n) for n, x in enumerate(boxes)])
+        every = torch.arange(len(classes), device=classes.device)
+        order = every if levels is None else levels.argsort(stable=True)
+        indices, outputs = [], []
+        for index in order.split(_CPU_BOXES if tensor.device.type == "cpu" else len(order)):
+            index = index[image[index].argsort(stable=True)]
+            counts = image[index].bincount(minlength=len(boxes)).tolist()
+            lists = [Boxes(x) for x in tensor[index].split(counts)]
+            level = None if levels is None else levels[index]
+            indices.append(index)
+            outputs.append(self(features, lists, classes[index], level))
+        return torch.cat(outputs)[torch.cat(indices).argsort()]

@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from iou_d2.ops.calibration import Calibration, as_predicted
-from iou_d2.ops.refine import leave_inference_mode, refine_boxes
+from iou_d2.ops.refine import Observer, leave_inference_mode, refine_boxes
 
 from .calibration import build_calibration
 from .dense import first, part_named
@@ -73,7 +73,7 @@ class GradientAscent:
     """Ascent on the predicted IoU (Algorithm 2); a box keeps its class and its pyramid level.
 
     Args:
-        steps, step_size, early_stop, max_drop, roll_back: see `refine_boxes`.
+        steps, step_size, early_stop, max_drop, roll_back, observe: see `refine_boxes`.
     """
 
     steps: int = 5
@@ -81,6 +81,7 @@ class GradientAscent:
     early_stop: float = 0.001
     max_drop: float = -0.01
     roll_back: bool = False
+    observe: Observer | None = None
 
     def __call__(self, detections, branch, features, regress=None) -> None:
         features = [leave_inference_mode(feature.float()) for feature in features]
@@ -107,6 +108,7 @@ class GradientAscent:
             early_stop=self.early_stop,
             max_drop=self.max_drop,
             roll_back=self.roll_back,
+            observe=self.observe,
         )
         _distribute(detections, pred_boxes=boxes, pred_ious=ious)
 
@@ -187,12 +189,20 @@ class Postprocessor:
             and `pred_ious` (in [0, 1], of the final box).
         """
         if self.nms.needs_ious:
-            predict_ious(candidates, branch, features)
-            for instances in candidates:
-                instances.pred_ious = self.calibration(instances.pred_ious)
+            self.judge(candidates, branch, features)
         detections = [self.suppress(instances) for instances in candidates]
         self.refine(detections, branch, features, regress)
         return [self.score(instances) for instances in detections]
+
+    def judge(self, candidates: list[Instances], branch: Branch, features: list[Tensor]) -> None:
+        """Set the `pred_ious` of the candidates of N images, calibrated; 0 where it does not matter
+        to what `suppress` returns, so that only few boxes are pooled."""
+        needed = [self.nms.needs_iou(x, self.max_detections) for x in candidates]
+        judged = [x[index] for x, index in zip(candidates, needed)]
+        predict_ious(judged, branch, features)
+        for x, index, some in zip(candidates, needed, judged):
+            x.pred_ious = some.pred_ious.new_zeros(len(x))
+            x.pred_ious[index] = self.calibration(some.pred_ious)
 
     def suppress(self, candidates: Instances) -> Instances:
         """The candidates of one image that stay, best first."""

@@ -12,7 +12,9 @@ from typing import Protocol
 from detectron2.structures import Instances
 from torch import Tensor
 
+from iou_d2.layers.suppressors import first_suppressors
 from iou_d2.ops.nms import batched_nms, iou_guided_nms, soft_nms
+from iou_d2.ops.rivals import needs_rank
 
 from .dense import part_named
 
@@ -32,7 +34,7 @@ def rank_by_product(scores: Tensor, ious: Tensor) -> Tensor:
 class NMS(Protocol):
     """Which candidates of one image are kept, and their new scores."""
 
-    # Whether candidates must have `pred_ious`.
+    # Whether candidates must have `pred_ious`; then there is `needs_iou`, see GuidedNMS.
     needs_ious: bool
 
     def __call__(self, candidates: Instances) -> tuple[Tensor, Tensor]:
@@ -67,9 +69,14 @@ class GuidedNMS:
         scores = ranks = candidates.scores
         if self.ranking is not None:
             ranks = self.ranking(scores, candidates.pred_ious)
-        return iou_guided_nms(
-            candidates.pred_boxes.tensor, scores, ranks, candidates.pred_classes, self.threshold
-        )
+        boxes, classes = candidates.pred_boxes.tensor, candidates.pred_classes
+        return iou_guided_nms(boxes, scores, ranks, classes, self.threshold, first_suppressors)
+
+    def needs_iou(self, candidates: Instances, limit: int) -> Tensor:
+        """(R,) bool: the candidates whose `pred_ious` must be known where the best `limit` of those
+        that are kept go on; what the others have there changes nothing."""
+        boxes, classes = candidates.pred_boxes.tensor, candidates.pred_classes
+        return needs_rank(boxes, candidates.scores, classes, self.threshold, limit)
 
 
 @dataclass(frozen=True)

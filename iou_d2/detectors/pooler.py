@@ -96,7 +96,19 @@ class LayerPooler(ROIPooler):
             return self.level_poolers[0](x[0], rois)
         order = [torch.nonzero(levels == level).squeeze(1) for level in range(len(x))]
         pooled = [pool(f, rois[i]) for pool, f, i in zip(self.level_poolers, x, order)]
-        return torch.cat(pooled)[torch.argsort(torch.cat(order))]
+        if torch.jit.is_tracing():
+            return torch.cat(pooled)[torch.argsort(torch.cat(order))]
+        return _in_order(pooled, torch.cat(order))
+
+
+def _in_order(pooled: list[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    """What was pooled from each level, at its `index` (M,) among all; copied only where it must be,
+    for the copies of a thousand boxes take half as long as pooling them."""
+    filled = [x for x in pooled if len(x)]
+    one_is_all = len(filled) == 1 and not any(x.requires_grad for x in pooled if not len(x))
+    whole = filled[0] if one_is_all else torch.cat(pooled)
+    is_rising = (index[1:] > index[:-1]).all()
+    return whole if is_rising else whole[torch.argsort(index)]
 
 
 class PrRoIPooler(LayerPooler):

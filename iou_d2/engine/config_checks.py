@@ -16,9 +16,12 @@ from detectron2.modeling import (
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
 from detectron2.utils import comm
 
+from iou_d2.detectors.dense import part_named
 from iou_d2.detectors.test_time_augmentation import build_merge
 from iou_d2.detectors.views import build_view_maker
 from iou_d2.errors import InputError
+
+from .precision import MEMORY_FORMATS, PRECISIONS
 
 # Architectures that read MODEL.PROPOSAL_GENERATOR, and those that read MODEL.ROI_HEADS.
 _WITH_PROPOSALS = ("GeneralizedRCNN", "ProposalNetwork", "StandaloneIoUNet", "PanopticFPN")
@@ -37,6 +40,8 @@ def check_config(cfg: CfgNode, augments: bool = False) -> None:
     _check_parts(cfg)
     _check_images(cfg)
     _check_device(cfg.MODEL.DEVICE)
+    part_named(PRECISIONS, cfg.MODEL.PRECISION, "MODEL.PRECISION")
+    part_named(MEMORY_FORMATS, cfg.MODEL.MEMORY_FORMAT, "MODEL.MEMORY_FORMAT")
     if cfg.MODEL.CALIBRATION:
         require_predicted_ious(cfg, "MODEL.CALIBRATION")
     _at_least(cfg, "MODEL.RETINANET.NUM_CLASSES", 1)

@@ -30,6 +30,7 @@ from .class_rows import classes_of_model
 from .ema import averaged_copy
 from .freeze import freeze
 from .parameter_names import parameters_of
+from .precision import with_precision
 from .pretrained import check_pretrained
 from .solver import build_solver
 from .train_data import TrainData
@@ -261,7 +262,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg):
-        model = super().build_model(cfg)
+        model = with_precision(super().build_model(cfg), cfg)
         if cfg.TEST.AUG.ENABLED:
             with_tta(cfg, model)  # says at once what cannot be augmented at the end
         model.register_forward_hook(stop_at_non_finite_loss)

@@ -61,8 +61,8 @@ def build_evaluator(
         output_dir: folder for the result files; None for `results_folder`.
 
     Returns:
-        "coco": tasks "bbox" and "localization". "pascal_voc": these, and "voc". Of a
-        ProposalNetwork the task "box_proposals".
+        "coco": tasks "bbox" and "localization", and of masks "segm". "pascal_voc": these, and
+        "voc". Of a ProposalNetwork the task "box_proposals".
 
     Raises:
         InputError: the dataset is evaluated in another way.

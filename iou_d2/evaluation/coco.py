@@ -1,4 +1,4 @@
-"""COCO evaluation of boxes, and of how well a detector's scores rank its boxes.
+"""COCO evaluation of boxes and masks, and of how well a detector's scores rank its boxes.
 
 `Instances` of a detector have `pred_boxes`, `scores` (the confidence that ranks), `pred_classes`
 and, where the method has them, `cls_scores` (class score), `pred_ious` (predicted IoU) and
@@ -22,7 +22,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from tabulate import tabulate
 
-from iou_d2.analysis.average_precision import coco_precision, summarize_ap
+from iou_d2.analysis.average_precision import coco_precision, has_mask, summarize_ap
 from iou_d2.analysis.curves import localization_table
 from iou_d2.analysis.records import make_records
 from iou_d2.errors import InputError
@@ -30,15 +30,17 @@ from iou_d2.field_names import OPTIONAL_FIELDS
 
 
 class COCOLocalizationEvaluator(COCOEvaluator):
-    """Detectron2's COCO evaluator for boxes, with the tables of the localisation papers.
+    """Detectron2's COCO evaluator for boxes and masks, with the tables of the localisation papers.
 
-    Two tasks are reported (on the main process; gathering is the parent's):
+    Tasks are reported (on the main process; gathering is the parent's):
 
     - "bbox": AP, AP50, AP60, AP70, AP75, AP80, AP90, APs, APm, APl, AP-<class>, in percent.
+    - "segm": the same of the masks, where the detector gives `pred_masks` and each object has a
+      mask, polygons or RLE.
     - "localization": Pearson's and Spearman's correlation of the confidence, the class score and
       the predicted IoU with the true IoU: see `iou_d2.analysis.localization_table`.
 
-    Both count the classes that are in the dataset and that the model knows.
+    All count the classes that are in the dataset and that the model knows.
 
     NaN stands for what is not defined: AP without objects, a correlation over fewer than two
     detections and, as in Detectron2, every AP of a model without any detection.
@@ -96,8 +98,12 @@ class COCOLocalizationEvaluator(COCOEvaluator):
                 self._predictions.append(prediction)
                 continue
             instances = output["instances"].to(self._cpu_device)
-            results = instances_to_results(instances, image["image_id"])
-            self._predictions.append({"image_id": image["image_id"], "instances": results})
+            prediction = {
+                "image_id": image["image_id"],
+                "instances": instances_to_results(instances, image["image_id"]),
+                "has_masks": instances.has("pred_masks"),
+            }
+            self._predictions.append(prediction)
 
     # The parent's `evaluate` calls these on the main process with the predictions of all of them.
     def _eval_box_proposals(self, predictions: list[dict]) -> None:
@@ -107,8 +113,7 @@ class COCOLocalizationEvaluator(COCOEvaluator):
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
         results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
-        category_of = self._category_of()
-        results = self._with_category_ids(results, category_of)
+        results = self.with_category_ids(results)
         path = os.path.join(self._output_dir, "coco_instances_results.json")
         with PathManager.open(path, "w") as f:
             f.write(json.dumps(results))
@@ -117,8 +122,10 @@ class COCOLocalizationEvaluator(COCOEvaluator):
             self._logger.info("Annotations are not available for evaluation.")
             return
 
-        truth = restrict_classes(self._coco_api.dataset, set(category_of.values()))
-        self._results["bbox"] = self._average_precision(truth, results, img_ids)
+        truth = self.truth()
+        self._results["bbox"] = self._average_precision(truth, results, img_ids, "bbox")
+        if any(p["has_masks"] for p in predictions) and self._can_measure_masks(truth):
+            self._results["segm"] = self._average_precision(truth, results, img_ids, "segm")
         records = make_records(truth, results)
         self._results["localization"] = localization_table(records)
         table = create_small_table(self._results["localization"])
@@ -131,9 +138,16 @@ class COCOLocalizationEvaluator(COCOEvaluator):
             return {id_: id_ for id_ in self._coco_api.cats}
         return {index: id_ for id_, index in mapping.items()}
 
-    def _with_category_ids(self, results: list[dict], category_of: dict[int, int]) -> list[dict]:
-        """Detections, changed in place, without those of classes that the model has and the dataset
-        lacks."""
+    def truth(self) -> dict:
+        """The COCO dataset of the objects that count, those of classes that the model knows.
+
+        Raises a KeyError where the dataset has no annotations."""
+        return restrict_classes(self._coco_api.dataset, set(self._category_of().values()))
+
+    def with_category_ids(self, results: list[dict]) -> list[dict]:
+        """Detections by class index, changed in place, without those of classes that the model has
+        and the dataset lacks."""
+        category_of = self._category_of()
         classes = self._metadata.get("thing_classes") or category_of
         for result in results:
             if not 0 <= result["category_id"] < max(len(classes), len(category_of)):
@@ -153,8 +167,19 @@ class COCOLocalizationEvaluator(COCOEvaluator):
             result["category_id"] = category_of[result["category_id"]]
         return kept
 
+    def _can_measure_masks(self, truth: dict) -> bool:
+        """Whether each object has a mask; logs how many have none where some have one."""
+        objects = truth["annotations"]
+        without = sum(not has_mask(x.get("segmentation")) for x in objects)
+        if 0 < without < len(objects):
+            self._logger.warning(
+                f"Masks are not measured: {without} of the {len(objects)} objects of "
+                f"{self._metadata.name} have none."
+            )
+        return not without
+
     def _average_precision(
-        self, truth: dict, results: list[dict], img_ids: list | None
+        self, truth: dict, results: list[dict], img_ids: list | None, task: str
     ) -> dict[str, float]:
         precision = coco_precision(
             truth,
@@ -162,6 +187,7 @@ class COCOLocalizationEvaluator(COCOEvaluator):
             image_ids=img_ids,
             max_dets=self._max_dets,
             backend=self._backend,
+            kind=task,
         )
         categories = sorted(truth["categories"], key=lambda category: category["id"])
         names = [category["name"] for category in categories]
@@ -171,9 +197,11 @@ class COCOLocalizationEvaluator(COCOEvaluator):
             return dict.fromkeys(table, float("nan"))
 
         overall = {key: value for key, value in table.items() if "-" not in key}
-        self._logger.info(f"Evaluation results for bbox:\n{create_small_table(overall)}")
+        self._logger.info(f"Evaluation results for {task}:\n{create_small_table(overall)}")
         by_class = [(name, table[f"AP-{name}"]) for name in names]
-        self._logger.info("AP by class:\n" + tabulate(by_class, ["category", "AP"], "pipe"))
+        self._logger.info(
+            f"AP of {task} by class:\n" + tabulate(by_class, ["category", "AP"], "pipe")
+        )
         return table
 
 

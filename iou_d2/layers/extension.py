@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-OPERATORS = ("prroi_pool", "deform_conv")
+OPERATORS = ("prroi_pool", "deform_conv", "first_suppressors")
 
 
 def _load() -> str:

@@ -9,6 +9,7 @@ and does nothing to others, nor does a box that is not finite. A box whose area 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torchvision
@@ -20,6 +21,8 @@ from torchvision.ops import box_iou
 _LARGEST_OFFSET = 2**17
 # Pairs of boxes compared at a time: what stays in a CPU's cache, and some hundred MB on a GPU.
 _CPU_PAIRS, _GPU_PAIRS = 2**17, 2**23
+# Up to so many boxes on the CPU torchvision moves the classes apart; of more it takes one by one.
+_MOVED_BY_TORCHVISION = 1000
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
@@ -45,21 +48,42 @@ def batched_nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float
     if not len(boxes):
         return torch.zeros(0, dtype=torch.int64, device=boxes.device)
     boxes, scores = boxes.float(), scores.float()
-    # NaN is the lowest and the highest of what holds it. All in one tensor: one wait for a GPU.
-    extremes = [*boxes.aminmax(), scores.max(), *(x.float() for x in classes.aminmax())]
-    low, high, score, first, last = torch.stack(extremes).tolist()
+    # NaN is the lowest and the highest of what holds it.
+    low, high, first, last, _, score = _extremes(boxes, classes, scores)
     if math.isnan(score) or not math.isfinite(high - low):
         usable = _usable(boxes, scores).nonzero().squeeze(1)
         return usable[batched_nms(boxes[usable], scores[usable], classes[usable], threshold)]
 
-    low = min(low, 0.0)
-    room = high - low + 1  # that torchvision takes for each class
-    if room <= _LARGEST_OFFSET and low < 0:
+    room = high - min(low, 0.0) + 1  # that torchvision takes for each class
+    if low < 0 and room <= _LARGEST_OFFSET:
         boxes = boxes - low
-    if first >= 0 and (last + 1) * room <= _LARGEST_OFFSET:
+    if _has_room(room, first, last):
         return torchvision.ops.batched_nms(boxes, scores, classes, threshold)
     at_once = max(1, int(_LARGEST_OFFSET // room))
     return _nms_in_groups(boxes, scores, classes, threshold, at_once)
+
+
+def compared_boxes(boxes: Tensor, classes: Tensor) -> Tensor | None:
+    """Boxes (R, 4), finite and float32, as `batched_nms` rounds them on the CPU before it compares
+    those of one class (R,); R is not 0. None where it takes the classes in groups."""
+    low, high, first, last = _extremes(boxes, classes)
+    if not _has_room(high - min(low, 0.0) + 1, first, last):
+        return None
+    if low < 0:
+        boxes = boxes - low
+    if len(boxes) > _MOVED_BY_TORCHVISION:
+        return boxes
+    return boxes + (classes.to(boxes) * (boxes.max() + 1))[:, None]
+
+
+def _extremes(*values: Tensor) -> list[float]:
+    """The lowest and the highest number of each. All in one tensor: one wait for a GPU."""
+    return torch.stack([x.float() for value in values for x in value.aminmax()]).tolist()
+
+
+def _has_room(room: float, first: float, last: float) -> bool:
+    """Whether torchvision's offsets, `room` pixels a class, are exact enough for these classes."""
+    return first >= 0 and (last + 1) * room <= _LARGEST_OFFSET
 
 
 def _nms_in_groups(
@@ -76,8 +100,33 @@ def _nms_in_groups(
     return kept[scores[kept].sort(descending=True, stable=True).indices]
 
 
+# Boxes (R, 4), float32 and finite, by falling rank, their classes (R,) and a threshold -> (R,)
+# int64: of a kept box its own index, of another that of the first kept box of its class that
+# suppresses it, or R where none is found to: GPUs and the class offsets of `batched_nms` round
+# differently.
+Suppressors = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def first_suppressors(boxes: Tensor, classes: Tensor, threshold: float) -> Tensor:
+    """See Suppressors; what is kept is what `batched_nms` keeps. For any device."""
+    falling = torch.arange(len(boxes), 0, -1, dtype=torch.float32, device=boxes.device)
+    keep = batched_nms(boxes, falling, classes, threshold).sort().values
+    left = torch.ones_like(classes, dtype=torch.bool)
+    left[keep] = False
+    left = left.nonzero().squeeze(1)
+    first = torch.empty_like(classes, dtype=torch.int64)
+    first[keep] = keep
+    first[left] = _among_kept(boxes.t().contiguous(), classes, keep, left, threshold)
+    return first
+
+
 def iou_guided_nms(
-    boxes: Tensor, cls_scores: Tensor, rank_scores: Tensor, classes: Tensor, threshold: float
+    boxes: Tensor,
+    cls_scores: Tensor,
+    rank_scores: Tensor,
+    classes: Tensor,
+    threshold: float,
+    suppressors: Suppressors = first_suppressors,
 ) -> tuple[Tensor, Tensor]:
     """IoU-guided NMS (arXiv 1807.11590, Algorithm 1).
 
@@ -91,6 +140,7 @@ def iou_guided_nms(
         rank_scores: (R,) what ranks the boxes, such as the predicted IoU.
         classes: (R,).
         threshold: an IoU over it suppresses.
+        suppressors: what finds out who suppresses whom.
 
     Returns:
         keep: (S,) indices of the kept boxes by falling rank score; (0,) for no boxes.
@@ -104,33 +154,27 @@ def iou_guided_nms(
     if not usable.all():
         index = usable.nonzero().squeeze(1)
         others = (x[index] for x in (boxes, cls_scores, rank_scores, classes))
-        keep, scores = iou_guided_nms(*others, threshold)
+        keep, scores = iou_guided_nms(*others, threshold, suppressors)
         return index[keep], scores
     # In this order the first suppressor is the one of the lowest index, and ties are settled.
     order = rank_scores.sort(descending=True, stable=True).indices
-    boxes, classes, cls_scores = boxes[order].float(), classes[order], cls_scores[order]
-    falling = torch.arange(len(boxes), 0, -1, dtype=torch.float32, device=boxes.device)
-    keep = batched_nms(boxes, falling, classes, threshold)
-
-    left = torch.ones_like(classes, dtype=torch.bool)
-    left[keep] = False
-    left = left.nonzero().squeeze(1)
-    suppressor = _first_suppressors(boxes.t().contiguous(), classes, keep, left, threshold)
-    known = suppressor >= 0
-    scores = cls_scores.scatter_reduce(0, suppressor[known], cls_scores[left[known]], "amax")
+    cls_scores = cls_scores[order]
+    first = suppressors(boxes[order].float(), classes[order], threshold)
+    keep = (first == torch.arange(len(first), device=first.device)).nonzero().squeeze(1)
+    scores = cls_scores.new_full((len(first) + 1,), -math.inf)  # the last of those with nobody
+    scores.scatter_reduce_(0, first, cls_scores, "amax")
     return order[keep], scores[keep]
 
 
-def _first_suppressors(
+def _among_kept(
     sides: Tensor, classes: Tensor, keep: Tensor, left: Tensor, threshold: float
 ) -> Tensor:
     """For each box in `left`, the first box in `keep` of its class with an IoU over `threshold`.
 
     `sides` is (4, R), twice as quick to compare as boxes that lie side by side. `keep` and `left`
-    are rising indices. -1 stands where no IoU is over the threshold: GPUs and the class offsets of
-    `batched_nms` round differently.
+    are rising indices. R stands where no IoU is over the threshold.
     """
-    first = torch.full_like(classes, -1, dtype=torch.int64)
+    first = torch.full_like(classes, len(classes), dtype=torch.int64)
     keep = keep[classes[keep].sort(stable=True).indices]
     open_ = left[classes[left].sort(stable=True).indices]  # those without a suppressor yet
     limit = _round_down(threshold, sides.dtype)

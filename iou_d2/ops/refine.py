@@ -13,6 +13,8 @@ from torch import Tensor
 # (S, 4) boxes and their (S,) indices among all boxes -> (S,) scores. A box's score depends on no
 # other box.
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+# Boxes (R, 4) and scores (R,) as they are at a step, for it to keep.
+Observer = Callable[[Tensor, Tensor], None]
 
 
 def refine_boxes(
@@ -25,6 +27,7 @@ def refine_boxes(
     early_stop: float = 0.001,
     max_drop: float = -0.01,
     roll_back: bool = False,
+    observe: Observer | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move boxes uphill on their score; what it costs is a forward and a backward pass a step.
 
@@ -45,6 +48,7 @@ def refine_boxes(
         step_size: lambda.
         early_stop, max_drop: Omega_1 and Omega_2.
         roll_back: undo a step that lowered the score, and stop the box there.
+        observe: is given all boxes before the first step and after each, until none moves.
 
     Returns:
         boxes: (R, 4) float32, inside the limits and never inverted; (0, 4) for no boxes.
@@ -68,6 +72,8 @@ def refine_boxes(
         moving = torch.arange(len(boxes), device=boxes.device)
         scores, gradient = _evaluate(score_function, boxes, moving, with_gradient=steps > 0)
         scores = scores.clone()
+        if observe is not None:
+            observe(boxes.clone(), scores.clone())
         for step in range(steps):
             size = boxes[moving, 2:] - boxes[moving, :2]
             moved = boxes[moving] + step_size * gradient * size.repeat(1, 2)
@@ -81,6 +87,8 @@ def refine_boxes(
             change = new - scores[moving]
             taken = change >= 0 if roll_back else change.isfinite()
             boxes[moving[taken]], scores[moving[taken]] = moved[taken], new[taken]
+            if observe is not None:
+                observe(boxes.clone(), scores.clone())
             goes_on = taken & (change.abs() >= early_stop) & (change >= max_drop)
             moving = moving[goes_on]
             gradient = None if gradient is None else gradient[goes_on]

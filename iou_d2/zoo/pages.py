@@ -12,7 +12,7 @@ from tabulate import tabulate
 from iou_d2.errors import InputError
 
 from .plan import Dataset, Plan
-from .records import kept
+from .records import kept, path_of
 
 METRICS = ("AP", "AP50", "AP75", "AP90")
 CORRELATION = "localization/pearson_confidence"
@@ -21,9 +21,8 @@ HEAD = """# Model zoo
 
 Written by `iou-d2 zoo write` from the records in `docs/runs`; `make zoo DATA=...` trains what has
 no record yet. DATA is the folder of the sets, as docs/runs/zoo.yaml has them. Figures are means
-over
-the seeds, ± their standard deviation; r is Pearson's correlation of the score with the true IoU;
-minutes are of one run, start and evaluation included."""
+over the seeds, ± their standard deviation; r is Pearson's correlation of the score with the true
+IoU; minutes are of one run, start and evaluation included."""
 _MARKED = re.compile(r"(<!-- runs: (?P<table>\S+) -->\n).*?(<!-- end of runs -->)", re.DOTALL)
 
 
@@ -77,11 +76,18 @@ def spread(values: Sequence[float | None], digits: int) -> str:
 
 
 def model_zoo(plan: Plan) -> str:
-    """The page of all runs with a record, each with its seeds, its command and its figures."""
-    parts = [HEAD]
+    """The page of all runs with a record, each with its seeds, its command and its figures; a table
+    without any record is a line at the end."""
+    parts, waiting = [HEAD], []
     for name, table in plan.tables.items():
+        runs = [run for run in plan.runs() if run.table == name]
+        if not any(path_of(plan, run).is_file() for run in runs):
+            waiting.append(f"- {table.title}: {len(runs)} runs, `--only '{name}/*'`")
+            continue
         parts += [f"## {table.title}", _about(name, plan)]
         parts += [tables_of(name, plan), *_commands(name, plan)]
+    if waiting:
+        parts += ["## Not trained yet", "\n".join(waiting)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -6,9 +6,10 @@ import torchvision
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iou_d2 import get_config
-from iou_d2.backbones.mobilenet_v2 import MobileNetV2
+from iou_d2.backbones.mobilenet_v2 import MobileNetV2, StridedDepthwiseConv2d
 
 IMAGE = ShapeSpec(channels=3)
 ALL = ["res2", "res3", "res4", "res5"]
@@ -44,6 +45,58 @@ def test_features_are_those_of_torchvision(width, norm):
     for (name, shape), stride in zip(backbone.output_shape().items(), (4, 8, 16, 32)):
         assert shape.stride == stride
         assert features[name].shape == (2, shape.channels, 64 // stride, 96 // stride)
+
+
+def test_weights_of_a_seed_are_those_of_torchvision():
+    """No layer of ours draws random numbers of its own."""
+    torch.manual_seed(0)
+    peer = torchvision.models.mobilenet_v2(weights=None, num_classes=1).state_dict()
+    torch.manual_seed(0)
+    for name, x in MobileNetV2(ALL, norm="BN").state_dict().items():
+        assert torch.equal(x, peer[name]), name
+
+
+class CountClones(TorchDispatchMode):
+    """Counts the copies that operators make of whole tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function == torch.ops.aten.clone.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_training_copies_no_map(in_place):
+    """In place, ReLU6 costs a copy of each map that it reads."""
+    backbone = MobileNetV2(ALL, norm="BN").train()
+    relus = [x for x in backbone.modules() if isinstance(x, nn.ReLU6)]
+    for relu in relus if in_place else []:
+        relu.inplace = True
+    with CountClones() as clones:
+        backbone(torch.randn(2, 3, 32, 32))
+    assert clones.count == (len(relus) if in_place else 0)
+
+
+def test_strided_depthwise_convolutions_stay_in_float32_under_autocast():
+    """Against a loop over channels in float64; the others compute in bfloat16."""
+    strided = [x for x in MobileNetV2(ALL).modules() if isinstance(x, StridedDepthwiseConv2d)]
+    assert [conv.stride for conv in strided] == [(2, 2)] * 4
+    conv = strided[0]
+    x = torch.randn(1, conv.in_channels, 9, 8).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = conv(x)
+    assert y.dtype == torch.bfloat16
+    x64, weight64 = (part.detach().double().requires_grad_() for part in (x, conv.weight))
+    wanted = torch.cat(
+        [nn.functional.conv2d(a, b[None], None, 2, 1) for a, b in zip(x64.split(1, 1), weight64)], 1
+    )
+    torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=1e-6)  # rounded once
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    wanted.backward(grad.double())
+    torch.testing.assert_close(conv.weight.grad.double(), weight64.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-2, atol=1e-3)
 
 
 def test_channels_are_those_of_the_paper():

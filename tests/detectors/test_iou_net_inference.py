@@ -35,12 +35,13 @@ class Branch:
     pooler = Pooler()
 
     def __init__(self):
-        self.levels = []
+        self.levels, self.counts = [], []
 
     def predict(self, features, boxes, classes, levels=None):
         image = torch.cat([torch.full((len(x),), i) for i, x in enumerate(boxes)])
         tensor = torch.cat([x.tensor for x in boxes])
         self.levels.append(levels)
+        self.counts.append(len(tensor))
         assert not any(x.requires_grad or x.is_inference() for x in features) or levels is None
         slope = torch.tensor([0.5, 1.0, 2.0, 1.5])
         return 0.5 + 0.5 * torch.sin(tensor @ slope / 50 + image + classes)
@@ -117,6 +118,28 @@ def test_guided_nms_ranks_by_what_the_key_says_and_the_best_scores_stay(rank_by)
         )
         torch.testing.assert_close(found[image].scores, torch.tensor([k[1] for k in kept]))
         torch.testing.assert_close(found[image].pred_ious, torch.tensor([k[2] for k in kept]))
+
+
+class JudgesAll(GuidedNMS):
+    def needs_iou(self, candidates, limit):
+        return torch.ones(len(candidates), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("ranking", [rank_by_iou, rank_by_product])
+@pytest.mark.parametrize("topk", [-1, 5, 40])
+def test_boxes_that_are_not_judged_change_nothing(topk, ranking):
+    boxes, probabilities = random_outputs()
+    settings = {"max_detections": topk, "score_times_iou": True, "calibration": torch.sqrt}
+    branches, found = [Branch(), Branch()], []
+    for branch, kind in zip(branches, (JudgesAll, GuidedNMS)):
+        nms = kind(0.5, ranking)
+        found.append(run(boxes, probabilities, branch=branch, nms=nms, **settings))
+    for a, b in zip(*found):
+        assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor) and len(a) > 4
+        for name in ("scores", "cls_scores", "pred_ious", "pred_classes"):
+            assert torch.equal(a.get(name), b.get(name))
+    judged = [x.counts[0] for x in branches]
+    assert 0 < judged[1] < 0.9 * judged[0]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

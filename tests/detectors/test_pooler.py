@@ -45,6 +45,22 @@ def test_every_box_is_pooled_from_its_own_level():
         torch.testing.assert_close(out[m : m + 1], want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("chosen", [(0,), (2,), (1, 2), (0, 1, 2)])
+def test_boxes_that_come_by_level_are_pooled_alike_and_every_map_has_a_gradient(chosen):
+    pyramid, (boxes,) = make_pyramid(images=1), make_boxes([40], largest=300)
+    pooler = PrRoIPooler(3, SCALES, canonical_box_size=64, canonical_level=3)
+    out, levels = pooler(pyramid, [boxes]), pooler.assign_levels([boxes])
+    index = torch.cat([(levels == level).nonzero().squeeze(1) for level in chosen])
+    assert len(index) > 2
+    assert torch.equal(pooler(pyramid, [boxes[index]]), out[index])
+    for level in pyramid:
+        level.requires_grad_()
+    pooled = pooler(pyramid, [boxes[index]])
+    assert torch.equal(pooled, out[index])
+    gradients = torch.autograd.grad(pooled.sum(), pyramid)
+    assert [bool(x.any()) for x in gradients] == [level in chosen for level in range(3)]
+
+
 def test_a_smooth_map_gives_what_roi_align_gives():
     """Both are exact on a plane, so that this checks levels, scales and the half-pixel shift
     against Detectron2."""

@@ -190,3 +190,23 @@ def test_wrong_arguments_are_named():
         refine_boxes(boxes, hill(optima), limits_of(boxes)[1:])
     with pytest.raises(ValueError, match="at least 0, but it is -1"):
         refine_boxes(boxes, hill(optima), limits_of(boxes), steps=-1)
+
+
+@pytest.mark.parametrize("roll_back", [False, True])
+def test_an_observer_sees_what_so_many_steps_would_give(roll_back):
+    optima, boxes = planted()
+    seen = []
+
+    def observe(*at_step):
+        seen.append(at_step)
+
+    options = {"step_size": 20.0, "early_stop": 0.01, "roll_back": roll_back}
+    score, limits = hill(optima), limits_of(boxes)
+    observed = refine_boxes(boxes, score, limits, steps=6, observe=observe, **options)
+    assert 2 < len(seen) <= 7  # until all boxes rest
+    for steps in range(7):
+        moved, scores = seen[min(steps, len(seen) - 1)]
+        expected = refine_boxes(boxes, score, limits, steps=steps, **options)
+        assert torch.equal(moved, expected[0]) and torch.equal(scores, expected[1])
+    assert torch.equal(observed[0], seen[-1][0]) and not torch.equal(seen[0][0], seen[1][0])
+    refine_boxes(boxes[:0], score, limits[:0], observe=lambda *_: pytest.fail("there is nothing"))

@@ -194,8 +194,17 @@ def test_the_documents_say_what_the_records_say():
     assert (ROOT / "MODEL_ZOO.md").read_text() == model_zoo(plan), "run `iou-d2 zoo write`"
 
 
-def test_the_parts_of_the_commands_on_the_page_make_the_commands_of_the_plan(plan):
+def test_a_table_without_a_record_is_a_line(plan):
     page = model_zoo(plan)
+    assert "## Losses" not in page and page.count("|") == 0
+    assert page.endswith("## Not trained yet\n\n- Losses: 8 runs, `--only 'losses/*'`\n")
+
+
+def test_the_parts_of_the_commands_on_the_page_make_the_commands_of_the_plan(plan, tmp_path):
+    run = plan.run("losses", "cells", "plain", 1)
+    keep(plan, run, finished(tmp_path / "out", run))
+    page = model_zoo(plan)
+    assert "Not trained yet" not in page
     whole = next(line for line in page.splitlines() if line.startswith("    iou-d2"))
     cells = re.findall(r"\| other +\|(.*)\|", page, re.IGNORECASE)[-1].split("|")
     config, own = (cell.strip(" `") for cell in cells)
