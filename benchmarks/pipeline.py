@@ -123,9 +123,8 @@ def write_annotations(paths: list[Path], folder: Path) -> str:
         images.append({"id": number, "file_name": path.name, "width": width, "height": height})
         box = [width / 4, height / 4, width / 2, height / 2]
         area = box[2] * box[3]
-        annotations.append(
-            {"id": number, "image_id": number, "category_id": 1, "bbox": box, "area": area}
-        )
+        known = {"id": number, "image_id": number, "category_id": 1, "iscrowd": 0}
+        annotations.append({**known, "bbox": box, "area": area})
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "x"}]}
     (folder / "instances.json").write_text(json.dumps(content))
     return f"coco:{folder / 'instances.json'}:{paths[0].parent}"
