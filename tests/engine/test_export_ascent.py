@@ -120,8 +120,12 @@ def test_ascent_ends_where_that_of_autograd_does(kind, name):
     # Of those that move at all; those outside of the image cannot.
     moved = (expected[0] - start).abs().amax(dim=1)
     assert (moved > 0.1).sum() > 50 or ascent.steps == 0
-    assert (found[0] - expected[0]).abs().max() < 1e-3
-    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-4)
+    # In a thinner one the mean and the edges, of which the gradient is made, differ by less than
+    # float32 rounds them: 2e-5 px wide, its slope is off by a tenth.
+    wide = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) > 1e-3
+    assert wide.sum() > 250
+    assert (found[0] - expected[0])[wide].abs().max() < 1e-3
+    torch.testing.assert_close(found[1][wide], expected[1][wide], rtol=0, atol=1e-4)
 
 
 def test_no_boxes_are_refined_to_none():
