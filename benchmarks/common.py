@@ -13,13 +13,14 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from iou_d2 import get_config
+from iou_d2.engine.precision import with_precision
 
 
 def build(config_file: str, overrides: Sequence[str] = ()) -> nn.Module:
-    """The model of a config, with random weights."""
+    """The model of a config, with random weights, that computes as in training and detection."""
     cfg = get_config(config_file, ["MODEL.WEIGHTS", "", *overrides])
     torch.manual_seed(0)
-    return build_model(cfg)
+    return with_precision(build_model(cfg), cfg)
 
 
 def random_batch(images: int, height: int, width: int, classes: int, objects: int = 8):

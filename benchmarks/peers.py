@@ -1,7 +1,7 @@
 """Detectors of iou_d2 beside the same ones of torchvision and mmdetection, in turn, in one process.
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/peers.py [NAME ...] [--size HxW]
-        [--batch N] [--rounds N] [--library torchvision mmdetection]
+        [--batch N] [--rounds N] [--library torchvision mmdetection] [--precision bfloat16]
 
 NAME is a detector, such as "RetinaNet"; without one all take part. Prints the median seconds of a
 training step (forward, backward, SGD) and of the inference of an image, and the median, lowest and
@@ -179,16 +179,19 @@ def with_masks(batch: list[dict]) -> list[dict]:
     return batch
 
 
-def build_ours(pair: Pair) -> nn.Module:
+def build_ours(pair: Pair, precision: str) -> nn.Module:
     keys = ("MODEL.RETINANET.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES")
-    return build(pair.config, [x for key in keys for x in (key, str(pair.classes))])
+    classes = [x for key in keys for x in (key, str(pair.classes))]
+    return build(pair.config, [*classes, "MODEL.PRECISION", precision])
 
 
-def row(pair: Pair, library: str, size: Size, images: int, rounds: int) -> list[str]:
+def row(
+    pair: Pair, library: str, size: Size, images: int, rounds: int, precision: str
+) -> list[str]:
     """Name, and for a training step and an inference seconds of theirs and ours and the ratio."""
     size = (SSD_SIDE, SSD_SIDE) if pair.name == "SSD300" else size
     torch.manual_seed(0)
-    peer, ours = pair.build_peer(size), build_ours(pair)
+    peer, ours = pair.build_peer(size), build_ours(pair, precision)
     copy_weights(peer, ours)
     batch = random_batch(images, *size, CLASSES)
     if pair.name == "Mask R-CNN":
@@ -206,9 +209,11 @@ def columns(times: dict[str, list[float]]) -> list[str]:
     return [*seconds, f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"]
 
 
-def table(library: str, names: Sequence[str], size: Size, images: int, rounds: int) -> str:
+def table(
+    library: str, names: Sequence[str], size: Size, images: int, rounds: int, precision: str
+) -> str:
     rows = [
-        row(pair, library, size, images, rounds)
+        row(pair, library, size, images, rounds, precision)
         for pair in LIBRARIES[library]
         if not names or pair.name in names
     ]
@@ -227,19 +232,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="images of a training step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--library", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument(
+        "--precision", default="float32", help="MODEL.PRECISION of ours; theirs is float32"
+    )
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in known]:
         parser.error(f"{unknown[0]!r} is no detector here; there are {', '.join(known)}.")
     height, width = map(int, arguments.size.split("x"))
-    print(f"{height} x {width}, {machine()}, float32, {arguments.rounds} rounds")
+    print(f"{height} x {width}, {machine()}, {arguments.rounds} rounds; ours {arguments.precision}")
+    settings = arguments.batch, arguments.rounds, arguments.precision
     for library in arguments.library:
         told = missing(library)
-        print(
-            told
-            or table(
-                *(library, arguments.names, (height, width)), arguments.batch, arguments.rounds
-            )
-        )
+        print(told or table(library, arguments.names, (height, width), *settings))
         print()
 
 
