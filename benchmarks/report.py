@@ -1,8 +1,8 @@
 """Seconds that `iou-d2 report` takes for a set of the size of COCO's val2017, on the boxes of
 benchmarks/evaluate_coco.py: 5,000 images, 80 classes, 500,000 detections of each detector.
 
-Prints the seconds for one detector and for two with 1 and with 201 draws of the paired test, and the
-size of the page; there are no pictures.
+Prints the seconds for one detector and for two with 1 and with 201 draws of the paired test, and
+the size of the page; there are no pictures.
 """
 
 from __future__ import annotations
