@@ -17,6 +17,7 @@ ARRAYS = {"numpy", "scipy", "matplotlib", "pycocotools", "faster_coco_eval"}
 FLOORS = {
     "errors": (set(), set()),
     "field_names": (set(), set()),
+    "choices": (set(), set()),
     "ops": (set(), {"torch", "torchvision", "fvcore"}),
     "layers": ({"ops", "_C"}, {"torch", "torchvision", "detectron2"}),
     "backbones": ({"ops", "layers"}, DETECTION),
@@ -50,7 +51,7 @@ ROOF = (
     "commands",
 )
 # The cellar imports nothing of the house, and everything may import from it.
-CELLAR = {"errors", "field_names"}
+CELLAR = {"errors", "field_names", "choices"}
 
 
 def imports_of(path: Path) -> set[str]:

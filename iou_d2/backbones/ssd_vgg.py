@@ -143,9 +143,6 @@ class SSDVGG16(Backbone):
         Where images are so small that an extra stage would have nothing to read, it reads a border
         of zeros, as if the images were padded.
         """
-        if images.device.type == "cpu" and not self.training:
-            # Convolutions then reorder less; with their backward nothing is gained.
-            images = images.contiguous(memory_format=torch.channels_last)
         found = self.vgg(images)
         features = {name: found[of_vgg] for name, of_vgg in _VGG_FEATURES.items()}
         x = self.fc6(self.pool5(features["conv5_3"])).relu_()

@@ -134,11 +134,11 @@ def _bin_weights(start: torch.Tensor, end: torch.Tensor, bins: int, size: int) -
     edges = start[:, None] + (end - start)[:, None] * steps  # (R, bins + 1)
     pixels = torch.arange(size, dtype=start.dtype, device=start.device)
     low, high = (e[:, :, None] - pixels for e in (edges[:, :-1], edges[:, 1:]))
-    integral = _right_half(low, high) + _right_half(-high, -low)
+    integral = right_half(low, high) + right_half(-high, -low)
     return integral / ((end - start)[:, None, None] / bins)
 
 
-def _right_half(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+def right_half(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """Integral of 1 - t over the part of [low, high] in [0, 1]: length times height in the middle,
     for a difference of antiderivatives would cancel.
 

@@ -14,18 +14,8 @@ from __future__ import annotations
 
 import argparse
 
+from iou_d2.choices import LAYOUTS
 from iou_d2.commands.arguments import add_trust_argument
-
-LAYOUTS = (  # those of iou_d2.engine.convert
-    "mmdet",
-    "torchvision",
-    "detectron2",
-    "adelaidet",
-    "detectron2_main",
-    "amdegroot",
-    "lufficc",
-    "luuuyi",
-)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

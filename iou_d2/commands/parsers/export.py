@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 
+from iou_d2.choices import FORMATS, OPSETS, OUTPUTS
 from iou_d2.commands.arguments import add_trust_argument
 
-# Those of iou_d2.engine.export.
-FORMATS = ("onnx", "torchscript", "pt2")
-OUTPUTS = ("raw", "candidates", "detections", "refinement")
-OPSETS = range(17, 23)
+# Those of iou_d2.commands.export.
 TYPES = ("uint8", "float32")
 
 
@@ -61,12 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--size", type=size_of, default="dynamic", metavar="HxW", help="pixels, or dynamic")
     add("--batch", type=batch_of, default="dynamic", metavar="N", help="images, or dynamic")
-    add(
-        "--input",
-        choices=("uint8", "float32"),
-        default="uint8",
-        help="type of the images, 0..255 in both",
-    )
+    add("--input", choices=TYPES, default="uint8", help="type of the images, 0..255 in both")
     add("--opset", type=int, default=17, metavar="N", help=f"{OPSETS[0]} to {OPSETS[-1]}")
     add(
         "--deform-conv",

@@ -5,10 +5,11 @@ layouts are translated into one another through Detectron2's names. A network is
 `NETWORKS` lists them.
 """
 
+from iou_d2.choices import LAYOUTS
+
 from .fcos import settings_of_mmdet
 from .layouts import (
     DETECTRON2_PIXELS,
-    LAYOUTS,
     WITH_DETECTRON2_PIXELS,
     PixelFormat,
     has_linear_p7,

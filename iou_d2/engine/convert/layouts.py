@@ -16,20 +16,6 @@ FIRST_CONV = re.compile(
     r"|(?:backbone\.)?(?:vgg\.)?(?:features\.)?0\.weight"  # SSD and RefineDet
 )
 
-# "adelaidet" is that of aim-uofa/AdelaiDet, "detectron2_main" that of the FCOS which only the main
-# branch of Detectron2 has.
-# "amdegroot" is amdegroot/ssd.pytorch, "lufficc" is lufficc/SSD, "luuuyi" is
-# luuuyi/RefineDet.PyTorch.
-LAYOUTS = (
-    "mmdet",
-    "torchvision",
-    "detectron2",
-    "adelaidet",
-    "detectron2_main",
-    "amdegroot",
-    "lufficc",
-    "luuuyi",
-)
 # Their configs are Detectron2's and say what pixels are; the other layouts are written for RGB.
 WITH_DETECTRON2_PIXELS = ("detectron2", "adelaidet", "detectron2_main")
 

@@ -6,12 +6,12 @@ from detectron2.config import CfgNode
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from torch import nn
 
+from iou_d2.choices import FORMATS, OUTPUTS
 from iou_d2.detectors.dense import DenseDetector
 from iou_d2.errors import InputError
 
 from .deform import with_operator_stars
-from .files import FORMATS
-from .graph import OUTPUTS, DetectorGraph, ImageGraph
+from .graph import DetectorGraph, ImageGraph
 from .readers import reader_of
 from .refinement import refinement_graph
 from .two_stage import two_stage_graph

@@ -24,7 +24,7 @@ def describe(cfg: CfgNode, detector: nn.Module, outputs: str, weights: str = "")
     """
     Args:
         cfg: of the detector.
-        outputs: one of OUTPUTS in graph.py.
+        outputs: one of OUTPUTS in iou_d2/choices.py.
         weights: the file that the detector was filled with; empty for none.
     """
     return Description(

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from iou_d2.choices import OPSETS
 from iou_d2.errors import InputError
 from iou_d2.runtime.description import Description
 
@@ -26,8 +27,6 @@ from .graph import ImageGraph
 
 # What the exporter that works on TorchScript writes at most; above it the file is converted.
 TRACED_OPSETS = range(17, 21)
-OPSETS = range(17, 23)
-FORMATS = ("onnx", "torchscript", "pt2")
 # The file that says in a TorchScript file or an archive what metadata say in ONNX.
 DESCRIPTION_FILE = "iou_d2.json"
 

@@ -19,8 +19,6 @@ from .agreement import detections_of_model
 from .candidates import Candidates, best, clipped, outputs_of, usable, without_empty
 from .readers import Reader
 
-OUTPUTS = ("raw", "candidates", "detections", "refinement")
-
 
 class ImageGraph(nn.Module, ABC):
     """images (N, 3, H, W), 0..255 of any dtype, -> the tensors that `names` says, in that order.

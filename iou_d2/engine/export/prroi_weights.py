@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iou_d2.layers.prroi_pool import right_half
+
 
 def edges_of(start: Tensor, end: Tensor, bins: int) -> Tensor:
     """(R,), (R,) -> (R, bins + 1)"""
@@ -16,17 +18,11 @@ def edges_of(start: Tensor, end: Tensor, bins: int) -> Tensor:
     return start[:, None] + (end - start)[:, None] * steps
 
 
-def _right_half(low: Tensor, high: Tensor) -> Tensor:
-    """As in layers/prroi_pool.py."""
-    low, high = low.clamp(0.0, 1.0), high.clamp(0.0, 1.0)
-    return (high - low) * (1.0 - (low + high) / 2.0)
-
-
 def weights_of(edges: Tensor, places: Tensor) -> Tensor:
     """(R, bins, X): the integral of each pixel's hat over each bin, divided by the bin's length."""
     offsets = edges[:, :, None] - places[:, None]
     low, high = offsets[:, :-1], offsets[:, 1:]
-    integral = _right_half(low, high) + _right_half(-high, -low)
+    integral = right_half(low, high) + right_half(-high, -low)
     bins = edges.shape[1] - 1
     return integral * bins / (edges[:, -1:] - edges[:, :1])[:, :, None]
 
