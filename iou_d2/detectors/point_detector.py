@@ -157,9 +157,10 @@ class PointDetector(PyramidDetector):
     def predict(self, images: Tensor) -> list[PointPrediction]:
         """Images (N, 3, H, W) -> a PointPrediction for each of the L levels."""
         features = self.features(images)
+        # Not by `_replace`, which torch.compile cannot follow.
         return [
-            prediction._replace(points=points)
-            for prediction, points in zip(self.head(features), self.grid(features))
+            PointPrediction(said.logits, said.distances, said.quality_logits, points)
+            for said, points in zip(self.head(features), self.grid(features))
         ]
 
     def losses(
