@@ -217,7 +217,8 @@ class PointDetector(PyramidDetector):
         those of the batch, -1 for background.
 
         An image learns with the points that it would have alone: not those of the padding that
-        larger images of the batch bring.
+        larger images of the batch bring, but those of its own padding up to the next size that the
+        backbone divides (mmdetection's `valid_flags` of `pad_shape`).
         """
         matches, seen = [], 0
         for (height, width), truth in zip(image_sizes, gt_instances):
