@@ -1,14 +1,14 @@
 """What MODEL.COMPILE saves, and what it costs before.
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/compile.py [--size HxW] [--images N]
-        [--rounds N] [--configs NAME ...] [--precision NAME] [--device cpu|cuda]
+        [--rounds N] [--configs NAME ...] [--precision NAME] [--device cpu|cuda] [--another-size]
 
 For each config the model with and without take turns in one process. Prints the seconds of the
 first training step (forward, backward, SGD, of N images) and of the first forward of the networks
-for one image without gradients, which compile; the median of those after it, and the median, lowest
-and highest ratio to the model without, in rounds. With --another-size also the first ones at another
-size, which compiles code for sizes that vary, and the second. Nothing is read from or left in
-inductor's cache. The weights are random, so that nothing is detected.
+for one image without gradients, which compile; the median of those after it; and the median, lowest
+and highest ratio to the model without, of rounds. --another-size has all of that again at another
+size, at which code for sizes that vary is compiled. Nothing is read from inductor's cache, or left
+there. The weights are random, so that nothing is detected.
 """
 
 from __future__ import annotations
