@@ -94,7 +94,7 @@ def megabytes(field: str) -> float:
 
 
 def peak_memory(assign, features: list[Tensor], boxes: Tensor, grid: PointGrid) -> float:
-    """MB of one call; on the CPU for a process of its own, whose allocator holds nothing back yet."""
+    """MB of one call; on the CPU for a process of its own, whose allocator holds nothing yet."""
     points = grid(features)
     if boxes.is_cuda:
         forget_peak("cuda")

@@ -152,8 +152,8 @@ def main() -> None:
 
     model = build(arguments.config, arguments.device, ["MODEL.RESNETS.NORM", "BN"]).eval()
     print(
-        f"{arguments.config}, {arguments.height} x {arguments.width} px, {machine(arguments.device)}, "
-        f"median of {arguments.rounds} rounds\n"
+        f"{arguments.config}, {arguments.height} x {arguments.width} px, "
+        f"{machine(arguments.device)}, median of {arguments.rounds} rounds\n"
     )
     print(model_table(model, arguments.height, arguments.width, arguments.rounds), flush=True)
     print()

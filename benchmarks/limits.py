@@ -7,9 +7,10 @@
 PrRoI pooling, which moves numbers, is measured by the bytes that must move (each pixel under a RoI,
 each bin, and in the gradient of the features each pixel of the map, once) against the bandwidth of
 a copy; convolutions and whole models by their multiply-adds against the rate of a float32 matrix
-product, on a GPU in TF32, as convolutions are there. torch.utils.flop_counter counts those of a model; what is no matrix product counts as none.
-"old" is a copy or result into memory that was in use, "new" into memory that the system hands out
-page by page. Runs of a table take turns; medians, with the least and the most in brackets.
+product, on a GPU in TF32, as convolutions are there. torch.utils.flop_counter counts those of a
+model; what is no matrix product counts as none. "old" is a copy or result into memory that was in
+use, "new" into memory that the system hands out page by page. Runs of a table take turns; medians,
+with the least and the most in brackets.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import prroi_pool as prroi
 from common import (
@@ -39,6 +39,7 @@ from common import (
     training_runs,
 )
 from deform_conv import CHANNELS, levels
+from flops import multiply_adds
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
 from iou_d2.detectors.iou_net_nms import GuidedNMS
 from iou_d2.layers.deform_conv import deform_conv
@@ -198,46 +199,6 @@ def convolution_table(limits: Limits, device: str, height: int, width: int, roun
         )
     headers = [f"strides 8 to 128 of {height} x {width} px", "ms", "G multiply-adds"]
     markdown(rows, [*headers, "of the matrix rate"])
-
-
-def count_deform_conv(x, offset, mask, weight, *_, out_val) -> int:
-    """Operations of the matrix product; twice the multiply-adds, as the library counts."""
-    return 2 * out_val[:, 0].numel() * weight.numel()
-
-
-def count_deform_conv_backward(grad, x, offset, mask, weight, *_, out_val) -> int:
-    return 2 * 2 * grad[:, 0].numel() * weight.numel()
-
-
-def count_conv_backward(grad, x, weight, *settings, out_val) -> int:
-    """Of convolutions with groups too, for which the library's count is too high. The last of the
-    settings says which of the gradients of input and weight are wanted."""
-    return 2 * sum(settings[-1][:2]) * grad[:, 0].numel() * weight.numel()
-
-
-def count_torchvision(x, weight, *_, out_val) -> int:
-    return 2 * out_val[:, 0].numel() * weight.numel()
-
-
-def count_torchvision_backward(grad, x, weight, *_, out_val) -> int:
-    return 2 * 2 * grad[:, 0].numel() * weight.numel()
-
-
-OUR_COUNTS = {
-    torch.ops.iou_d2.deform_conv: count_deform_conv,
-    torch.ops.iou_d2.deform_conv_backward: count_deform_conv_backward,
-    torch.ops.torchvision.deform_conv2d: count_torchvision,
-    torch.ops.torchvision._deform_conv2d_backward: count_torchvision_backward,
-    torch.ops.aten.convolution_backward: count_conv_backward,
-}
-for _count in OUR_COUNTS.values():
-    _count._get_raw = True  # is called with tensors, not with shapes
-
-
-def multiply_adds(run: Callable) -> float:
-    with FlopCounterMode(display=False, custom_mapping=OUR_COUNTS) as counter:
-        run()
-    return counter.get_total_flops() / 2
 
 
 def build_models(device: str) -> dict[str, torch.nn.Module]:

@@ -53,7 +53,8 @@ def main() -> None:
         inference = in_turn(inference_runs(models, batch[:1]), arguments.rounds)
 
     print(
-        f"{arguments.config}, {arguments.side} px, {machine(device)}, median of {arguments.rounds} rounds"
+        f"{arguments.config}, {arguments.side} px, {machine(device)}, "
+        f"median of {arguments.rounds} rounds"
     )
     rows = [
         row(f"training step, {arguments.batch} images", training),

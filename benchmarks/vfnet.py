@@ -5,9 +5,9 @@
 
 The models take turns in one process. Prints the median seconds of a training step (forward,
 backward, SGD) and of the inference of an image, both of one image; the ratio to RetinaNet; the peak
-memory of a training step, on the CPU each in a process of its own; and which share of VarifocalNet's step the
-assignment of points and the star convolutions take when they run alone. The weights are random, so
-that nothing is detected.
+memory of a training step, on the CPU each in a process of its own; and which share of
+VarifocalNet's step the assignment of points and the star convolutions take when they run alone. The
+weights are random, so that nothing is detected.
 """
 
 from __future__ import annotations
