@@ -22,9 +22,9 @@ HEAD = """# Model zoo
 Written by `iou-d2 zoo write` from the records in `docs/runs`; `make zoo DATA=...` trains what has
 no record yet. DATA is the folder of the sets, as docs/runs/zoo.yaml has them. Figures are means
 over the seeds, ± their standard deviation; r is Pearson's correlation of the score with the true
-IoU; minutes are of one run, start and evaluation included, and of others beside it on its machine.
-Rows of several tables may be of the same runs. Where a table's runs were made on several devices,
-a column names those of each row."""
+IoU; minutes are of one run, start and evaluation included, which may have shared its machine with
+others. Rows of several tables may be of the same runs. Where the runs of a table were made on
+several devices, a column names those of each row."""
 _MARKED = re.compile(r"(<!-- runs: (?P<table>\S+) -->\n).*?(<!-- end of runs -->)", re.DOTALL)
 
 
