@@ -2,8 +2,9 @@
 //
 // A block handles one RoI and a group of channels. Its threads first put the RoI's weights into
 // shared memory, once for all channels: a bin needs 5 numbers however long it is, since only the 2
-// pixels at either end are partly covered. Sums are in float32 for half precision. Nothing
-// synchronises the stream or copies to the host.
+// pixels at either end are partly covered. Where channels lie side by side a thread has 16 bytes of
+// sums of them, and else one channel. Sums are in float32 for half precision. Nothing synchronises
+// the stream or copies to the host.
 #include "prroi_pool.h"
 
 #include <ATen/Context.h>
@@ -17,6 +18,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <type_traits>
 
 #include "cuda_kernels.cuh"
 
@@ -27,6 +30,30 @@ template <typename T>
 Strided<T> strided(const at::Tensor& t) {
   return {static_cast<T*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1),
           t.stride(2), t.stride(3)};
+}
+
+// Channels that a thread sums where it may have several.
+template <typename A>
+constexpr int WIDE = 16 / sizeof(A);
+
+// Whether groups of `width` channels of t lie side by side, and start where one access may.
+bool has_packs(const at::Tensor& t, int64_t width) {
+  for (const int64_t axis : {0, 2, 3})
+    if (t.size(axis) > 1 && t.stride(axis) % width != 0) return false;
+  const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  return t.stride(1) == 1 && t.size(1) % width == 0 &&
+         address % (width * t.element_size()) == 0;
+}
+
+// Calls run(width) with the channels a thread has, as a constant.
+template <typename A, typename Run>
+void with_width(std::initializer_list<at::Tensor> tensors, const Run& run) {
+  const bool wide = std::all_of(tensors.begin(), tensors.end(),
+                                [](const at::Tensor& t) { return has_packs(t, WIDE<A>); });
+  if (wide)
+    run(std::integral_constant<int, WIDE<A>>());
+  else
+    run(std::integral_constant<int, 1>());
 }
 
 // One call's RoIs and how its kernels are launched: x counts RoIs, y groups of channels, enough of
@@ -49,8 +76,8 @@ struct Launch {
         "- 5; got ",
         s.P, " x ", s.Q, " bins, a ", s.H, " x ", s.W, " map and ", s.R, " RoIs.");
     const int64_t enough = std::min((2048 + s.R - 1) / s.R, (s.C + 31) / 32);
-    const int64_t widest =
-        std::max(s.W, (s.P + 1) * (s.Q + 1));  // of what a kernel counts for each channel
+    // Of what a kernel counts for each channel.
+    const int64_t widest = std::max(s.W, (s.P + 1) * (s.Q + 1) << ROW_BITS);
     const int64_t groups =
         std::min<int64_t>(std::max(enough, s.C / (INT32_MAX / 2 / widest) + 1), 65535);
     grid = dim3(static_cast<unsigned>(s.R), static_cast<unsigned>(groups));
@@ -75,10 +102,12 @@ at::Tensor forward(const at::Tensor& features, const at::Tensor& rois, double sp
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, features.scalar_type(), "prroi_pool", [&] {
         using A = at::opmath_type<scalar_t>;
-        forward_kernel<scalar_t, A>
-            <<<launch.grid, THREADS, launch.shared_bytes<A>(), launch.stream>>>(
-                strided<const scalar_t>(features), launch.rois.const_data_ptr<double>(),
-                launch.scale, launch.shift, s, features.stride(1) == 1, strided<scalar_t>(out));
+        with_width<A>({features, out}, [&](auto width) {
+          forward_kernel<scalar_t, A, decltype(width)::value>
+              <<<launch.grid, THREADS, launch.shared_bytes<A>(), launch.stream>>>(
+                  strided<const scalar_t>(features), launch.rois.const_data_ptr<double>(),
+                  launch.scale, launch.shift, s, features.stride(1) == 1, strided<scalar_t>(out));
+        });
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
   return out;
@@ -102,10 +131,12 @@ at::Tensor backward_features(const at::Tensor& grad, const at::Tensor& rois, at:
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, grad.scalar_type(), "prroi_pool_backward_features", [&] {
           using A = at::opmath_type<scalar_t>;
-          backward_features_kernel<scalar_t, A>
-              <<<launch.grid, THREADS, launch.shared_bytes<A>(), launch.stream>>>(
-                  strided<const scalar_t>(grad), launch.rois.const_data_ptr<double>(), launch.scale,
-                  launch.shift, s, channels_last, strided<A>(out));
+          with_width<A>({grad, out}, [&](auto width) {
+            backward_features_kernel<scalar_t, A, decltype(width)::value>
+                <<<launch.grid, THREADS, launch.shared_bytes<A>(), launch.stream>>>(
+                    strided<const scalar_t>(grad), launch.rois.const_data_ptr<double>(),
+                    launch.scale, launch.shift, s, channels_last, strided<A>(out));
+          });
           C10_CUDA_KERNEL_LAUNCH_CHECK();
         });
   }
@@ -127,11 +158,14 @@ at::Tensor backward_rois(const at::Tensor& grad, const at::Tensor& features,
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, features.scalar_type(), "prroi_pool_backward_rois", [&] {
         using A = at::opmath_type<scalar_t>;
-        backward_rois_kernel<scalar_t, A>
-            <<<launch.grid, THREADS, launch.shared_bytes<A>(), launch.stream>>>(
-                strided<const scalar_t>(grad), strided<const scalar_t>(features),
-                strided<const scalar_t>(output), launch.rois.const_data_ptr<double>(), launch.scale,
-                launch.shift, s, features.stride(1) == 1, partial.mutable_data_ptr<double>());
+        with_width<A>({grad, features, output}, [&](auto width) {
+          backward_rois_kernel<scalar_t, A, decltype(width)::value>
+              <<<launch.grid, THREADS, launch.shared_bytes<A>(), launch.stream>>>(
+                  strided<const scalar_t>(grad), strided<const scalar_t>(features),
+                  strided<const scalar_t>(output), launch.rois.const_data_ptr<double>(),
+                  launch.scale, launch.shift, s, features.stride(1) == 1,
+                  partial.mutable_data_ptr<double>());
+        });
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
   return partial.sum(0).to(rois.scalar_type());
