@@ -8,19 +8,9 @@
 
 namespace iou_d2::cuda {
 
-// Lanes, as a power of 2, that share a bin's rows where those are long and lie in one piece: their
-// loads then fall into the same sectors.
-constexpr int ROW_BITS = 3;
-
-template <typename A, int V>
-__device__ int lane_bits(const Bin<A>* x, int Q, int64_t column_stride) {
-  const bool long_rows = x[Q - 1].end - x[0].begin >= Q << ROW_BITS;
-  return V == 1 && column_stride == 1 && long_rows ? ROW_BITS : 0;
-}
-
 template <typename T, typename A, int V>
 __global__ void __launch_bounds__(THREADS)
-    forward_kernel(Strided<const T> features, const double* rois, double scale, double shift,
+    forward_kernel(Strided<const T> features, Boxes rois, double scale, double shift,
                    Shape s, bool channels_last, Strided<T> out) {
   extern __shared__ double shared[];
   const Roi roi = roi_of_block(rois, scale, shift, s);
@@ -29,22 +19,19 @@ __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   const Packs<V> packs(s.C);
   const int bins = static_cast<int>(s.P * s.Q), Q = static_cast<int>(s.Q);
-  const int bits = lane_bits<A, V>(x, Q, features.column), lanes = 1 << bits;
-  for (int t = threadIdx.x; t < packs.count * bins * lanes; t += THREADS) {
-    const int lane = t & (lanes - 1);
-    const Item item(t >> bits, bins, packs.count, channels_last);
+  for (int t = threadIdx.x; t < packs.count * bins; t += THREADS) {
+    const Item item(t, bins, packs.count, channels_last);
     const int64_t c = packs.channel(item.pack);
     const int p = item.bin / Q, q = item.bin % Q;
     const T* map = features.at(roi.image, c);
     Pack<A, V> total;
     for (int i = y[p].begin; i < y[p].end; ++i) {
       const T* row = map + i * features.row;
-      total.add(y[p].weight(i), weighted<A, V>(x[q], lane, lanes, [&](int j) {
+      total.add(y[p].weight(i), weighted<A, V>(x[q], [&](int j) {
                   return load<A, V>(row + j * features.column);
                 }));
     }
-    total = sum_of_lanes(total, lanes);
-    if (lane == 0) store(total, out.at(blockIdx.x, c) + p * out.row + q * out.column);
+    store(total, out.at(blockIdx.x, c) + p * out.row + q * out.column);
   }
 }
 
@@ -59,7 +46,7 @@ __device__ __forceinline__ int first_bin(const Bin<A>* bins, int count, int from
 // A thread walks down a column of pixels, with one atomic addition a pixel.
 template <typename T, typename A, int V>
 __global__ void __launch_bounds__(THREADS)
-    backward_features_kernel(Strided<const T> grad, const double* rois, double scale, double shift,
+    backward_features_kernel(Strided<const T> grad, Boxes rois, double scale, double shift,
                              Shape s, bool channels_last, Strided<A> out) {
   extern __shared__ double shared[];
   const Roi roi = roi_of_block(rois, scale, shift, s);
@@ -100,7 +87,7 @@ __device__ __forceinline__ Pack<A, V> edge_mean(const T* map, const Edge<A>& edg
   for (int side = 0; side < 2; ++side) {
     if (edge.pixel[side] < 0) continue;
     const T* line = map + edge.pixel[side] * along;
-    total.add(edge.hats[side], weighted<A, V>(bin, 0, 1, [&](int i) {
+    total.add(edge.hats[side], weighted<A, V>(bin, [&](int i) {
                 return load<A, V>(line + i * across);
               }));
   }
@@ -150,7 +137,7 @@ __device__ void add_edges(const Strided<const T>& features, const Strided<const 
 template <typename T, typename A, int V>
 __global__ void __launch_bounds__(THREADS)
     backward_rois_kernel(Strided<const T> grad, Strided<const T> features, Strided<const T> output,
-                         const double* rois, double scale, double shift, Shape s,
+                         Boxes rois, double scale, double shift, Shape s,
                          bool channels_last, double* partial) {
   extern __shared__ double shared[];
   const Roi roi = roi_of_block(rois, scale, shift, s);

@@ -82,19 +82,6 @@ __device__ __forceinline__ A dot(const Pack<A, V>& a, const Pack<A, V>& b) {
   return total;
 }
 
-// The sum over groups of `lanes` neighbouring threads, in the first of each; `lanes` is a power of
-// 2, and a group's threads call together.
-template <typename A, int V>
-__device__ __forceinline__ Pack<A, V> sum_of_lanes(Pack<A, V> pack, int lanes) {
-  const int first = threadIdx.x % WARP / lanes * lanes;
-  const unsigned group = (lanes == WARP ? ~0u : (1u << lanes) - 1) << first;
-  for (int half = lanes / 2; half > 0; half /= 2)
-  #pragma unroll
-  for (int v = 0; v < V; ++v)
-      pack.values[v] += __shfl_down_sync(group, pack.values[v], half, lanes);
-  return pack;
-}
-
 // Pixels [begin, end) under a bin, and the weights of the first two, of all between, and of the
 // last two.
 template <typename A>
@@ -122,24 +109,20 @@ struct Bin {
   }
 };
 
-// Sum over a bin's pixels of weight times value(pixel): the share of one lane among `lanes`, of
-// which the first has both ends. These are looked up whether a short bin has them or not, so that
-// no load waits for another.
+// Sum over a bin's pixels of weight times value(pixel). The ends are looked up whether a short bin
+// has them or not, so that no load waits for another.
 template <typename A, int V, typename Value>
-__device__ __forceinline__ Pack<A, V> weighted(const Bin<A>& bin, int lane, int lanes,
-                                               const Value& value) {
+__device__ __forceinline__ Pack<A, V> weighted(const Bin<A>& bin, const Value& value) {
   const int first = bin.begin, last = bin.end - 1, pixels = bin.end - bin.begin;
   Pack<A, V> total, middle;
   if (pixels <= 0) return total;
-  if (lane == 0) {
-    const Pack<A, V> ends[4] = {value(first), value(min(first + 1, last)),
-                                value(max(last - 1, first)), value(last)};
-    total.add(bin.weights[4], ends[3]);
-    if (pixels > 1) total.add(bin.weights[3], ends[2]);
-    if (pixels > 2) total.add(bin.weights[0], ends[0]);
-    if (pixels > 3) total.add(bin.weights[1], ends[1]);
-  }
-  for (int i = first + 2 + lane; i < last - 1; i += lanes) middle.add(1, value(i));
+  const Pack<A, V> ends[4] = {value(first), value(min(first + 1, last)),
+                              value(max(last - 1, first)), value(last)};
+  total.add(bin.weights[4], ends[3]);
+  if (pixels > 1) total.add(bin.weights[3], ends[2]);
+  if (pixels > 2) total.add(bin.weights[0], ends[0]);
+  if (pixels > 3) total.add(bin.weights[1], ends[1]);
+  for (int i = first + 2; i < last - 1; ++i) middle.add(1, value(i));
   total.add(bin.weights[2], middle);
   return total;
 }
@@ -186,8 +169,19 @@ struct Item {
       : bin(channels_last ? t / packs : t % bins), pack(channels_last ? t % packs : t / bins) {}
 };
 
-__device__ inline Roi roi_of_block(const double* rois, double scale, double shift, const Shape& s) {
-  const double* box = rois + 5 * static_cast<int64_t>(blockIdx.x);
+// (R, 5) boxes as the caller has them.
+struct Boxes {
+  const void* data;
+  bool is_double;
+
+  __device__ __forceinline__ double at(int64_t i) const {
+    return is_double ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
+  }
+};
+
+__device__ inline Roi roi_of_block(const Boxes& rois, double scale, double shift, const Shape& s) {
+  double box[5];
+  for (int d = 0; d < 5; ++d) box[d] = rois.at(5 * static_cast<int64_t>(blockIdx.x) + d);
   CUDA_KERNEL_ASSERT(box[0] >= 0 && box[0] < static_cast<double>(s.N) &&
                      "prroi_pool: batch index out of range");
   return read_roi(box, scale, shift, s.P, s.Q, s.H, s.W);
@@ -227,8 +221,9 @@ __device__ void block_sums(const A* mine, double* sums) {
   constexpr int WARPS = THREADS / WARP;
   __shared__ double of_warps[WARPS][5];
   for (int d = 0; d < 5; ++d) {
-    const Pack<double, 1> total = sum_of_lanes<double, 1>({{static_cast<double>(mine[d])}}, WARP);
-    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP][d] = total.values[0];
+    double total = static_cast<double>(mine[d]);
+    for (int half = WARP / 2; half > 0; half /= 2) total += __shfl_down_sync(~0u, total, half);
+    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP][d] = total;
   }
   __syncthreads();
   if (threadIdx.x > 0) return;
