@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from iou_d2 import get_config
-from iou_d2.engine.precision import with_precision
+from iou_d2.engine.build import build_detector
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +28,7 @@ def build(config_file: str, device: str, overrides: Sequence[str] = ()) -> nn.Mo
     """The model of a config, with random weights, that computes as in training and detection."""
     cfg = get_config(config_file, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, *overrides])
     torch.manual_seed(0)
-    return with_precision(build_model(cfg), cfg)
+    return build_detector(cfg)
 
 
 def random_batch(images: int, height: int, width: int, classes: int, objects: int = 8):

@@ -18,42 +18,30 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from tabulate import tabulate
 from torch import nn
 
-from common import in_turn, machine, random_batch, seconds, training_step
-from iou_d2 import get_config
-from iou_d2.engine.trainer import Trainer
+from common import add_device, build, in_turn, machine, random_batch, seconds, training_runs
 
-CONFIGS = ["retinanet_R_50_FPN_1x", "quick/vfnet_own_data"]
-NAMES = {"as it is": False, "compiled": True}
+CONFIGS = ["quick/vfnet_own_data"]
+KEYS = {"as it is": (), "compiled": ("MODEL.COMPILE", "True")}
 
 
-def build(config: str, compiled: bool, precision: str, device: str) -> nn.Module:
-    keys = ["MODEL.COMPILE", str(compiled), "MODEL.PRECISION", precision, "MODEL.DEVICE", device]
-    torch.manual_seed(0)
-    return Trainer.build_model(get_config(config, ["MODEL.WEIGHTS", "", *keys]))
-
-
-def training(model: nn.Module, batch: list[dict]) -> Callable:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    return lambda: training_step(model.train(), optimizer, batch)
-
-
-def forward(model: nn.Module, batch: list[dict]) -> Callable:
-    """The networks of a dense detector; of an R-CNN, its inference."""
+def forward_runs(models: dict[str, nn.Module], batch: list[dict]) -> dict[str, Callable]:
+    """The networks of each dense detector; of an R-CNN, its inference."""
 
     @torch.no_grad()
-    def run():
+    def forward(model):
         model.eval()
         if isinstance(model, GeneralizedRCNN):
             return model(batch[:1])
         return model.predict(model.preprocess_image(batch[:1]).tensor)
 
-    return run
+    return {name: partial(forward, model) for name, model in models.items()}
 
 
 def rows_of(runs: dict[str, Callable], rounds: int) -> list[list[str]]:
@@ -74,14 +62,13 @@ def measure(config: str, args: argparse.Namespace) -> None:
     if args.another_size:
         sizes.append((height + 64, width + 128))
     models = {
-        name: build(config, compiled, args.precision, args.device)
-        for name, compiled in NAMES.items()
+        name: build(config, args.device, [*key, "MODEL.PRECISION", args.precision])
+        for name, key in KEYS.items()
     }
-    for what, make in (("training step", training), ("forward", forward)):
+    for what, make in (("training step", training_runs), ("forward", forward_runs)):
         for size in sizes:
             batch = random_batch(args.images, *size, classes=1)
-            runs = {name: make(model, batch) for name, model in models.items()}
-            rows = rows_of(runs, args.rounds)
+            rows = rows_of(make(models, batch), args.rounds)
             title = f"{config}, {what}, {size[0]}x{size[1]}"
             headers = [title, "first, s", "s", "ratio"]
             print(tabulate(rows, headers, "pipe", disable_numparse=True), flush=True)
@@ -97,10 +84,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--configs", nargs="+", default=CONFIGS, metavar="NAME")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=["cpu", "cuda"])
+    add_device(parser)
     args = parser.parse_args()
-    print(f"{machine()}, {args.device}, {args.precision}, {args.images} images a step")
+    print(f"{machine(args.device)}, {args.precision}, {args.images} images a step")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         for config in args.configs:
