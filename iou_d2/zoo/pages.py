@@ -75,11 +75,12 @@ def devices_of(records: Sequence[Mapping]) -> list[str]:
 
 def figures(records: Sequence[Mapping]) -> list[str]:
     """Of the runs of one row, which differ by their seed: the mean, and with more than one seed
-    the standard deviation over them."""
+    the standard deviation over them. Minutes of several devices have no mean: a dash."""
     results = [record["results"] for record in records]
     cells = [spread([one.get(f"bbox/{name}") for one in results], 1) for name in METRICS]
     cells.append(spread([one.get(CORRELATION) for one in results], 3))
-    return [*cells, spread([record["seconds"] / 60 for record in records], 1)]
+    minutes = [record["seconds"] / 60 for record in records]
+    return [*cells, spread(minutes, 1) if len(devices_of(records)) == 1 else "-"]
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
