@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from exported_models import noise, small_model, small_two_stage, write_model  # noqa: E402
+from iou_d2.engine.export import build_graph  # noqa: E402
 from iou_d2.engine.export.agreement import NOTHING  # noqa: E402
 from iou_d2.engine.export.check import compare, load  # noqa: E402
 
@@ -40,13 +41,10 @@ class Case(NamedTuple):
     overrides: tuple[str, ...] = ()
     build: Callable = small_model
     formats: tuple[str, ...] = ("onnx", "torchscript", "pt2")
-    last_opset: int = 22
 
 
 def two_stage(name: str, config: str, *overrides: str) -> Case:
-    # ONNX Runtime has no RoiAlign of opset 22, which is there but in IoU-Net without masks.
-    last_opset = 22 if config == IOU_NET and "MODEL.MASK_ON" not in overrides else 21
-    return Case(name, config, overrides, small_two_stage, ("onnx", "torchscript"), last_opset)
+    return Case(name, config, overrides, small_two_stage, ("onnx", "torchscript"))
 
 
 ANCHORS = ("retinanet", "iou_retinanet", "ssd", "ssd_iou", "refinedet")
@@ -84,6 +82,17 @@ def label(format: str, opset: int, deform_conv: str) -> str:
     return f"onnx, opset {opset}" + (", DeformConv" if deform_conv == "DeformConv" else "")
 
 
+def variants(case: Case, format: str) -> list[tuple[int, str]]:
+    """Those of VARIANTS that there are of a case."""
+    cfg, model = case.build(case.config, *case.overrides)
+    last_opset = build_graph(cfg, model).last_opset
+    return [
+        (opset, deform_conv)
+        for opset, deform_conv in VARIANTS[format]
+        if opset <= last_opset and (deform_conv == "GridSample" or case.name.startswith("vfnet"))
+    ]
+
+
 def row(case: Case, format: str, opset: int, deform_conv: str, folder: Path) -> list:
     cfg, model = case.build(case.config, *case.overrides)
     path, begin = folder / f"model.{format}", time.perf_counter()
@@ -103,11 +112,7 @@ def rows_of(formats: list[str], models: list[str]) -> list[list]:
     with tempfile.TemporaryDirectory() as folder:
         for format in formats:
             for case in (x for x in CASES if x.name in models and format in x.formats):
-                for opset, deform_conv in VARIANTS[format]:
-                    if deform_conv == "DeformConv" and not case.name.startswith("vfnet"):
-                        continue
-                    if opset > case.last_opset:
-                        continue
+                for opset, deform_conv in variants(case, format):
                     rows.append(row(case, format, opset, deform_conv, Path(folder)))
                     print(*rows[-1], flush=True)
     return rows

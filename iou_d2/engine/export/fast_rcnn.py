@@ -94,7 +94,7 @@ def suppress_by_class(boxes: Tensor, scores: Tensor, num_classes: int, threshold
     """`suppress` within classes, of which each has as many boxes (N, KP, 4), one class after
     another: (N, KP), 1 where a box is kept. Each class is given as an image, so that ONNX's
     operator does not look at all boxes for each of them."""
-    boxes = boxes.reshape(boxes.shape[0] * num_classes, -1, 4)
-    by_class = scores.reshape(boxes.shape[0], -1)
+    count = scores.shape[1] // num_classes
+    boxes, by_class = boxes.reshape(-1, count, 4), scores.reshape(-1, count)
     groups = torch.zeros_like(by_class, dtype=torch.int64)
     return suppress(boxes, by_class, groups, 1, threshold).view_as(scores)
