@@ -24,7 +24,13 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from exported_models import noise, small_model, small_two_stage, write_model  # noqa: E402
+from exported_models import (  # noqa: E402
+    SMALL_C4,
+    noise,
+    small_model,
+    small_two_stage,
+    write_model,
+)
 from iou_d2.engine.export import build_graph  # noqa: E402
 from iou_d2.engine.export.agreement import NOTHING  # noqa: E402
 from iou_d2.engine.export.check import compare, load  # noqa: E402
@@ -62,6 +68,7 @@ CASES = (
     two_stage("faster_rcnn", FASTER),
     two_stage("faster_rcnn_prroi", FASTER, "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "PrRoIPool"),
     two_stage("mask_rcnn", FASTER, *MASKS),
+    two_stage("mask_rcnn_c4", "configs/faster_rcnn_R_50_C4_1x.yaml", *SMALL_C4, *MASKS),
     two_stage("cascade_rcnn", FASTER, "MODEL.ROI_HEADS.NAME", "BoxLossCascadeROIHeads", *AGNOSTIC),
     two_stage("iou_net", IOU_NET),
     two_stage("iou_net_mask", IOU_NET, *MASKS),

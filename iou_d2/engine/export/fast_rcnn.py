@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iou_d2.detectors.faster_rcnn import BoxLossOutputLayers
 
-from .box_heads import Regions, Regressed, predictors_of
+from .box_heads import Regions, Regressed, box_parts_of
 from .candidates import Candidates, best, clip, suppress
 from .pooling import Pooling
 
@@ -61,7 +61,7 @@ class FastRCNN:
     doubtful = 0.0
 
     def __init__(self, heads: ROIHeads):
-        predictor: FastRCNNOutputLayers = predictors_of(heads)[-1]
+        predictor: FastRCNNOutputLayers = box_parts_of(heads).predictors[-1]
         self.num_classes = heads.num_classes
         self.threshold = predictor.test_score_thresh
         self.nms_threshold = predictor.test_nms_thresh

@@ -128,7 +128,7 @@ def two_stage_graph(detector: GeneralizedRCNN, outputs: str) -> TwoStageGraph:
     require_box_heads(heads)
     if heads.mask_on:
         require_mask_head(heads)
-    if heads.keypoint_on:
+    if getattr(heads, "keypoint_on", False):  # which heads with res5 never have
         raise InputError(
             "Keypoints cannot be exported: MODEL.KEYPOINT_ON False exports the boxes alone."
         )
