@@ -13,6 +13,7 @@ from iou_d2 import get_config
 from iou_d2.engine.export import build_graph
 from iou_d2.engine.export.agreement import NOTHING
 from iou_d2.engine.export.check import compare, load
+from iou_d2.engine.export.files import InputSpec
 from iou_d2.errors import InputError
 
 pytest.importorskip("onnx")
@@ -287,7 +288,16 @@ def test_an_opset_that_onnx_runtime_has_not_is_refused(tmp_path):
     assert build_graph(cfg, model).last_opset == 22
 
 
-def test_torch_export_is_refused(tmp_path):
-    with pytest.raises(InputError, match="--format is onnx or torchscript"):
-        write_model(*small_two_stage(FASTER), tmp_path / "model", format="pt2")
+def test_a_program_of_torch_export_detects_what_the_model_detects(tmp_path):
+    few = ("MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "10")
+    cfg, model = small_two_stage(FASTER, *MASKS, *few)
+    spec = InputSpec((128, 128), 1)
+    options = {"format": "pt2", "spec": spec}
+    found, _ = agreement_of(tmp_path / "model", cfg, model, [(1, 128, 128)], **options)
+    assert found.pairs > 2 and found.holds()
+
+
+def test_torch_export_is_refused_where_pooling_is_a_loop(tmp_path):
+    with pytest.raises(InputError, match="'PrRoIPool': --format is onnx or torchscript"):
+        write_model(*small_two_stage(IOU_NET), tmp_path / "model", format="pt2")
     assert not list(tmp_path.iterdir())

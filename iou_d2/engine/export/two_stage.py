@@ -16,6 +16,7 @@ from detectron2.modeling.roi_heads import ROIHeads
 from torch import Tensor
 
 from iou_d2.detectors.iou_net import IoUNetCascadeROIHeads, IoUNetROIHeads, StandaloneIoUNet
+from iou_d2.detectors.pooler import PrRoIPooler
 from iou_d2.errors import InputError
 
 from .box_heads import Regions, Regressed, box_pooling_of, regress, require_box_heads
@@ -32,8 +33,6 @@ ARCHITECTURES = (GeneralizedRCNN, StandaloneIoUNet)
 class TwoStageGraph(ImageGraph):
     """images (N, 3, H, W), 0..255 of any dtype, -> the tensors that `names` says, in that order."""
 
-    exports_program = False
-
     def __init__(self, detector: GeneralizedRCNN, postprocessor: FastRCNN | IoUNet, outputs: str):
         """
         Args:
@@ -44,6 +43,10 @@ class TwoStageGraph(ImageGraph):
         """
         super().__init__(detector, outputs)
         self.postprocessor = postprocessor
+
+    @property
+    def exports_program(self) -> bool:
+        return not any(isinstance(module, PrRoIPooler) for module in self.detector.modules())
 
     @property
     def last_opset(self) -> int:
