@@ -27,15 +27,16 @@ class TorchvisionDetector(nn.Module):
         return self.model(images, [x["target"] for x in batch] if self.training else None)
 
 
-def torchvision_batch(batch: Sequence[dict]) -> list[dict]:
-    """Detectron2's input as torchvision has it: images in [0, 1], and labels from 1 on."""
+def torchvision_batch(batch: Sequence[dict], device: str) -> list[dict]:
+    """Detectron2's input as torchvision has it: images in [0, 1] and labels from 1 on, on the
+    device of the model."""
     converted = []
     for entry in batch:
-        truth = entry["instances"]
+        truth = entry["instances"].to(device)
         target = {"boxes": truth.gt_boxes.tensor, "labels": truth.gt_classes + 1}
         if truth.has("gt_masks"):
             target["masks"] = truth.gt_masks.tensor.to(torch.uint8)
-        converted.append({"image": entry["image"] / 255, "target": target})
+        converted.append({"image": entry["image"].to(device) / 255, "target": target})
     return converted
 
 
@@ -57,8 +58,8 @@ class MMDetDetector(nn.Module):
         return {"loss": self.model.parse_losses(losses)[0]}
 
 
-def mmdet_batch(batch: Sequence[dict]) -> dict:
-    """Detectron2's input as mmdetection's data loaders have it."""
+def mmdet_batch(batch: Sequence[dict], device: str) -> dict:
+    """Detectron2's input as mmdetection's data loaders have it; the model moves it."""
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
