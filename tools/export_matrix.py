@@ -24,7 +24,14 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from exported_models import noise, small_model, small_two_stage, write_model  # noqa: E402
+from exported_models import (  # noqa: E402
+    SMALL_C4,
+    noise,
+    small_model,
+    small_two_stage,
+    write_model,
+)
+from iou_d2.engine.export import build_graph  # noqa: E402
 from iou_d2.engine.export.agreement import NOTHING  # noqa: E402
 from iou_d2.engine.export.check import compare, load  # noqa: E402
 
@@ -39,14 +46,10 @@ class Case(NamedTuple):
     config: str
     overrides: tuple[str, ...] = ()
     build: Callable = small_model
-    formats: tuple[str, ...] = ("onnx", "torchscript", "pt2")
-    last_opset: int = 22
 
 
 def two_stage(name: str, config: str, *overrides: str) -> Case:
-    # ONNX Runtime has no RoiAlign of opset 22, which is there but in IoU-Net without masks.
-    last_opset = 22 if config == IOU_NET and "MODEL.MASK_ON" not in overrides else 21
-    return Case(name, config, overrides, small_two_stage, ("onnx", "torchscript"), last_opset)
+    return Case(name, config, overrides, small_two_stage)
 
 
 ANCHORS = ("retinanet", "iou_retinanet", "ssd", "ssd_iou", "refinedet")
@@ -64,6 +67,7 @@ CASES = (
     two_stage("faster_rcnn", FASTER),
     two_stage("faster_rcnn_prroi", FASTER, "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "PrRoIPool"),
     two_stage("mask_rcnn", FASTER, *MASKS),
+    two_stage("mask_rcnn_c4", "configs/faster_rcnn_R_50_C4_1x.yaml", *SMALL_C4, *MASKS),
     two_stage("cascade_rcnn", FASTER, "MODEL.ROI_HEADS.NAME", "BoxLossCascadeROIHeads", *AGNOSTIC),
     two_stage("iou_net", IOU_NET),
     two_stage("iou_net_mask", IOU_NET, *MASKS),
@@ -84,6 +88,20 @@ def label(format: str, opset: int, deform_conv: str) -> str:
     return f"onnx, opset {opset}" + (", DeformConv" if deform_conv == "DeformConv" else "")
 
 
+def variants(case: Case, format: str) -> list[tuple[int, str]]:
+    """Those of VARIANTS that there are of a case."""
+    cfg, model = case.build(case.config, *case.overrides)
+    graph = build_graph(cfg, model)
+    if format == "pt2" and not graph.exports_program:
+        return []
+    return [
+        (opset, deform_conv)
+        for opset, deform_conv in VARIANTS[format]
+        if opset <= graph.last_opset
+        and (deform_conv == "GridSample" or case.name.startswith("vfnet"))
+    ]
+
+
 def row(case: Case, format: str, opset: int, deform_conv: str, folder: Path) -> list:
     cfg, model = case.build(case.config, *case.overrides)
     path, begin = folder / f"model.{format}", time.perf_counter()
@@ -102,12 +120,8 @@ def rows_of(formats: list[str], models: list[str]) -> list[list]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for format in formats:
-            for case in (x for x in CASES if x.name in models and format in x.formats):
-                for opset, deform_conv in VARIANTS[format]:
-                    if deform_conv == "DeformConv" and not case.name.startswith("vfnet"):
-                        continue
-                    if opset > case.last_opset:
-                        continue
+            for case in (x for x in CASES if x.name in models):
+                for opset, deform_conv in variants(case, format):
                     rows.append(row(case, format, opset, deform_conv, Path(folder)))
                     print(*rows[-1], flush=True)
     return rows

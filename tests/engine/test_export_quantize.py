@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import quantize as tool
-from exported_models import noise, small_model, write_model
+from exported_models import noise, small_model, small_two_stage, write_model
 from iou_d2.engine.export.check import load
 from iou_d2.engine.export.files import InputSpec
 from iou_d2.engine.export.quantize import quantize
@@ -81,6 +81,26 @@ def test_the_tool_takes_pictures_at_equal_steps(tmp_path, capsys):
     tool.main(arguments)
     assert "convolutions in 8 bits" in capsys.readouterr().out
     assert Detector(tmp_path / "int8.onnx").description.outputs == "detections"
+
+
+def test_two_stage_detectors_have_integer_box_heads_and_types_behind_loops(tmp_path):
+    pooler = ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "PrRoIPool")
+    cascade = ("MODEL.ROI_HEADS.NAME", "BoxLossCascadeROIHeads")
+    agnostic = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
+    config = "configs/quick/faster_rcnn_shapes.yaml"
+    path, small = tmp_path / "model.onnx", tmp_path / "int8.onnx"
+    write_model(*small_two_stage(config, *pooler, *cascade, *agnostic), path)
+    quantize(path, small, [noise(1, 96, 128).numpy()])
+    nodes = onnx.load(small).graph.node
+    made_of = {name: node.op_type for node in nodes for name in node.output}
+    of_box_heads = [x for x in nodes if x.op_type == "Gemm" and x.name.startswith("/box_head.")]
+    assert len(of_box_heads) == 3 * 2
+    assert all(made_of[node.input[1]] == "DequantizeLinear" for node in of_box_heads)
+    # What OpenVINO needs to read them.
+    assert sum(kind == "ConcatFromSequence" for kind in made_of.values()) == 3
+    used = [made_of.get(name) for node in nodes for name in node.input if node.op_type != "Cast"]
+    assert "ConcatFromSequence" not in used
+    assert load(small, "onnx")(noise(2, 64, 100))[-1].min() > 5
 
 
 def test_what_cannot_be_quantized_is_a_sentence(files, tmp_path):

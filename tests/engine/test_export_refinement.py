@@ -77,7 +77,7 @@ def test_boxes_that_are_none_leave_none(exported, count):
 
 def test_other_models_and_archives_are_refused(tmp_path):
     cfg, model = excited()
-    with pytest.raises(InputError, match="does not follow loops over boxes"):
+    with pytest.raises(InputError, match="does not follow the loops of precise RoI"):
         write_model(cfg, model, tmp_path / "model.pt2", outputs="refinement", format="pt2")
     plain = small_two_stage("configs/quick/faster_rcnn_shapes.yaml")
     with pytest.raises(InputError, match="ROIHeads has no IoU branch to refine boxes with"):

@@ -8,11 +8,12 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import fast_rcnn
 
-from exported_models import SMALL_TWO_STAGE, noise, small_two_stage, write_model
+from exported_models import SMALL_C4, SMALL_TWO_STAGE, noise, small_two_stage, write_model
 from iou_d2 import get_config
 from iou_d2.engine.export import build_graph
 from iou_d2.engine.export.agreement import NOTHING
 from iou_d2.engine.export.check import compare, load
+from iou_d2.engine.export.files import InputSpec
 from iou_d2.errors import InputError
 
 pytest.importorskip("onnx")
@@ -23,6 +24,9 @@ IOU_NET = "configs/quick/iou_net_shapes.yaml"
 CASCADE = ("MODEL.ROI_HEADS.NAME", "BoxLossCascadeROIHeads")
 IOU_NET_HEADS = ("MODEL.ROI_HEADS.NAME", "IoUNetROIHeads")
 IOU_NET_CASCADE = ("MODEL.ROI_HEADS.NAME", "IoUNetCascadeROIHeads")
+IOU_NET_RES5 = (
+    *("MODEL.ROI_HEADS.NAME", "IoUNetRes5ROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", "['p4']"),
+)
 RPN = ("MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
 AGNOSTIC = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
 MASKS = ("MODEL.MASK_ON", "True")
@@ -78,6 +82,22 @@ def test_cascades_and_masks_are_those_of_the_model(tmp_path, format, overrides):
     assert found.pairs > 30 and found.holds()
     masks = graph(noise(2, 97, 131))[4]
     assert masks.shape == (2, 100, 28, 28) and masks[0, 0].std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("format", "overrides"),
+    [
+        ("onnx", ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "PrRoIPool")),
+        ("torchscript", ("MODEL.ROI_HEADS.NAME", "Res5ROIHeads", *RPN, *MASKS)),
+    ],
+)
+def test_a_file_of_heads_with_res5_detects_what_the_model_detects(tmp_path, format, overrides):
+    few = ("MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "10")
+    config = "configs/faster_rcnn_R_50_C4_1x.yaml"
+    cfg, model = small_two_stage(config, *SMALL_C4, *few, *overrides)
+    found, graph = agreement_of(tmp_path / "model", cfg, model, SHAPES[1:2], format=format)
+    assert ("masks" in graph.names) == ("MODEL.MASK_ON" in overrides)
+    assert found.pairs > 5 and found.holds()
 
 
 IOU_NETS = {
@@ -238,8 +258,8 @@ def test_scores_that_are_no_numbers_are_no_detections(part, value):
             "An IoU branch is exported with precise RoI pooling alone",
         ),
         (
-            ("MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", "['p4']"),
-            "MODEL.ROI_HEADS.NAME Res5ROIHeads cannot be exported: only StandardROIHeads, ",
+            (*IOU_NET_RES5, "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "PrRoIPool"),
+            "MODEL.ROI_HEADS.NAME IoUNetRes5ROIHeads cannot be exported: only StandardROIHeads, ",
         ),
         (
             ("MODEL.META_ARCHITECTURE", "ProposalNetwork"),
@@ -268,7 +288,16 @@ def test_an_opset_that_onnx_runtime_has_not_is_refused(tmp_path):
     assert build_graph(cfg, model).last_opset == 22
 
 
-def test_torch_export_is_refused(tmp_path):
-    with pytest.raises(InputError, match="--format is onnx or torchscript"):
-        write_model(*small_two_stage(FASTER), tmp_path / "model", format="pt2")
+def test_a_program_of_torch_export_detects_what_the_model_detects(tmp_path):
+    few = ("MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "10")
+    cfg, model = small_two_stage(FASTER, *MASKS, *few)
+    spec = InputSpec((128, 128), 1)
+    options = {"format": "pt2", "spec": spec}
+    found, _ = agreement_of(tmp_path / "model", cfg, model, [(1, 128, 128)], **options)
+    assert found.pairs > 2 and found.holds()
+
+
+def test_torch_export_is_refused_where_pooling_is_a_loop(tmp_path):
+    with pytest.raises(InputError, match="'PrRoIPool': --format is onnx or torchscript"):
+        write_model(*small_two_stage(IOU_NET), tmp_path / "model", format="pt2")
     assert not list(tmp_path.iterdir())

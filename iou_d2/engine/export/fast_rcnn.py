@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iou_d2.detectors.faster_rcnn import BoxLossOutputLayers
 
-from .box_heads import Regions, Regressed, predictors_of
+from .box_heads import Regions, Regressed, box_parts_of
 from .candidates import Candidates, best, clip, suppress
 from .pooling import Pooling
 
@@ -61,7 +61,7 @@ class FastRCNN:
     doubtful = 0.0
 
     def __init__(self, heads: ROIHeads):
-        predictor: FastRCNNOutputLayers = predictors_of(heads)[-1]
+        predictor: FastRCNNOutputLayers = box_parts_of(heads).predictors[-1]
         self.num_classes = heads.num_classes
         self.threshold = predictor.test_score_thresh
         self.nms_threshold = predictor.test_nms_thresh
@@ -94,7 +94,7 @@ def suppress_by_class(boxes: Tensor, scores: Tensor, num_classes: int, threshold
     """`suppress` within classes, of which each has as many boxes (N, KP, 4), one class after
     another: (N, KP), 1 where a box is kept. Each class is given as an image, so that ONNX's
     operator does not look at all boxes for each of them."""
-    boxes = boxes.reshape(boxes.shape[0] * num_classes, -1, 4)
-    by_class = scores.reshape(boxes.shape[0], -1)
+    count = scores.shape[1] // num_classes
+    boxes, by_class = boxes.reshape(-1, count, 4), scores.reshape(-1, count)
     groups = torch.zeros_like(by_class, dtype=torch.int64)
     return suppress(boxes, by_class, groups, 1, threshold).view_as(scores)

@@ -139,8 +139,9 @@ def write_program(
     """
     if not graph.exports_program:
         raise InputError(
-            "torch.export does not follow loops over boxes, which these outputs need: --format is "
-            "onnx or torchscript for them."
+            "torch.export does not follow the loops of precise RoI pooling, "
+            "MODEL.ROI_BOX_HEAD.POOLER_TYPE or MODEL.ROI_MASK_HEAD.POOLER_TYPE 'PrRoIPool': "
+            "--format is onnx or torchscript for it."
         )
     example = program_example(graph, spec)
     if spec.size is None:

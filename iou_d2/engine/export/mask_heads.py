@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from iou_d2.detectors.cascade_masks import CascadeMaskHead
 from iou_d2.errors import InputError
 
+from .box_heads import RES5, box_pooling_of
 from .pooling import pooling_of, require_pooler
 
 
@@ -24,7 +25,8 @@ def require_mask_head(heads: ROIHeads) -> None:
                 "MaskRCNNConvUpsampleHead and CascadeMaskHead can. MODEL.MASK_ON False exports the "
                 "boxes alone."
             )
-    require_pooler(heads.mask_pooler, "MODEL.ROI_MASK_HEAD.POOLER_TYPE")
+    if type(heads) not in RES5:
+        require_pooler(heads.mask_pooler, "MODEL.ROI_MASK_HEAD.POOLER_TYPE")
 
 
 def masks_of(
@@ -40,10 +42,17 @@ def masks_of(
         boxes, images, classes: (R, 4), (R,) int64 and (R,) int64; what a class of -1 gives means
             nothing.
     """
-    maps = [features[name] for name in heads.mask_in_features]
-    pooled = pooling_of(heads.mask_pooler, maps)(boxes, images)
+    pooled = _pooled(heads, features, boxes, images)
     stages = _stages(heads.mask_head)
     return sum(_of_class(stage.layers(pooled), classes) for stage in stages) / len(stages)
+
+
+def _pooled(heads: ROIHeads, features: dict[str, Tensor], boxes: Tensor, images: Tensor) -> Tensor:
+    """(R, C, P, P): what mask heads read of boxes (R, 4) of `images` (R,)."""
+    if type(heads) in RES5:
+        return heads.res5(box_pooling_of(heads, features)(boxes, images))
+    maps = [features[name] for name in heads.mask_in_features]
+    return pooling_of(heads.mask_pooler, maps)(boxes, images)
 
 
 def _stages(mask_head: nn.Module) -> list[nn.Module]:

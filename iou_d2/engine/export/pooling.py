@@ -48,7 +48,8 @@ class AlignPooling:
         parts = zip(pools, features, of_level)
         pooled = torch.cat([of_map(x, rois[index]) for of_map, x, index in parts])
         order = torch.cat(of_level)
-        where = torch.zeros_like(order).scatter(0, order, torch.arange(order.shape[0]))
+        # Of the length of the boxes, which torch.export knows.
+        where = torch.zeros_like(levels).scatter(0, order, torch.arange(order.shape[0]))
         return pooled[where]
 
     def levels(self, boxes: Tensor) -> Tensor:

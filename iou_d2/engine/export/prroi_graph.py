@@ -207,9 +207,13 @@ def _pixels(first: Tensor, counts: Tensor, size: Tensor) -> tuple[Tensor, Tensor
 
 
 def _rois_at_once(counts: Tensor, budget: int) -> int:
-    """As many RoIs as have no more than `budget` pixels in their windows, but one at least."""
+    """As many RoIs as have no more than `budget` pixels in their windows, but one at least; fewer
+    where as many rounds do, for the last one is filled up."""
     largest = torch.cat([counts, counts.new_ones([1, 2])]).max(dim=0)[0]
-    return max(1, budget // int(largest[0] * largest[1]))
+    most = max(1, budget // int(largest[0] * largest[1]))
+    count = counts.shape[0]
+    rounds = max(1, (count + most - 1) // most)
+    return max(1, (count + rounds - 1) // rounds)
 
 
 def _windows(pixels: Tensor, counts: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from .files import require_onnx
 BACKBONE, BETWEEN = "/backbone/", {"Add", "Clip", "MaxPool", "Relu", "Resize"}
 # The fully connected layers of two-stage detectors. Those of the IoU branch stay, whose gradient is
 # in the graph too.
-BOX_HEAD = "/box_head/"
+BOX_HEAD = re.compile(r"/box_head[./]")
 # Layers that predict classes, boxes or offsets, by the names of their modules: 8 bits are too few
 # for what they say.
 PREDICTS = re.compile(r"pred|score|logits|deltas|offset|arm_bbox|odm_bbox")
@@ -71,6 +71,7 @@ def quantize(
             extra_options={"CalibMovingAverage": True, "WeightSymmetric": True},
         )
     model = onnx.load(output)
+    _give_types(model, onnx)
     onnx.helper.set_model_props(model, metadata)
     onnx.save(model, output)
     return sum(kind == "Conv" for kind in nodes.values())
@@ -83,8 +84,21 @@ def nodes_to_quantize(model) -> dict[str, str]:
         for node in model.graph.node
         if (node.op_type == "Conv" and not PREDICTS.search(node.name))
         or (node.op_type in BETWEEN and node.name.startswith(BACKBONE))
-        or (node.op_type == "Gemm" and node.name.startswith(BOX_HEAD))
+        or (node.op_type == "Gemm" and BOX_HEAD.match(node.name))
     }
+
+
+def _give_types(model, onnx) -> None:
+    """Casts what loops give, as precise RoI pooling does, to the float32 that it is: OpenVINO knows
+    no type of it and then does not read the QuantizeLinear behind."""
+    graph = model.graph
+    for node in [node for node in graph.node if node.op_type == "ConcatFromSequence"]:
+        name = node.output[0]
+        node.output[0] = f"{name}_untyped"
+        cast = onnx.helper.make_node(
+            "Cast", [node.output[0]], [name], f"{node.name}_typed", to=onnx.TensorProto.FLOAT
+        )
+        graph.node.insert(list(graph.node).index(node) + 1, cast)
 
 
 class _Reader:

@@ -3,21 +3,23 @@ padding, proposals, NMS and masks inside.
 
 Shape letters: N images, H and W of them, P proposals of an image, D detections, K classes. Boxes
 are XYXY in pixels of the input. Images with fewer proposals or detections are filled up, so that no
-shape depends on what is found.
+shape of an output depends on what is found.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from detectron2.layers import ROIAlign
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.roi_heads import ROIHeads
 from torch import Tensor
 
 from iou_d2.detectors.iou_net import IoUNetCascadeROIHeads, IoUNetROIHeads, StandaloneIoUNet
+from iou_d2.detectors.pooler import PrRoIPooler
 from iou_d2.errors import InputError
 
-from .box_heads import Regions, box_pooling_of, regress, require_box_heads
+from .box_heads import Regions, Regressed, box_pooling_of, regress, require_box_heads
 from .candidates import Candidates, best, clipped, outputs_of, without_empty
 from .fast_rcnn import FastRCNN
 from .graph import ImageGraph
@@ -31,8 +33,6 @@ ARCHITECTURES = (GeneralizedRCNN, StandaloneIoUNet)
 class TwoStageGraph(ImageGraph):
     """images (N, 3, H, W), 0..255 of any dtype, -> the tensors that `names` says, in that order."""
 
-    exports_program = False
-
     def __init__(self, detector: GeneralizedRCNN, postprocessor: FastRCNN | IoUNet, outputs: str):
         """
         Args:
@@ -43,6 +43,10 @@ class TwoStageGraph(ImageGraph):
         """
         super().__init__(detector, outputs)
         self.postprocessor = postprocessor
+
+    @property
+    def exports_program(self) -> bool:
+        return not any(isinstance(module, PrRoIPooler) for module in self.detector.modules())
 
     @property
     def last_opset(self) -> int:
@@ -63,9 +67,10 @@ class TwoStageGraph(ImageGraph):
         features = detector.backbone(self.preprocess(images))
         proposals = propose(detector.proposal_generator, features, size)
         there = proposals.scores > 0  # (N, P)
-        regions = Regions(proposals.boxes.reshape(-1, 4), numbers_of_images(there), size)
+        regions, number = regions_of(proposals, size)
         pooling = box_pooling_of(detector.roi_heads, features)
         regressed = regress(detector.roi_heads, pooling, regions)
+        regressed = Regressed(*(values[number] for values in regressed))
         if self.outputs == "raw":
             scores = regressed.probabilities[:, :-1] * there.flatten()[:, None]
             count, length = there.shape
@@ -97,6 +102,17 @@ class TwoStageGraph(ImageGraph):
         return masks * there[..., None, None]
 
 
+def regions_of(proposals: Candidates, size: tuple[int, int]) -> tuple[Regions, Tensor]:
+    """The proposals (N, P) that there are, one after another, behind them one that is none, and the
+    number (NP,) of each proposal among these: box heads look at no padding."""
+    there = proposals.scores > 0
+    images, flat = numbers_of_images(there), there.flatten()
+    index = torch.nonzero(flat).squeeze(1)
+    boxes = F.pad(proposals.boxes.reshape(-1, 4)[index], (0, 0, 0, 1))
+    number = torch.where(flat, flat.long().cumsum(0) - 1, flat.sum())
+    return Regions(boxes, F.pad(images[index], (0, 1)), size), number
+
+
 def numbers_of_images(of_images: Tensor) -> Tensor:
     """(N, M) -> (NM,) int64, the image of each."""
     count, length = of_images.shape
@@ -115,7 +131,7 @@ def two_stage_graph(detector: GeneralizedRCNN, outputs: str) -> TwoStageGraph:
     require_box_heads(heads)
     if heads.mask_on:
         require_mask_head(heads)
-    if heads.keypoint_on:
+    if getattr(heads, "keypoint_on", False):  # which heads with res5 never have
         raise InputError(
             "Keypoints cannot be exported: MODEL.KEYPOINT_ON False exports the boxes alone."
         )
