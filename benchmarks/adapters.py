@@ -4,6 +4,8 @@ turn of models that take different batches."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,28 @@ class MMDetDetector(nn.Module):
             return self.model(**data, mode="predict")
         losses = self.model(**data, mode="loss")
         return {"loss": self.model.parse_losses(losses)[0]}
+
+
+def mmdet_config(name: str) -> Any:
+    """The mmengine.Config of a file of mmdetection, such as "ssd/ssd300_coco.py", for a model of
+    random weights whose batch norm is frozen."""
+    import mmdet
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    register_all_modules()
+    cfg = Config.fromfile(Path(mmdet.__file__).parent / ".mim/configs" / name)
+    cfg.model.backbone.init_cfg = None
+    if "norm_cfg" in cfg.model.backbone:
+        cfg.model.backbone.norm_cfg.requires_grad = False
+    return cfg
+
+
+def build_mmdet(cfg: Any) -> MMDetDetector:
+    """The detector of a config of `mmdet_config`."""
+    from mmdet.registry import MODELS
+
+    return MMDetDetector(MODELS.build(cfg.model))
 
 
 def mmdet_batch(batch: Sequence[dict]) -> dict:

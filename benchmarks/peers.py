@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -42,9 +41,11 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from adapters import (
     MMDetDetector,
     TorchvisionDetector,
+    build_mmdet,
     copy_weights,
     inference_in_turn,
     mmdet_batch,
+    mmdet_config,
     torchvision_batch,
     training_in_turn,
 )
@@ -88,20 +89,7 @@ def torchvision_peer(detector: type, first_level: int, classes: int) -> Callable
 
 
 def mmdet_peer(config: str) -> Callable:
-    def build_peer(size: Size) -> MMDetDetector:
-        import mmdet
-        from mmdet.registry import MODELS
-        from mmdet.utils import register_all_modules
-        from mmengine.config import Config
-
-        register_all_modules()
-        cfg = Config.fromfile(Path(mmdet.__file__).parent / ".mim/configs" / config).model
-        cfg.backbone.init_cfg = None
-        if "norm_cfg" in cfg.backbone:
-            cfg.backbone.norm_cfg.requires_grad = False
-        return MMDetDetector(MODELS.build(cfg))
-
-    return build_peer
+    return lambda size: build_mmdet(mmdet_config(config))
 
 
 # torchvision's dense detectors have a class for each id, here 0 to 80.
