@@ -77,12 +77,19 @@ def mmdet_config(name: str) -> Any:
 def build_mmdet(cfg: Any) -> MMDetDetector:
     """The detector of a config of `mmdet_config`."""
     from mmdet.registry import MODELS
+    from mmengine.logging import MMLogger
 
-    return MMDetDetector(MODELS.build(cfg.model))
+    MMLogger.get_current_instance().setLevel("WARNING")  # it logs each initial weight
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    # Inference of mmdetection 3.3 asks the loss of a head for its channels, and SSD's has none.
+    if cfg.model.get("bbox_head", {}).get("type") == "SSDHead":
+        model.bbox_head.loss_cls = None
+    return MMDetDetector(model)
 
 
 def mmdet_batch(batch: Sequence[dict]) -> dict:
-    """Detectron2's input as mmdetection's data loaders have it."""
+    """Detectron2's input as mmdetection's data loaders have it, whose images are BGR."""
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
