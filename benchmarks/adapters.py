@@ -91,6 +91,7 @@ def build_mmdet(cfg: Any) -> MMDetDetector:
 def mmdet_batch(batch: Sequence[dict]) -> dict:
     """Detectron2's input as mmdetection's data loaders have it, whose images are BGR."""
     from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
 
     samples = []
@@ -103,6 +104,9 @@ def mmdet_batch(batch: Sequence[dict]) -> dict:
         sample.ignored_instances = InstanceData(
             bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64)
         )
+        if truth.has("gt_masks"):
+            masks = truth.gt_masks.tensor.numpy().astype("uint8")
+            sample.gt_instances.masks = BitmapMasks(masks, *size)
         samples.append(sample)
     return {"inputs": [x["image"] for x in batch], "data_samples": samples}
 

@@ -6,11 +6,13 @@ mmdetection 3.3 has to be installed as the first lines of benchmarks/peers.py sa
 of mmdetection's config with random weights and written to a file with that config; the file is
 converted with our config of the published weights, and back. Prints one row of a table for each:
 detections of an image that both have, those that one alone has, the largest differences of their
-boxes in pixels and of their scores, and the largest relative difference of a loss of two images.
+boxes in pixels and of their scores (1 where a pixel of their masks differs), and the largest
+relative difference of a loss of two images.
 Ends with status 1 where they do not agree, a tensor has no counterpart, or one comes back changed.
 
 The RPN and the heads of R-CNNs take all anchors and proposals, since they draw them at random. Of a
-cascade the first stage is compared; the later ones get other proposals, see docs/WEIGHTS.md.
+cascade the losses of the first stage are compared; the later ones get other proposals, see
+docs/WEIGHTS.md.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import io
 import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +31,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -44,6 +47,7 @@ TAKE_ALL = (
     *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", str(ALL)),
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(ALL)),
 )
+THRESHOLD = 0.05  # of scores
 FEWEST = 20  # detections that make a comparison
 # What the converter prints where something has no counterpart.
 COMPLAINTS = ("Left over", "not filled", "Not in the model", "needs", "p6 and p7", "Pixel", "INPUT")
@@ -78,6 +82,7 @@ POINTS = {"loss_cls": "loss_cls", "loss_bbox": "loss_box", "loss_centerness": "l
 RPN = {"loss_rpn_cls": "loss_rpn_cls", "loss_rpn_bbox": "loss_rpn_loc"}
 RCNN = {**RPN, "loss_cls": "loss_cls", "loss_bbox": "loss_box_reg"}
 CASCADE = {**RPN, "s0.loss_cls": "loss_cls_stage0", "s0.loss_bbox": "loss_box_reg_stage0"}
+MASK_RCNN = {**RCNN, "loss_mask": "loss_mask"}
 RETINANET = {"loss_cls": "loss_cls", "loss_bbox": "loss_box_reg"}
 SSD = {"loss_cls": "loss_cls", "loss_bbox": "loss_box"}
 IMPROVED = "gn-head-center-normbbox-centeronreg-giou_1x_coco.py"
@@ -113,8 +118,16 @@ CASES = (
         *("faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", RCNN),
     ),
     Case(
+        *("Mask R-CNN", "mmdet/mask_rcnn_R_50_FPN"),
+        *("mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", MASK_RCNN),
+    ),
+    Case(
         *("Cascade R-CNN", "mmdet/cascade_rcnn_R_50_FPN"),
         *("cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py", CASCADE),
+    ),
+    Case(
+        *("Cascade Mask R-CNN", "mmdet/cascade_mask_rcnn_R_50_FPN"),
+        *("cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py", CASCADE),
     ),
     Case("SSD300", "mmdet/ssd300_VGG16", "ssd/ssd300_coco.py", SSD),
     Case("SSD512", "mmdet/ssd512_VGG16", "ssd/ssd512_coco.py", SSD),
@@ -143,7 +156,7 @@ class Comparison(NamedTuple):
         ]
 
 
-HEADERS = ("model", "detections", "missing + more", "boxes, px", "scores", "losses")
+HEADERS = ("model", "detections", "missing + more", "boxes, px", "scores, masks", "losses")
 
 
 def randomize(model: nn.Module) -> None:
@@ -171,6 +184,7 @@ def random_batch(size: tuple[int, int], images: int, order: str) -> tuple[list[d
         truth = Instances(size)
         truth.gt_boxes = Boxes(objects() * torch.tensor([width, height, width, height]))
         truth.gt_classes = torch.randint(80, (len(truth.gt_boxes),))
+        truth.gt_masks = ellipses(truth.gt_boxes, size)
         entry = {"instances": truth, "height": height, "width": width}
         image = torch.randint(256, (3, *size), dtype=torch.uint8)
         theirs.append({**entry, "image": image})
@@ -185,6 +199,14 @@ def objects() -> Tensor:
     sides = (parts[:, 2:] - parts[:, :2]).repeat(1, 2)
     margins = torch.tensor([1, 1, -1, -1]) * 0.2 * torch.rand(4, 4)
     return parts + margins * sides
+
+
+def ellipses(boxes: Boxes, size: tuple[int, int]) -> BitMasks:
+    """One in each box, as masks of an image of `size`."""
+    y, x = torch.meshgrid(*(torch.arange(side) + 0.5 for side in size), indexing="ij")
+    (cx, cy), (w, h) = boxes.get_centers().T, (boxes.tensor[:, 2:] - boxes.tensor[:, :2]).T
+    cx, cy, w, h = (value[:, None, None] for value in (cx, cy, w, h))
+    return BitMasks(((x - cx) / w) ** 2 + ((y - cy) / h) ** 2 < 0.25)
 
 
 def converted(case: Case, cfg: CfgNode, their_cfg: Any, model: nn.Module) -> tuple[nn.Module, list]:
@@ -236,14 +258,16 @@ def our_losses(model: nn.Module, batch: list[dict]) -> dict[str, float]:
 def detections_of_mmdet(model: nn.Module, batch: list[dict]) -> dict:
     data = model.eval().data_preprocessor(mmdet_batch(batch), False)
     found = model(**data, mode="predict")[0].pred_instances
-    found = {"boxes": found.bboxes, "scores": found.scores, "classes": found.labels}
-    return {name: x.numpy() for name, x in found.items()}
+    fields = {"boxes": found.bboxes, "scores": found.scores, "classes": found.labels}
+    if "masks" in found:
+        fields["masks"] = found.masks.float()
+    return {name: x.numpy() for name, x in fields.items()}
 
 
 @torch.no_grad()
-def our_detections(model: nn.Module, batch: list[dict]) -> dict:
+def our_detections(model: nn.Module, batch: list[dict], names: Iterable[str]) -> dict:
     found = arrays_of(model.eval()(batch)[0]["instances"])
-    return {name: found[name] for name in ("boxes", "scores", "classes")}
+    return {name: found[name] * 1.0 if name == "masks" else found[name] for name in names}
 
 
 def compare(case: Case) -> Comparison:
@@ -257,11 +281,9 @@ def compare(case: Case) -> Comparison:
 
     size = (cfg.INPUT.SQUARE_SIZE,) * 2 if "SSD" in case.name else SIZE
     their_batch, our_batch = random_batch(size, 2, cfg.INPUT.FORMAT)
-    detections = (
-        [our_detections(ours, our_batch[:1])],
-        [detections_of_mmdet(theirs, their_batch[:1])],
-    )
-    found = agreement(*detections, cfg.TEST.DETECTIONS_PER_IMAGE, 0.05)
+    expected = detections_of_mmdet(theirs, their_batch[:1])
+    detections = our_detections(ours, our_batch[:1], expected)
+    found = agreement([expected], [detections], cfg.TEST.DETECTIONS_PER_IMAGE, THRESHOLD)
     expected, losses = losses_of_mmdet(theirs, their_batch), our_losses(ours, our_batch)
     differences = {
         name: abs(losses[our_name] / expected[name] - 1) for name, our_name in case.losses.items()
