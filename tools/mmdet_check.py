@@ -1,6 +1,6 @@
 """Compare detectors of mmdetection with ours that got their weights from `iou-d2 convert`.
 
-    PYTHONPATH=mmdet:benchmarks python tools/mmdet_check.py [NAME ...]
+    PYTHONPATH=../mmdet:benchmarks python tools/mmdet_check.py [CONFIG ...]
 
 mmdetection 3.3 has to be installed as the first lines of benchmarks/peers.py say. A model is built
 of mmdetection's config with random weights and written to a file with that config; the file is
@@ -40,6 +40,7 @@ from adapters import build_mmdet, mmdet_batch, mmdet_config
 from iou_d2 import get_config
 from iou_d2.commands.convert import main as convert
 from iou_d2.engine.export.agreement import Agreement, agreement, arrays_of
+from peers import missing
 
 SIZE = (296, 392)  # height, width; no multiples of 32, so that both pad
 ALL = 1_000_000  # anchors or proposals of an image
@@ -69,9 +70,8 @@ SIGMOID_BIAS = re.compile(r"bbox_head\.\w+_cls\.bias")
 
 
 class Case(NamedTuple):
-    """A detector, our config, mmdetection's, and its names of losses -> ours."""
+    """Our config, mmdetection's, and its names of losses -> ours."""
 
-    name: str
     ours: str
     theirs: str
     losses: dict[str, str]
@@ -87,50 +87,28 @@ RETINANET = {"loss_cls": "loss_cls", "loss_bbox": "loss_box_reg"}
 SSD = {"loss_cls": "loss_cls", "loss_bbox": "loss_box"}
 IMPROVED = "gn-head-center-normbbox-centeronreg-giou_1x_coco.py"
 CASES = (
-    Case("VFNet", "vfnet_R_50_FPN_1x", "vfnet/vfnet_r50_fpn_1x_coco.py", VFNET),
+    Case("vfnet_R_50_FPN_1x", "vfnet/vfnet_r50_fpn_1x_coco.py", VFNET),
+    Case("vfnet_R_50_FPN_dcn_2x_ms", "vfnet/vfnet_r50-mdconv-c3-c5_fpn_ms-2x_coco.py", VFNET),
+    Case("mmdet/atss_R_50_FPN", "atss/atss_r50_fpn_1x_coco.py", POINTS),
+    Case("mmdet/fcos_R_50_FPN_caffe", "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py", POINTS),
+    Case("mmdet/fcos_improved_R_50_FPN_caffe", f"fcos/fcos_r50-caffe_fpn_{IMPROVED}", POINTS),
     Case(
-        *("VFNet, deformable", "vfnet_R_50_FPN_dcn_2x_ms"),
-        *("vfnet/vfnet_r50-mdconv-c3-c5_fpn_ms-2x_coco.py", VFNET),
+        "mmdet/fcos_improved_R_50_FPN_caffe_dcn", f"fcos/fcos_r50-dcn-caffe_fpn_{IMPROVED}", POINTS
     ),
-    Case("ATSS", "mmdet/atss_R_50_FPN", "atss/atss_r50_fpn_1x_coco.py", POINTS),
+    Case("mmdet/retinanet_R_50_FPN", "retinanet/retinanet_r50_fpn_1x_coco.py", RETINANET),
     Case(
-        *("FCOS", "mmdet/fcos_R_50_FPN_caffe"),
-        *("fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py", POINTS),
+        "mmdet/retinanet_R_50_FPN_caffe", "retinanet/retinanet_r50-caffe_fpn_1x_coco.py", RETINANET
     ),
+    Case("mmdet/faster_rcnn_R_50_FPN", "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", RCNN),
+    Case("mmdet/mask_rcnn_R_50_FPN", "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", MASK_RCNN),
+    Case("mmdet/cascade_rcnn_R_50_FPN", "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py", CASCADE),
     Case(
-        *("FCOS, improved", "mmdet/fcos_improved_R_50_FPN_caffe"),
-        *(f"fcos/fcos_r50-caffe_fpn_{IMPROVED}", POINTS),
+        "mmdet/cascade_mask_rcnn_R_50_FPN",
+        "cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py",
+        CASCADE,
     ),
-    Case(
-        *("FCOS, improved, deformable", "mmdet/fcos_improved_R_50_FPN_caffe_dcn"),
-        *(f"fcos/fcos_r50-dcn-caffe_fpn_{IMPROVED}", POINTS),
-    ),
-    Case(
-        *("RetinaNet", "mmdet/retinanet_R_50_FPN"),
-        *("retinanet/retinanet_r50_fpn_1x_coco.py", RETINANET),
-    ),
-    Case(
-        *("RetinaNet, Caffe", "mmdet/retinanet_R_50_FPN_caffe"),
-        *("retinanet/retinanet_r50-caffe_fpn_1x_coco.py", RETINANET),
-    ),
-    Case(
-        *("Faster R-CNN", "mmdet/faster_rcnn_R_50_FPN"),
-        *("faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", RCNN),
-    ),
-    Case(
-        *("Mask R-CNN", "mmdet/mask_rcnn_R_50_FPN"),
-        *("mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", MASK_RCNN),
-    ),
-    Case(
-        *("Cascade R-CNN", "mmdet/cascade_rcnn_R_50_FPN"),
-        *("cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py", CASCADE),
-    ),
-    Case(
-        *("Cascade Mask R-CNN", "mmdet/cascade_mask_rcnn_R_50_FPN"),
-        *("cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py", CASCADE),
-    ),
-    Case("SSD300", "mmdet/ssd300_VGG16", "ssd/ssd300_coco.py", SSD),
-    Case("SSD512", "mmdet/ssd512_VGG16", "ssd/ssd512_coco.py", SSD),
+    Case("mmdet/ssd300_VGG16", "ssd/ssd300_coco.py", SSD),
+    Case("mmdet/ssd512_VGG16", "ssd/ssd512_coco.py", SSD),
 )
 
 
@@ -156,7 +134,7 @@ class Comparison(NamedTuple):
         ]
 
 
-HEADERS = ("model", "detections", "missing + more", "boxes, px", "scores, masks", "losses")
+HEADERS = ("config", "detections", "missing + more", "boxes, px", "scores, masks", "losses")
 
 
 def randomize(model: nn.Module) -> None:
@@ -279,7 +257,7 @@ def compare(case: Case) -> Comparison:
     randomize(theirs)
     ours, complaints = converted(case, cfg, their_cfg, theirs)
 
-    size = (cfg.INPUT.SQUARE_SIZE,) * 2 if "SSD" in case.name else SIZE
+    size = (cfg.INPUT.SQUARE_SIZE,) * 2 if "ssd" in case.ours else SIZE
     their_batch, our_batch = random_batch(size, 2, cfg.INPUT.FORMAT)
     expected = detections_of_mmdet(theirs, their_batch[:1])
     detections = our_detections(ours, our_batch[:1], expected)
@@ -305,12 +283,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [case.name for case in CASES]
-    parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(known))
+    known = [case.ours for case in CASES]
+    parser.add_argument("names", nargs="*", metavar="CONFIG", help=", ".join(known))
     names = parser.parse_args(argv).names
     if unknown := [name for name in names if name not in known]:
-        parser.error(f"{unknown[0]!r} is no model here; there are {'; '.join(known)}.")
-    compared = {case.name: compare(case) for case in CASES if not names or case.name in names}
+        parser.error(f"{unknown[0]!r} is no config here; there are {', '.join(known)}.")
+    if told := missing("mmdetection"):
+        sys.exit(told)
+    compared = {case.ours: compare(case) for case in CASES if not names or case.ours in names}
     print(tabulate([x.row(name) for name, x in compared.items()], HEADERS, "github"))
     for name, comparison in compared.items():
         for complaint in comparison.complaints:
