@@ -107,6 +107,26 @@ CASES = (
         "cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py",
         CASCADE,
     ),
+    Case(
+        "mmdet/faster_rcnn_R_50_FPN_caffe", "faster_rcnn/faster-rcnn_r50-caffe_fpn_1x_coco.py", RCNN
+    ),
+    Case("mmdet/atss_R_101_FPN", "atss/atss_r101_fpn_1x_coco.py", POINTS),
+    Case("mmdet/retinanet_R_18_FPN", "retinanet/retinanet_r18_fpn_1x_coco.py", RETINANET),
+    Case(
+        "mmdet/retinanet_X_101_32x4d_FPN",
+        "retinanet/retinanet_x101-32x4d_fpn_1x_coco.py",
+        RETINANET,
+    ),
+    Case(
+        "mmdet/fcos_X_101_64x4d_FPN_2x_ms",
+        "fcos/fcos_x101-64x4d_fpn_gn-head_ms-640-800-2x_coco.py",
+        POINTS,
+    ),
+    Case(
+        "vfnet_X_101_64x4d_FPN_dcn_2x_ms",
+        "vfnet/vfnet_x101-64x4d-mdconv-c3-c5_fpn_ms-2x_coco.py",
+        VFNET,
+    ),
     Case("mmdet/ssd300_VGG16", "ssd/ssd300_coco.py", SSD),
     Case("mmdet/ssd512_VGG16", "ssd/ssd512_coco.py", SSD),
 )
