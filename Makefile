@@ -79,7 +79,11 @@ wheel-check: $(VENV)/built
 # As the commands do: iou_d2/commands/threads.py says why.
 bench: export GOMP_SPINCOUNT ?= 10000
 bench: $(VENV)/built
+ifeq ($(DEVICE),cuda)
+	$(PYTHON) tools/benchmark_gpu.py
+else
 	for script in benchmarks/*.py; do $(PYTHON) $$script || exit 1; done
+endif
 
 clean:
 	rm -rf .venv .venv-git build output *.egg-info iou_d2/*.so

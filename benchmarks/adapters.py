@@ -29,15 +29,16 @@ class TorchvisionDetector(nn.Module):
         return self.model(images, [x["target"] for x in batch] if self.training else None)
 
 
-def torchvision_batch(batch: Sequence[dict]) -> list[dict]:
-    """Detectron2's input as torchvision has it: images in [0, 1], and labels from 1 on."""
+def torchvision_batch(batch: Sequence[dict], device: str) -> list[dict]:
+    """Detectron2's input as torchvision has it: images in [0, 1] and labels from 1 on, on the
+    device of the model."""
     converted = []
     for entry in batch:
-        truth = entry["instances"]
+        truth = entry["instances"].to(device)
         target = {"boxes": truth.gt_boxes.tensor, "labels": truth.gt_classes + 1}
         if truth.has("gt_masks"):
             target["masks"] = truth.gt_masks.tensor.to(torch.uint8)
-        converted.append({"image": entry["image"] / 255, "target": target})
+        converted.append({"image": entry["image"].to(device) / 255, "target": target})
     return converted
 
 
@@ -88,8 +89,9 @@ def build_mmdet(cfg: Any) -> MMDetDetector:
     return MMDetDetector(model)
 
 
-def mmdet_batch(batch: Sequence[dict]) -> dict:
-    """Detectron2's input as mmdetection's data loaders have it, whose images are BGR."""
+def mmdet_batch(batch: Sequence[dict], device: str) -> dict:
+    """Detectron2's input as mmdetection's data loaders have it, whose images are BGR; the model
+    moves it."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData

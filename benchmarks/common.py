@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
+import gc
 import platform
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from iou_d2 import get_config
-from iou_d2.engine.precision import with_precision
+from iou_d2.engine.build import build_detector
 
 
-def build(config_file: str, overrides: Sequence[str] = ()) -> nn.Module:
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option --device, by default the GPU where there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+
+
+def build(config_file: str, device: str, overrides: Sequence[str] = ()) -> nn.Module:
     """The model of a config, with random weights, that computes as in training and detection."""
-    cfg = get_config(config_file, ["MODEL.WEIGHTS", "", *overrides])
+    cfg = get_config(config_file, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, *overrides])
     torch.manual_seed(0)
-    return with_precision(build_model(cfg), cfg)
+    return build_detector(cfg)
 
 
 def random_batch(images: int, height: int, width: int, classes: int, objects: int = 8):
@@ -84,8 +92,27 @@ def inference_runs(models: dict[str, nn.Module], batch: list[dict]) -> dict[str,
     return {name: run(model) for name, model in models.items()}
 
 
-def machine() -> str:
+def forget_peak(device: str) -> None:
+    """From now on `peak_gib` counts anew. On the CPU it cannot."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(device: str) -> float:
+    """The peak of what torch allocates on a GPU; on the CPU that of this process, Linux only."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    # That of getrusage would count the parent's, too.
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) / 2**20
+
+
+def machine(device: str = "cpu") -> str:
     """Such as "torch 2.11.0, 2 threads, x86_64"."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    threads = f"{torch.get_num_threads()} threads"
-    return f"torch {torch.__version__}, {threads}, {device or platform.machine()}"
+    name = platform.processor() or platform.machine()
+    if device == "cuda":
+        tf32 = "in TF32" if torch.backends.cudnn.allow_tf32 else "not in TF32"
+        name = f"{torch.cuda.get_device_name()}, convolutions {tf32}"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {name}"

@@ -1,6 +1,7 @@
 """What IoU-Net costs: its NMS beside torchvision's, and its parts beside the detector's forward.
 
     python benchmarks/iou_net.py [--config FILE] [--height PIXELS] [--width PIXELS] [--rounds N]
+        [--device cpu|cuda]
 
 The rows of each table take turns; medians over rounds. "forward" is all of Faster R-CNN on one
 image, with 1000 proposals that it is given, for of random weights the RPN has few; refinement moves
@@ -20,7 +21,7 @@ from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torchvision.ops import batched_nms
 
-from common import build, in_turn, machine
+from common import add_device, build, in_turn, machine
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor, predict_ious
 from iou_d2.detectors.iou_net_nms import GuidedNMS, PlainNMS
 from iou_d2.layers.suppressors import first_suppressors
@@ -146,16 +147,17 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=800)
     parser.add_argument("--width", type=int, default=1333)
     parser.add_argument("--rounds", type=int, default=5)
+    add_device(parser)
     arguments = parser.parse_args()
 
-    model = build(arguments.config, ["MODEL.RESNETS.NORM", "BN"]).eval()
+    model = build(arguments.config, arguments.device, ["MODEL.RESNETS.NORM", "BN"]).eval()
     print(
-        f"{arguments.config}, {arguments.height} x {arguments.width} px, {machine()}, "
-        f"median of {arguments.rounds} rounds\n"
+        f"{arguments.config}, {arguments.height} x {arguments.width} px, "
+        f"{machine(arguments.device)}, median of {arguments.rounds} rounds\n"
     )
     print(model_table(model, arguments.height, arguments.width, arguments.rounds), flush=True)
     print()
-    print(nms_table(arguments.rounds, str(model.device)))
+    print(nms_table(arguments.rounds, arguments.device))
 
 
 if __name__ == "__main__":

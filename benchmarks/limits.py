@@ -2,19 +2,21 @@
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/limits.py
         [--only machine prroi convolution models parts] [--threads N] [--rounds N]
-        [--height PIXELS] [--width PIXELS]
+        [--height PIXELS] [--width PIXELS] [--device cpu|cuda]
 
 PrRoI pooling, which moves numbers, is measured by the bytes that must move (each pixel under a RoI,
 each bin, and in the gradient of the features each pixel of the map, once) against the bandwidth of
 a copy; convolutions and whole models by their multiply-adds against the rate of a float32 matrix
-product. torch.utils.flop_counter counts those of a model; what is no matrix product counts as none.
-"old" is a copy or result into memory that was in use, "new" into memory that the system hands out
-page by page. Runs of a table take turns; medians, with the least and the most in brackets.
+product, on a GPU in TF32, as convolutions are there. torch.utils.flop_counter counts those of a
+model; what is no matrix product counts as none. "old" is a copy or result into memory that was in
+use, "new" into memory that the system hands out page by page. Runs of a table take turns; medians,
+with the least and the most in brackets.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,18 +27,27 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import prroi_pool as prroi
-from common import build, in_turn, inference_runs, machine, random_batch, training_runs
+from common import (
+    add_device,
+    build,
+    in_turn,
+    inference_runs,
+    machine,
+    random_batch,
+    training_runs,
+)
 from deform_conv import CHANNELS, levels
+from flops import multiply_adds
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
 from iou_d2.detectors.iou_net_nms import GuidedNMS
 from iou_d2.layers.deform_conv import deform_conv
 from iou_net import CANDIDATES, DETECTIONS, random_boxes
 
-COPIED = 2**26  # numbers of float32
-SIDE = 2048  # of the matrices
+COPIED = {"cpu": 2**26, "cuda": 2**28}  # numbers of float32
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
+DIGITS = {"cpu": 1, "cuda": 3}  # of milliseconds
 CLASSES = 80
 MODELS = {
     "VFNet, ResNet-50": "configs/vfnet_R_50_FPN_1x.yaml",
@@ -65,33 +76,46 @@ def markdown(rows: list[list], headers: list[str]) -> None:
     print(tabulate(rows, headers, "pipe", disable_numparse=True), end="\n\n", flush=True)
 
 
-def machine_runs() -> dict[str, tuple[Callable, float, str]]:
+def product(a: Tensor, b: Tensor, in_tf32: bool) -> None:
+    """A matrix product; float32 on a GPU may be cut to TF32, as convolutions are by default."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = in_tf32
+    a @ b
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def machine_runs(device: str) -> dict[str, tuple[Callable, float, str]]:
     """Name -> a run, what it does in bytes or multiply-adds, and the unit."""
-    source, target = torch.ones(COPIED), torch.ones(COPIED)
-    moved = 2.0 * COPIED * source.element_size()
+    source, target = torch.ones(2, COPIED[device], device=device)
+    moved = 2.0 * source.nbytes
     runs = {
         "copy, old": (lambda: target.copy_(source), moved, "GB/s"),
         "copy, new": (lambda: source.clone(), moved, "GB/s"),
     }
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, SIDE, SIDE).to(dtype)
-        name = f"matrix product, {dtype}".replace("torch.", "")
-        runs[name] = (lambda a=a, b=b: a @ b, float(SIDE) ** 3, "G multiply-adds/s")
+    side = SIDE[device]
+    a, b = torch.randn(2, side, side, device=device)
+    pairs = {"float32": (a, b, False), "bfloat16": (a.bfloat16(), b.bfloat16(), False)}
+    if device == "cuda":
+        pairs["TF32"] = (a, b, True)
+    for name, pair in pairs.items():
+        run = functools.partial(product, *pair)
+        runs[f"matrix product, {name}"] = (run, float(side) ** 3, "G multiply-adds/s")
     return runs
 
 
-def measure_machine(threads: list[int], rounds: int) -> Limits:
+def measure_machine(device: str, threads: list[int], rounds: int) -> Limits:
     """Prints what each number of threads can do; the limits of the last."""
     rows, speeds = [], {}
     for count in threads:
         torch.set_num_threads(count)
-        runs = machine_runs()
+        runs = machine_runs(device)
         times = in_turn({name: run for name, (run, _, _) in runs.items()}, rounds)
         speeds = {name: [runs[name][1] / t / 1e9 for t in times[name]] for name in runs}
         rows += [[name, count, spread(speeds[name]), runs[name][2]] for name in runs]
     markdown(rows, ["limit", "threads", "median", "unit"])
     best = {name: 1e9 * statistics.median(values) for name, values in speeds.items()}
-    return Limits(best["copy, old"], best["matrix product, float32"])
+    of_float32 = "TF32" if device == "cuda" else "float32"
+    return Limits(best["copy, old"], best[f"matrix product, {of_float32}"])
 
 
 def prroi_bytes(features: Tensor, rois: Tensor) -> dict[str, float]:
@@ -101,15 +125,15 @@ def prroi_bytes(features: Tensor, rois: Tensor) -> dict[str, float]:
     return {"forward": touched, "features": features.nbytes + bins, "rois": touched}
 
 
-def prroi_table(limits: Limits, rounds: int) -> None:
-    features = torch.randn(1, prroi.CHANNELS, prroi.HEIGHT, prroi.WIDTH)
+def prroi_table(limits: Limits, device: str, rounds: int) -> None:
+    features = torch.randn(1, prroi.CHANNELS, prroi.HEIGHT, prroi.WIDTH, device=device)
     maps = {
         "NCHW": features,
         "channels-last": features.contiguous(memory_format=torch.channels_last),
     }
     boxes = {
-        "512 of 4-28 px": prroi.make_rois(512, 4, (28, 28), "cpu"),
-        "1000 up to the map": prroi.make_rois(1000, 50, (prroi.WIDTH, prroi.HEIGHT), "cpu"),
+        "512 of 4-28 px": prroi.make_rois(512, 4, (28, 28), device),
+        "1000 up to the map": prroi.make_rois(1000, 50, (prroi.WIDTH, prroi.HEIGHT), device),
     }
     rows = []
     for title, rois in boxes.items():
@@ -124,16 +148,16 @@ def prroi_table(limits: Limits, rounds: int) -> None:
             own = [a / b for a, b in zip(values, times[layout, "forward"])]
             share = moved[step] / statistics.median(values) / limits.bandwidth
             name = step if step == "forward" else f"backward to {step}"
-            milliseconds = spread([1e3 * t for t in values])
+            milliseconds = spread([1e3 * t for t in values], DIGITS[device])
             ratio = f"{statistics.median(own):.2f}"
             rows.append([title, layout, name, milliseconds, ratio, f"{share:.0%}"])
     markdown(rows, ["RoIs", "layout", "step", "ms", "/ forward", "of the copy bandwidth"])
 
 
-def convolution_runs(height: int, width: int) -> tuple[dict[str, Callable], float]:
+def convolution_runs(device: str, height: int, width: int) -> tuple[dict[str, Callable], float]:
     """Forward and backward alone of both convolutions, and the multiply-adds of a forward pass."""
-    inputs = levels(height, width)
-    weight = (0.01 * torch.randn(CHANNELS, CHANNELS, 3, 3)).requires_grad_()
+    inputs = levels(height, width, device)
+    weight = (0.01 * torch.randn(CHANNELS, CHANNELS, 3, 3, device=device)).requires_grad_()
     ways = {
         "deformable convolution": lambda x, offset: deform_conv(x, offset, weight, padding=1),
         "plain convolution": lambda x, offset: F.conv2d(x, weight, padding=1),
@@ -159,51 +183,28 @@ def convolution_runs(height: int, width: int) -> tuple[dict[str, Callable], floa
     return runs, float(pixels * weight.numel())
 
 
-def convolution_table(limits: Limits, height: int, width: int, rounds: int) -> None:
-    runs, once = convolution_runs(height, width)
+def convolution_table(limits: Limits, device: str, height: int, width: int, rounds: int) -> None:
+    runs, once = convolution_runs(device, height, width)
     rows = []
     for name, values in in_turn(runs, rounds).items():
         work = once * (2 if name.endswith("backward") else 1)  # to the input and to the weight
         share = work / statistics.median(values) / limits.rate
-        rows.append([name, spread([1e3 * t for t in values]), f"{work / 1e9:.1f}", f"{share:.0%}"])
+        rows.append(
+            [
+                name,
+                spread([1e3 * t for t in values], DIGITS[device]),
+                f"{work / 1e9:.1f}",
+                f"{share:.0%}",
+            ]
+        )
     headers = [f"strides 8 to 128 of {height} x {width} px", "ms", "G multiply-adds"]
     markdown(rows, [*headers, "of the matrix rate"])
 
 
-def count_deform_conv(x, offset, mask, weight, *_, out_val) -> int:
-    """Operations of the matrix product; twice the multiply-adds, as the library counts."""
-    return 2 * out_val[:, 0].numel() * weight.numel()
-
-
-def count_deform_conv_backward(grad, x, offset, mask, weight, *_, out_val) -> int:
-    return 2 * 2 * grad[:, 0].numel() * weight.numel()
-
-
-def count_conv_backward(grad, x, weight, *settings, out_val) -> int:
-    """Of convolutions with groups too, for which the library's count is too high. The last of the
-    settings says which of the gradients of input and weight are wanted."""
-    return 2 * sum(settings[-1][:2]) * grad[:, 0].numel() * weight.numel()
-
-
-OUR_COUNTS = {
-    torch.ops.iou_d2.deform_conv: count_deform_conv,
-    torch.ops.iou_d2.deform_conv_backward: count_deform_conv_backward,
-    torch.ops.aten.convolution_backward: count_conv_backward,
-}
-for _count in OUR_COUNTS.values():
-    _count._get_raw = True  # is called with tensors, not with shapes
-
-
-def multiply_adds(run: Callable) -> float:
-    with FlopCounterMode(display=False, custom_mapping=OUR_COUNTS) as counter:
-        run()
-    return counter.get_total_flops() / 2
-
-
-def build_models() -> dict[str, torch.nn.Module]:
+def build_models(device: str) -> dict[str, torch.nn.Module]:
     """IoU-Net with batch statistics: its heads see features of random weights."""
     norms = {"IoU-Net, ResNet-50": ("MODEL.RESNETS.NORM", "BN")}
-    return {name: build(path, norms.get(name, ())) for name, path in MODELS.items()}
+    return {name: build(path, device, norms.get(name, ())) for name, path in MODELS.items()}
 
 
 def model_table(limits: Limits, models, batch: list[dict], rounds: int) -> dict[str, float]:
@@ -217,7 +218,7 @@ def model_table(limits: Limits, models, batch: list[dict], rounds: int) -> dict[
         steps = {name: statistics.median(values) for name, values in times.items()}
         for name, values in times.items():
             share = work[name] / steps[name] / limits.rate
-            rows.append([name, title, spread(values, 3), f"{work[name] / 1e9:.1f}", f"{share:.0%}"])
+            rows.append([name, title, spread(values, 4), f"{work[name] / 1e9:.1f}", f"{share:.0%}"])
     markdown(rows, ["model", "pass", "seconds", "G multiply-adds", "of the matrix rate"])
     return steps
 
@@ -272,7 +273,8 @@ def part_table(models, steps: dict[str, float], batch: list[dict], rounds: int) 
         runs = iou_net_runs(model, batch) if "IoU-Net" in name else loss_runs(model, batch)
         for part, values in in_turn(runs, rounds).items():
             share = statistics.median(values) / steps[name]
-            rows.append([name, part, spread([1e3 * t for t in values]), f"{share:.1%}"])
+            milliseconds = spread([1e3 * t for t in values], DIGITS[model.device.type])
+            rows.append([name, part, milliseconds, f"{share:.1%}"])
     markdown(rows, ["model", "part", "ms", "of the training step"])
 
 
@@ -288,17 +290,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--height", type=int, default=480, help="of the images, in pixels")
     parser.add_argument("--width", type=int, default=640)
+    add_device(parser)
     args = parser.parse_args()
     size, only = (args.height, args.width), set(args.only)
     torch.set_num_threads(args.threads)
-    print(f"{machine()}, float32, median of {args.rounds} rounds\n")
-    limits = measure_machine(sorted({1, args.threads}), args.rounds)
+    print(f"{machine(args.device)}, float32, median of {args.rounds} rounds\n")
+    counts = [args.threads] if args.device == "cuda" else sorted({1, args.threads})
+    limits = measure_machine(args.device, counts, args.rounds)
     if "prroi" in only:
-        prroi_table(limits, args.rounds)
+        prroi_table(limits, args.device, args.rounds)
     if "convolution" in only:
-        convolution_table(limits, *size, args.rounds)
+        convolution_table(limits, args.device, *size, args.rounds)
     if only & {"models", "parts"}:
-        models, batch = build_models(), random_batch(1, *size, CLASSES)
+        models, batch = build_models(args.device), random_batch(1, *size, CLASSES)
         steps = model_table(limits, models, batch, args.rounds)
         if "parts" in only:
             part_table(models, steps, batch, args.rounds)

@@ -1,22 +1,31 @@
 """Peak memory of a training step of VarifocalNet and IoU-Net beside their baselines.
 
     python benchmarks/memory.py [--config CONFIG ...] [--height H] [--width W] [--batch N]
+        [--device cpu|cuda]
 
-Two steps of forward, backward and SGD with momentum on random images, each config in a process of
-its own. On a GPU the peak of what torch allocates; on the CPU that of the process, of which "GiB
-before" are the model and the libraries. Linux only: the latter comes from /proc.
+Two steps of forward, backward and SGD with momentum on random images, on a GPU
+the peak of what torch allocates. On the CPU each config has a process of its own, whose peak it is;
+"GiB before" are the model and the libraries. Linux only: that comes from /proc.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
-from common import build, machine, random_batch, seconds, training_step
+from common import (
+    add_device,
+    build,
+    forget_peak,
+    machine,
+    peak_gib,
+    random_batch,
+    seconds,
+    training_step,
+)
 
 CONFIGS = (
     "retinanet_R_50_FPN_1x",
@@ -26,24 +35,17 @@ CONFIGS = (
 )
 
 
-def peak_gib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    # That of getrusage would count the parent's, too.
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
-    return int(line.split()[1]) / 2**20
-
-
 def measure(
-    config: str, overrides: list[str], size: tuple[int, int], images: int
+    config: str, device: str, overrides: list[str], size: tuple[int, int], images: int
 ) -> tuple[float, float, float]:
     """GiB before the steps and at the peak, and the seconds of the faster one."""
-    model = build(config, overrides).train()
+    forget_peak(device)
+    model = build(config, device, overrides).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9)
     batch = random_batch(images, *size, classes=2, objects=20)
-    before = peak_gib()
+    before = peak_gib(device)
     times = [seconds(lambda: training_step(model, optimizer, batch)) for _ in range(2)]
-    return before, peak_gib(), min(times)
+    return before, peak_gib(device), min(times)
 
 
 def main() -> None:
@@ -57,16 +59,20 @@ def main() -> None:
     parser.add_argument(
         "--opts", nargs="+", default=[], metavar="KEY VALUE", help="for all configs"
     )
+    add_device(parser)
     args = parser.parse_args()
     found = {}
     for config in args.config:
-        work = (config, args.opts, (args.height, args.width), args.batch)
+        work = (config, args.device, args.opts, (args.height, args.width), args.batch)
+        if args.device == "cuda":
+            found[config] = measure(*work)
+            continue
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found[config] = pool.apply(measure, work)
     _, base, _ = found[args.config[0]]
-    print(f"{machine()}; {args.batch} x {args.height} x {args.width}")
+    print(f"{machine(args.device)}; {args.batch} x {args.height} x {args.width}")
     rows = [
-        [config, f"{before:.2f}", f"{peak:.2f}", f"{peak / base:.2f}", f"{step:.1f}"]
+        [config, f"{before:.2f}", f"{peak:.2f}", f"{peak / base:.2f}", f"{step:.3f}"]
         for config, (before, peak, step) in found.items()
     ]
     headers = ["config", "GiB before", "GiB at the peak", f"of {args.config[0]}", "s a step"]

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/peers.py [NAME ...] [--size HxW]
         [--batch N] [--rounds N] [--library torchvision mmdetection] [--precision bfloat16]
+        [--device cpu|cuda]
 
 NAME is a detector, such as "RetinaNet"; without one all take part. Prints the median seconds of a
 training step (forward, backward, SGD) and of the inference of an image, and the median, lowest and
@@ -50,7 +51,7 @@ from adapters import (
     torchvision_batch,
     training_in_turn,
 )
-from common import build, machine, random_batch
+from common import add_device, build, machine, random_batch
 from ssd import build_pair
 
 CLASSES = 80
@@ -112,7 +113,8 @@ TORCHVISION = (
         torchvision_peer(MaskRCNN, 2, CLASSES + 1),
     ),
     Pair(
-        *("SSD300", "configs/torchvision/ssd300_VGG16.yaml"), lambda size: build_pair(SSD_SIDE)[0]
+        *("SSD300", "configs/torchvision/ssd300_VGG16.yaml"),
+        lambda size: build_pair(SSD_SIDE, "cpu")[0],
     ),
 )
 MMDETECTION = (
@@ -168,27 +170,28 @@ def with_masks(batch: list[dict]) -> list[dict]:
     return batch
 
 
-def build_ours(pair: Pair, precision: str) -> nn.Module:
+def build_ours(pair: Pair, device: str, precision: str) -> nn.Module:
     keys = ("MODEL.RETINANET.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES")
     classes = [x for key in keys for x in (key, str(pair.classes))]
-    return build(pair.config, [*classes, "MODEL.PRECISION", precision])
+    return build(pair.config, device, [*classes, "MODEL.PRECISION", precision])
 
 
 def row(
-    pair: Pair, library: str, size: Size, images: int, rounds: int, precision: str
+    pair: Pair, library: str, device: str, size: Size, images: int, rounds: int, precision: str
 ) -> list[str]:
     """Name, and for a training step and an inference seconds of theirs and ours and the ratio."""
     size = (SSD_SIDE, SSD_SIDE) if pair.name == "SSD300" else size
     torch.manual_seed(0)
-    peer, ours = pair.build_peer(size), build_ours(pair, precision)
+    peer, ours = pair.build_peer(size).to(device), build_ours(pair, device, precision)
     copy_weights(peer, ours)
     batch = random_batch(images, *size, CLASSES)
     if pair.name == "Mask R-CNN":
         batch = with_masks(batch)
     models, convert = {"theirs": peer, "ours": ours}, BATCHES[library]
-    training = training_in_turn(models, {"theirs": convert(batch), "ours": batch}, rounds)
-    single = batch[:1]
-    inference = inference_in_turn(models, {"theirs": convert(single), "ours": single}, rounds)
+    theirs = convert(batch, device)
+    training = training_in_turn(models, {"theirs": theirs, "ours": batch}, rounds)
+    single = {"theirs": convert(batch[:1], device), "ours": batch[:1]}
+    inference = inference_in_turn(models, single, rounds)
     return [pair.name, *columns(training), *columns(inference)]
 
 
@@ -198,11 +201,11 @@ def columns(times: dict[str, list[float]]) -> list[str]:
     return [*seconds, f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"]
 
 
-def table(
-    library: str, names: Sequence[str], size: Size, images: int, rounds: int, precision: str
-) -> str:
+def table(library: str, names: Sequence[str], *settings) -> str:
+    """`settings` are those of `row`, from the device on."""
+    images = settings[2]
     rows = [
-        row(pair, library, size, images, rounds, precision)
+        row(pair, library, *settings)
         for pair in LIBRARIES[library]
         if not names or pair.name in names
     ]
@@ -224,15 +227,17 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="float32", help="MODEL.PRECISION of ours; theirs is float32"
     )
+    add_device(parser)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in known]:
         parser.error(f"{unknown[0]!r} is no detector here; there are {', '.join(known)}.")
     height, width = map(int, arguments.size.split("x"))
-    print(f"{height} x {width}, {machine()}, {arguments.rounds} rounds; ours {arguments.precision}")
-    settings = arguments.batch, arguments.rounds, arguments.precision
+    run = f"{machine(arguments.device)}, {arguments.rounds} rounds; ours {arguments.precision}"
+    print(f"{height} x {width}, {run}")
+    settings = (arguments.device, (height, width), arguments.batch, arguments.rounds)
     for library in arguments.library:
         told = missing(library)
-        print(told or table(library, arguments.names, (height, width), *settings))
+        print(told or table(library, arguments.names, *settings, arguments.precision), flush=True)
         print()
 
 

@@ -1,7 +1,7 @@
 """What precision and order of memory cost and save: MODEL.PRECISION and MODEL.MEMORY_FORMAT.
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/precision.py [--size HxW] [--images N]
-        [--rounds N] [--configs NAME ...] [--cpu]
+        [--rounds N] [--configs NAME ...] [--cpu] [--device cpu|cuda]
 
 For each config the four combinations take turns in one process. Prints the median seconds of a
 training step (forward, backward, SGD, of N images) and of the networks' forward of one image
@@ -23,7 +23,7 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN
 from tabulate import tabulate
 from torch import nn
 
-from common import machine, random_batch, seconds, training_step
+from common import add_device, machine, random_batch, seconds, training_step
 from iou_d2 import get_config
 from iou_d2.engine.trainer import Trainer
 
@@ -37,11 +37,13 @@ def cpu_seconds(function: Callable) -> float:
     return time.process_time() - start
 
 
-def build(config: str, name: str) -> nn.Module:
+def build(config: str, device: str, name: str) -> nn.Module:
     precision, memory_format = name.split()
     keys = ["MODEL.PRECISION", precision, "MODEL.MEMORY_FORMAT", memory_format]
     torch.manual_seed(0)
-    return Trainer.build_model(get_config(config, ["MODEL.WEIGHTS", "", *keys]))
+    return Trainer.build_model(
+        get_config(config, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, *keys])
+    )
 
 
 def training(model: nn.Module, batch: list[dict]) -> Callable:
@@ -74,7 +76,7 @@ def rows_of(runs: dict[str, Callable], rounds: int, measure: Callable) -> list[l
     for name, values in times.items():
         ratios = [value / base for value, base in zip(values, times[BASELINE])]
         spread = f"{min(ratios):.2f} - {max(ratios):.2f}"
-        medians = f"{statistics.median(values):.3f}", f"{statistics.median(ratios):.2f}"
+        medians = f"{statistics.median(values):.4f}", f"{statistics.median(ratios):.2f}"
         rows.append([name, *medians, spread])
     return rows
 
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--configs", nargs="+", default=CONFIGS, metavar="NAME")
     parser.add_argument("--cpu", action="store_true", help="count seconds of the CPU")
+    add_device(parser)
     args = parser.parse_args()
     height, width = map(int, args.size.split("x"))
     names = [
@@ -95,10 +98,10 @@ def main() -> None:
         for precision in ("float32", "bfloat16")
         for memory_format in ("contiguous", "channels_last")
     ]
-    print(f"{machine()}, {args.images} images of {height}x{width}")
+    print(f"{machine(args.device)}, {args.images} images of {height}x{width}")
     for config in args.configs:
         batch = random_batch(args.images, height, width, classes=1)
-        models = {name: build(config, name) for name in names}
+        models = {name: build(config, args.device, name) for name in names}
         for what, make in (("training step", training), ("forward", forward)):
             runs = {name: make(model, batch) for name, model in models.items()}
             rows = rows_of(runs, args.rounds, cpu_seconds if args.cpu else seconds)

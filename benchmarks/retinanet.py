@@ -1,6 +1,7 @@
 """What the IoU head costs: plain RetinaNet beside IoU-aware RetinaNet, in turn, in one process.
 
     python benchmarks/retinanet.py [--config NAME] [--side PIXELS] [--batch N] [--rounds N]
+        [--device cpu|cuda]
 
 Prints the median seconds of a training step (forward, backward, SGD) and of the inference of an
 image, and the median over rounds of the ratio IoU-aware / plain. alpha is 1, so that both detect
@@ -15,7 +16,7 @@ import statistics
 import torch
 from tabulate import tabulate
 
-from common import build, in_turn, inference_runs, machine, random_batch, training_runs
+from common import add_device, build, in_turn, inference_runs, machine, random_batch, training_runs
 
 CONFIGS = {
     "shapes": ("configs/quick/retinanet_shapes.yaml", "configs/quick/iou_retinanet_shapes.yaml"),
@@ -38,9 +39,11 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=160, help="pixels of the square images")
     parser.add_argument("--batch", type=int, default=8, help="images of a training step")
     parser.add_argument("--rounds", type=int, default=20)
+    add_device(parser)
     arguments = parser.parse_args()
 
-    plain, aware = (build(config_file, ALPHA) for config_file in CONFIGS[arguments.config])
+    device = arguments.device
+    plain, aware = (build(path, device, ALPHA) for path in CONFIGS[arguments.config])
     models = {"RetinaNet": plain, "IoU-aware": aware}
     batch = random_batch(arguments.batch, arguments.side, arguments.side, classes=2)
     training = in_turn(training_runs(models, batch), arguments.rounds)
@@ -50,13 +53,14 @@ def main() -> None:
         inference = in_turn(inference_runs(models, batch[:1]), arguments.rounds)
 
     print(
-        f"{arguments.config}, {arguments.side} px, {machine()}, median of {arguments.rounds} rounds"
+        f"{arguments.config}, {arguments.side} px, {machine(device)}, "
+        f"median of {arguments.rounds} rounds"
     )
     rows = [
         row(f"training step, {arguments.batch} images", training),
         row("inference, 1 image", inference),
     ]
-    print(tabulate(rows, ["seconds", *models, "ratio"], disable_numparse=True))
+    print(tabulate(rows, ["seconds", *models, "ratio"], "pipe", disable_numparse=True))
 
 
 if __name__ == "__main__":

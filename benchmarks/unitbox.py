@@ -1,6 +1,7 @@
 """What it takes to train UnitBox with VGG-16 at full size: memory and seconds of a step.
 
     python benchmarks/unitbox.py [--config FILE] [--height H] [--width W] [--batch N] [--classes K]
+        [--device cpu|cuda]
 
 Prints the peak of the process (on a GPU: of what torch allocates) over two steps of forward,
 backward and SGD with momentum, and the share of the model and the libraries before them.
@@ -9,20 +10,20 @@ backward and SGD with momentum, and the share of the model and the libraries bef
 from __future__ import annotations
 
 import argparse
-import platform
-import resource
 
 import torch
 from tabulate import tabulate
 
-from common import build, machine, random_batch, seconds, training_step
-
-
-def peak_gib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if platform.system() == "Darwin" else 1024  # of ru_maxrss, in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+from common import (
+    add_device,
+    build,
+    forget_peak,
+    machine,
+    peak_gib,
+    random_batch,
+    seconds,
+    training_step,
+)
 
 
 def main() -> None:
@@ -34,17 +35,20 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1333)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--classes", type=int, default=1)
+    add_device(parser)
     args = parser.parse_args()
 
-    model = build(args.config, ["MODEL.RETINANET.NUM_CLASSES", str(args.classes)]).train()
+    forget_peak(args.device)
+    classes = ("MODEL.RETINANET.NUM_CLASSES", str(args.classes))
+    model = build(args.config, args.device, classes).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9)
     batch = random_batch(args.batch, args.height, args.width, args.classes, objects=20)
-    before = peak_gib()
+    before = peak_gib(args.device)
     times = [seconds(lambda: training_step(model, optimizer, batch)) for _ in range(2)]
 
-    print(machine())
+    print(machine(args.device))
     row = [f"{args.batch} x {args.height} x {args.width}", args.classes]
-    row += [f"{before:.2f}", f"{peak_gib():.2f}", f"{min(times):.1f}"]
+    row += [f"{before:.2f}", f"{peak_gib(args.device):.2f}", f"{min(times):.3f}"]
     headers = ["images", "classes", "GiB before", "GiB at the peak", "s a step"]
     print(tabulate([row], headers, "github", disable_numparse=True))
 

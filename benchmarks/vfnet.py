@@ -1,19 +1,19 @@
 """What VarifocalNet costs beside ATSS and RetinaNet with the same ResNet-50 and FPN.
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/vfnet.py [--size HxW] [--rounds N]
+        [--device cpu|cuda]
 
 The models take turns in one process. Prints the median seconds of a training step (forward,
 backward, SGD) and of the inference of an image, both of one image; the ratio to RetinaNet; the peak
-memory of a training step, each in a process of its own; and which share of VarifocalNet's step the
-assignment of points and the star convolutions take when they run alone. The weights are random, so
-that nothing is detected.
+memory of a training step, on the CPU each in a process of its own; and which share of
+VarifocalNet's step the assignment of points and the star convolutions take when they run alone. The
+weights are random, so that nothing is detected.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 from collections.abc import Callable
 
@@ -21,10 +21,13 @@ import torch
 from tabulate import tabulate
 
 from common import (
+    add_device,
     build,
+    forget_peak,
     in_turn,
     inference_runs,
     machine,
+    peak_gib,
     random_batch,
     training_runs,
     training_step,
@@ -68,23 +71,28 @@ def parts_of_vfnet(model, batch: list[dict]) -> dict[str, Callable]:
     }
 
 
-def peak_megabytes(config_file: str, size: tuple[int, int]) -> float:
+def peak_megabytes(config_file: str, device: str, size: tuple[int, int]) -> float:
     """Of a training step; on the CPU with what the process takes to start."""
-    model = build(config_file, BACKBONE)
+    forget_peak(device)
+    model = build(config_file, device, BACKBONE)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     training_step(model.train(), optimizer, random_batch(1, *size, CLASSES))
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return 1024 * peak_gib(device)
 
 
-def table(size: tuple[int, int], rounds: int) -> None:
-    # First, for a process starts with the peak of the one that starts it.
+def peaks_of(device: str, size: tuple[int, int]) -> list[float]:
+    """Of each config; a process on the CPU cannot forget its peak."""
+    work = [(path, device, size) for path in CONFIGS.values()]
+    if device == "cuda":
+        return [peak_megabytes(*of_config) for of_config in work]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = [pool.apply(peak_megabytes, (path, size)) for path in CONFIGS.values()]
+        return [pool.apply(peak_megabytes, of_config) for of_config in work]
 
+
+def table(device: str, size: tuple[int, int], rounds: int) -> None:
+    peaks = peaks_of(device, size)
     batch = random_batch(1, *size, CLASSES)
-    models = {name: build(config_file, BACKBONE) for name, config_file in CONFIGS.items()}
+    models = {name: build(path, device, BACKBONE) for name, path in CONFIGS.items()}
     training = in_turn(training_runs(models, batch), rounds)
     with torch.no_grad():
         inference = in_turn(inference_runs(models, batch), rounds)
@@ -100,7 +108,7 @@ def table(size: tuple[int, int], rounds: int) -> None:
             row += [f"{statistics.median(times[name]):.3f}", f"{ratio:.2f}"]
         rows.append([*row, f"{peak:.0f}"])
     headers = ["{}x{}".format(*size), "step (s)", "ratio", "inference (s)", "ratio", "peak (MB)"]
-    print(tabulate(rows, headers, disable_numparse=True))
+    print(tabulate(rows, headers, "pipe", disable_numparse=True))
     for name, times in parts.items():
         print(f"{name}: {statistics.median(times):.4f} s, {statistics.median(times) / step:.1%}")
     print()
@@ -112,11 +120,12 @@ def main() -> None:
     )
     parser.add_argument("--size", nargs="*", default=["480x640", "800x1333"], metavar="HxW")
     parser.add_argument("--rounds", type=int, default=3)
+    add_device(parser)
     arguments = parser.parse_args()
-    print(f"{machine()}, float32, 1 image, median of {arguments.rounds} rounds\n")
+    print(f"{machine(arguments.device)}, float32, 1 image, median of {arguments.rounds} rounds\n")
     for size in arguments.size:
         height, width = map(int, size.split("x"))
-        table((height, width), arguments.rounds)
+        table(arguments.device, (height, width), arguments.rounds)
 
 
 if __name__ == "__main__":

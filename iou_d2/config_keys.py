@@ -50,6 +50,9 @@ def _add_precision(cfg: CfgNode) -> None:
     # How feature maps lie in memory: "channels_last" as NHWC, "contiguous" as NCHW, "auto" the
     # first on CPUs and the second on GPUs.
     cfg.MODEL.MEMORY_FORMAT = "auto"
+    # Whether torch.compile makes code of the backbone and the heads, of those that MODEL.PRECISION
+    # is about: seconds to minutes at the first images, and again for the second size of images.
+    cfg.MODEL.COMPILE = False
 
 
 def _add_fine_tuning(cfg: CfgNode) -> None:

@@ -28,7 +28,7 @@ FLOORS = {
     "analysis": ({"data"}, ARRAYS),
     "report": ({"data", "analysis"}, {"numpy", "PIL"}),
     "evaluation": ({"analysis"}, {"detectron2", "numpy", "tabulate"}),
-    "zoo": (set(), {"yaml", "tabulate"}),
+    "zoo": ({"data"}, {"yaml", "tabulate"}),
     # In use without torch and without Detectron2.
     "runtime": (set(), {"numpy", "cv2", "onnxruntime"}),
     "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation", "runtime",

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import nn
@@ -20,6 +19,7 @@ from iou_d2.commands.output import make_folder, write_whole
 from iou_d2.commands.parsers.oracle import parse_args
 from iou_d2.commands.run_data import Start, use_datasets
 from iou_d2.commands.trained import fill, names_in, read_weights
+from iou_d2.engine.build import build_detector
 from iou_d2.engine.config_checks import check_config, check_datasets
 from iou_d2.engine.oracle import ORACLES, editor_of
 from iou_d2.engine.oracle.evaluation import Plan, measure, plan
@@ -47,7 +47,7 @@ def prepare(cfg: CfgNode, trust: bool) -> tuple[str, nn.Module]:
     (name,) = cfg.DATASETS.TEST
     if not MetadataCatalog.get(name).get("has_annotations", True):
         raise InputError(f"'{name}' has no annotations: there is no truth to compare with.")
-    return name, fill(build_model(cfg).eval(), cfg, content)
+    return name, fill(build_detector(cfg).eval(), cfg, content)
 
 
 def report(rows: list[dict], left_out: dict[str, str]) -> str:

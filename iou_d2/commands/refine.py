@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 import tqdm
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
@@ -31,6 +30,7 @@ from iou_d2.commands.trained import (
 from iou_d2.config import set_class_names
 from iou_d2.data.images import usable_header
 from iou_d2.data.mapper import CheckedDatasetMapper
+from iou_d2.engine.build import build_detector
 from iou_d2.engine.config_checks import check_config
 from iou_d2.errors import InputError, MissingFileError
 from iou_d2.evaluation import coco_precision, summarize_ap
@@ -78,7 +78,7 @@ def load_model(cfg: CfgNode, content: dict) -> nn.Module:
 
     Raises InputError: it has no IoU branch, or the weights do not fit.
     """
-    model = build_model(cfg).eval()
+    model = build_detector(cfg).eval()
     if not hasattr(getattr(model, "roi_heads", None), "iou_branch"):
         raise InputError(
             f"A {cfg.MODEL.META_ARCHITECTURE} with MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME} "

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import nn
 
 from iou_d2 import get_config
 from iou_d2.config import set_class_names
+from iou_d2.engine.build import build_detector
 from iou_d2.engine.checkpoint import (
     SafeCheckpointer,
     split_weights,
@@ -18,7 +18,6 @@ from iou_d2.engine.checkpoint import (
     use_tta,
 )
 from iou_d2.engine.config_checks import check_config, require_detections
-from iou_d2.engine.precision import with_precision
 from iou_d2.engine.pretrained import require_trained
 from iou_d2.engine.safe_load import local_file, read_checkpoint_file
 from iou_d2.errors import InputError
@@ -66,7 +65,7 @@ def load_trained(cfg: CfgNode, trust: bool = False) -> nn.Module:
                 f"{cfg.MODEL.WEIGHTS} has the classes in the order {', '.join(names)}, but the "
                 f"config in the order {', '.join(cfg.MODEL.CLASS_NAMES)}."
             )
-    return fill(with_precision(build_model(cfg).eval(), cfg), cfg, content)
+    return fill(build_detector(cfg).eval(), cfg, content)
 
 
 def names_in(content: dict, weights: str) -> list[str]:

@@ -9,7 +9,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import mean
+from threading import Event
+
+import torch
 
 from iou_d2.commands.parsers.zoo import parse_args
 from iou_d2.data.cleaning import write_text
@@ -18,18 +23,26 @@ from iou_d2.zoo import Plan, Run, keep, kept, model_zoo, read_plan, with_tables
 
 # Of a run of which nothing is known yet, in seconds.
 GUESS = 600.0
+# Seconds between looks at a training, and those that it has to end by itself after a stop.
+LOOK, GRACE = 0.2, 10.0
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train what has no record, run by run; a run that fails is told and passed over."""
-    plan = read_plan(args.plan)
-    runs = [run for run in chosen(plan, args.only) if kept(plan, run) is None]
+    """Train what has no record, `args.jobs` at a time; a run that fails is told and passed over."""
+    if args.gpus and not torch.cuda.is_available():
+        raise InputError("--gpus 1 needs CUDA, which is not available: give --gpus 0.")
+    plan = read_plan(args.plan, args.records)
+    runs = untrained(plan, chosen(plan, args.only))
     needs_data = [run.name for run in runs if run.train and args.data is None]
     if needs_data:
         raise InputError(f"{needs_data[0]} needs the folder of its images: give it by --data.")
-    hours = sum(expected_seconds(plan, run) for run in runs) / 3600
-    print(f"{len(runs)} runs to train, about {hours:.1f} hours.", flush=True)
-    failed = [run.name for run in runs if not train_one(plan, run, args)]
+    hours = sum(expected_seconds(plan, run) for run in runs) / 3600 / args.jobs
+    beside = f" with {args.jobs} at a time" if args.jobs > 1 else ""
+    say(f"{len(runs)} runs to train, about {hours:.1f} hours{beside}.")
+    try:
+        failed = train_all(plan, runs, args)
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on from the last checkpoints.")
     if failed:
         raise InputError(f"{len(failed)} runs failed: {', '.join(failed)}.")
 
@@ -46,6 +59,15 @@ def chosen(plan: Plan, patterns: Sequence[str]) -> list[Run]:
     return runs
 
 
+def untrained(plan: Plan, runs: Sequence[Run]) -> list[Run]:
+    """Those without a record; of some that train the same the first."""
+    first: dict[tuple, Run] = {}
+    for run in runs:
+        if kept(plan, run) is None:
+            first.setdefault(run.training, run)
+    return list(first.values())
+
+
 def expected_seconds(plan: Plan, run: Run) -> float:
     """What other runs of the row took, else those of its table, else a guess."""
     others = [other for other in plan.runs() if other.table == run.table]
@@ -57,31 +79,86 @@ def expected_seconds(plan: Plan, run: Run) -> float:
     return GUESS
 
 
-def train_one(plan: Plan, run: Run, args: argparse.Namespace) -> bool:
+def train_all(plan: Plan, runs: Sequence[Run], args: argparse.Namespace) -> list[str]:
+    """Train `args.jobs` of the runs at a time, in their order.
+
+    An interrupt ends those under way and starts no more.
+
+    Returns:
+        Names of the runs that failed.
+    """
+    stop = Event()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = [pool.submit(train_one, plan, run, args, stop) for run in runs]
+        try:
+            return [run.name for run, future in zip(runs, done) if not future.result()]
+        finally:  # after an error nobody waits for the rest
+            stop.set()
+            for future in done:
+                future.cancel()
+
+
+def train_one(plan: Plan, run: Run, args: argparse.Namespace, stop: Event) -> bool:
+    """Train a run in a process of its own and keep its record; False where it fails, or where
+    `stop`, which ends it, is set."""
+    if stop.is_set():
+        return False
     folder = args.output / run.name
-    arguments = run.arguments(str(args.data), str(folder))
+    arguments = run.arguments(str(args.data), str(folder), args.gpus)
     arguments += ["DATALOADER.NUM_WORKERS", "0"] if args.threads == 1 else []
     # After a stop the run goes on from its last checkpoint; without one it starts anew.
     arguments.insert(1, "--resume")
-    print(f"{run.name}: iou-d2 {shlex.join(arguments)}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else {}
-    with (folder / "output.txt").open("w") as output:
-        status = subprocess.run(
-            [sys.executable, "-m", "iou_d2", *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **threads},
-        ).returncode
-    if status != 0:
-        print(f"{run.name} failed; {folder / 'output.txt'} says why.", flush=True)
+    say(f"{run.name}: iou-d2 {shlex.join(arguments)}")
+    status = train_apart(arguments, args.threads, folder / "output.txt", stop)
+    if stop.is_set() and status != 0:
+        say(f"{run.name} is stopped.")
         return False
-    print(f"{run.name} is kept in {keep(plan, run, folder)}.", flush=True)
+    if status != 0:
+        say(f"{run.name} failed; {folder / 'output.txt'} says why.")
+        return False
+    try:
+        say(f"{run.name} is kept in {keep(plan, run, folder)}.")
+    except InputError as error:
+        say(f"{run.name} is not kept: {error}")
+        return False
     return True
 
 
+def train_apart(arguments: Sequence[str], threads: int, printed: Path, stop: Event) -> int:
+    """The exit status of `iou-d2 ARGUMENTS` in a process of its own.
+
+    Once `stop` is set the process has some seconds to end by itself, since a Ctrl-C reaches it too,
+    and is killed then.
+
+    Args:
+        threads: of the process; 0 for what the machine has.
+        printed: file for what it prints.
+    """
+    environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    printed.parent.mkdir(parents=True, exist_ok=True)
+    with printed.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "iou_d2", *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+        )
+    while process.poll() is None and not stop.wait(LOOK):
+        pass
+    try:
+        return process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def say(line: str) -> None:
+    """Print a line in one piece: several trainings end at once."""
+    print(f"{line}\n", end="", flush=True)
+
+
 def write(args: argparse.Namespace) -> None:
-    plan = read_plan(args.plan)
+    plan = read_plan(args.plan, args.records)
     for page in args.pages:
         if not page.is_file():
             raise InputError(f"There is no page {page}; --pages names those with tables.")
@@ -91,7 +168,7 @@ def write(args: argparse.Namespace) -> None:
 
 
 def keep_run(args: argparse.Namespace) -> None:
-    plan = read_plan(args.plan)
+    plan = read_plan(args.plan, args.records)
     runs = {run.name: run for run in plan.runs()}
     if args.name not in runs:
         raise InputError(f"{plan.path} has no run {args.name}.")

@@ -196,8 +196,12 @@ class Postprocessor:
 
     def judge(self, candidates: list[Instances], branch: Branch, features: list[Tensor]) -> None:
         """Set the `pred_ious` of the candidates of N images, calibrated; 0 where it does not matter
-        to what `suppress` returns, so that only few boxes are pooled."""
-        needed = [self.nms.needs_iou(x, self.max_detections) for x in candidates]
+        to what `suppress` returns, so that only few boxes are pooled. On a GPU all are: choosing
+        launches more than it saves."""
+        if any(x.pred_boxes.device.type == "cuda" for x in candidates):
+            needed = [slice(None)] * len(candidates)
+        else:
+            needed = [self.nms.needs_iou(x, self.max_detections) for x in candidates]
         judged = [x[index] for x, index in zip(candidates, needed)]
         predict_ious(judged, branch, features)
         for x, index, some in zip(candidates, needed, judged):

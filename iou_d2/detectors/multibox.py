@@ -70,23 +70,23 @@ def bipartite_match(iou: Tensor) -> tuple[Tensor, Tensor]:
 
     An object that overlaps no box that is left by more than `MIN_OVERLAP` has none.
     """
+    # One pair after the other: on a GPU each would wait for the one before.
+    device, iou = iou.device, iou.cpu().clone()
     # Of each object the best free box; it is looked for again only when another one takes it.
-    iou = iou.clone()
     best, box = iou.max(dim=1)
     pairs = []
     for _ in range(min(iou.shape)):
         index = int(best.argmax())
         if not best[index] > MIN_OVERLAP:
             break
-        taken = box[index].clone()
+        taken = int(box[index])
         pairs.append((index, taken))
         iou[:, taken] = 0
         best[index] = 0
         (losers,) = torch.where((box == taken) & (best > 0))
         best[losers], box[losers] = iou[losers].max(dim=1)
-    objects = torch.tensor([index for index, _ in pairs], dtype=torch.int64, device=iou.device)
-    chosen = [taken for _, taken in pairs]
-    return objects, torch.stack(chosen) if chosen else objects
+    objects, boxes = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2).T
+    return objects, boxes
 
 
 def hard_negatives(loss: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:

@@ -157,9 +157,10 @@ class PointDetector(PyramidDetector):
     def predict(self, images: Tensor) -> list[PointPrediction]:
         """Images (N, 3, H, W) -> a PointPrediction for each of the L levels."""
         features = self.features(images)
+        # Not by `_replace`, which torch.compile cannot follow.
         return [
-            prediction._replace(points=points)
-            for prediction, points in zip(self.head(features), self.grid(features))
+            PointPrediction(said.logits, said.distances, said.quality_logits, points)
+            for said, points in zip(self.head(features), self.grid(features))
         ]
 
     def losses(
@@ -216,7 +217,8 @@ class PointDetector(PyramidDetector):
         those of the batch, -1 for background.
 
         An image learns with the points that it would have alone: not those of the padding that
-        larger images of the batch bring.
+        larger images of the batch bring, but those of its own padding up to the next size that the
+        backbone divides (mmdetection's `valid_flags` of `pad_shape`).
         """
         matches, seen = [], 0
         for (height, width), truth in zip(image_sizes, gt_instances):

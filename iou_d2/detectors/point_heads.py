@@ -245,6 +245,6 @@ class QualityHead(PointHead):
         }
 
     def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
-        prediction = super().predict(cls_feature, box_feature, level)
+        said = super().predict(cls_feature, box_feature, level)
         feature = box_feature if self.quality_on_box_tower else cls_feature
-        return prediction._replace(quality_logits=self.quality_pred(feature))
+        return PointPrediction(said.logits, said.distances, self.quality_pred(feature))

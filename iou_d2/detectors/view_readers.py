@@ -140,8 +140,12 @@ class IoUNetReader(RCNNReader):
         self, features: dict[str, Tensor], proposals: list[Instances]
     ) -> list[Instances]:
         candidates = self.heads.candidates(features, proposals)
-        if self.heads.postprocessor.nms.needs_ious:
+        postprocessor = self.heads.postprocessor
+        if postprocessor.nms.needs_ious:
+            # Of all of them: which ones matter is known where the views are together.
             predict_ious(candidates, self.heads.iou_branch, self.heads.levels(features))
+            for x in candidates:
+                x.pred_ious = postprocessor.calibration(x.pred_ious)
         return candidates
 
     def suppress(self, candidates: Sequence[Instances]) -> Instances:

@@ -21,8 +21,8 @@ from iou_d2.data.augmentation import build_augmentations
 from iou_d2.detectors.test_time_augmentation import with_tta
 from iou_d2.errors import InputError, MissingFileError
 
+from .build import as_configured
 from .class_rows import ModelClasses, match_rows
-from .precision import with_precision
 from .pretrained import is_pretrained, load_pretrained, require_trained
 from .safe_load import local_file, read_checkpoint_file
 from .whole_file import replace_file
@@ -250,7 +250,7 @@ def untrained_predictor(cfg: CfgNode) -> DefaultPredictor:
     untrained.defrost()
     untrained.MODEL.WEIGHTS = ""
     predictor = DefaultPredictor(untrained)
-    with_precision(predictor.model, cfg)
+    as_configured(predictor.model, cfg)
     if cfg.INPUT.get("AUGMENTATIONS"):
         (predictor.aug,) = build_augmentations(cfg, is_train=False)
     return predictor

@@ -48,17 +48,19 @@ def with_precision(model: nn.Module, cfg: CfgNode) -> nn.Module:
 
 
 def networks_of(model: nn.Module) -> list[nn.Module]:
-    """The modules that compute in bfloat16 where that is asked for.
+    """The modules that are compiled, and that compute in bfloat16, where that is asked for.
 
-    Left in float32 are IoU branches, since the gradients that refine boxes are small, what they
-    share with the box head (res5 of IoUNetRes5ROIHeads), and the heads of masks and keypoints.
+    Left as they are, and in float32, are IoU branches, since the gradients that refine boxes are
+    small, what they share with the box head (res5 of IoUNetRes5ROIHeads), and the heads of masks
+    and keypoints.
     """
     if isinstance(model, DenseDetector):
         return [model.backbone, model.head]
     if not isinstance(model, GeneralizedRCNN):
         raise InputError(
-            "MODEL.PRECISION is 'bfloat16', which dense detectors and GeneralizedRCNN can, but "
-            f"MODEL.META_ARCHITECTURE is {type(model).__name__}: set it to 'float32'."
+            "MODEL.PRECISION 'bfloat16' and MODEL.COMPILE True are for dense detectors and "
+            f"GeneralizedRCNN, but MODEL.META_ARCHITECTURE is {type(model).__name__}: set them to "
+            "'float32' and False."
         )
     heads = model.roi_heads
     networks = [model.backbone, getattr(model.proposal_generator, "rpn_head", None)]

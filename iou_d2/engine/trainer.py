@@ -25,12 +25,12 @@ from iou_d2.evaluation.build import build_evaluator, results_folder
 
 from .amp import trainer_class
 from .best_checkpoint import BestCheckpoint
+from .build import as_configured
 from .checkpoint import SafeCheckpointer
 from .class_rows import classes_of_model
 from .ema import averaged_copy
 from .freeze import freeze
 from .parameter_names import parameters_of
-from .precision import with_precision
 from .pretrained import check_pretrained
 from .solver import build_solver
 from .train_data import TrainData
@@ -262,7 +262,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg):
-        model = with_precision(super().build_model(cfg), cfg)
+        model = as_configured(super().build_model(cfg), cfg)
         if cfg.TEST.AUG.ENABLED:
             with_tta(cfg, model)  # says at once what cannot be augmented at the end
         model.register_forward_hook(stop_at_non_finite_loss)

@@ -118,13 +118,22 @@ def offset_conv(conv: nn.Conv2d, values: int, groups: int) -> nn.Conv2d:
     return offset
 
 
-def _output_shape(x, offset, mask, weight, stride, padding, dilation):
-    return x.new_empty(x.shape[0], weight.shape[0], *offset.shape[-2:])
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
-def _shapes_of_gradients(grad, x, offset, mask, weight, stride, padding, dilation):
+# Code that torch.compile makes of these results reads memory in the order that they have.
+def _fake_forward(x, offset, mask, weight, stride, padding, dilation):
+    shape = (x.shape[0], weight.shape[0], *offset.shape[-2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+
+
+def _fake_backward(grad, x, offset, mask, weight, stride, padding, dilation):
+    grad_x = torch.empty_like(x, memory_format=_memory_format(x))
     grad_mask = x.new_empty(0) if mask is None else x.new_empty(mask.shape)
-    return *(x.new_empty(part.shape) for part in (x, offset)), grad_mask, x.new_empty(weight.shape)
+    filters, inputs, *kernel = weight.shape
+    grad_weight = x.new_empty(filters, kernel[0] * kernel[1], inputs).transpose(1, 2)
+    return grad_x, x.new_empty(offset.shape), grad_mask, grad_weight.reshape(weight.shape)
 
 
 def _save(ctx, inputs, output):
@@ -144,7 +153,7 @@ def _no_second_derivative(ctx, *grads):
 
 
 if HAS_EXTENSION:
-    torch.library.register_fake("iou_d2::deform_conv", _output_shape)
-    torch.library.register_fake("iou_d2::deform_conv_backward", _shapes_of_gradients)
+    torch.library.register_fake("iou_d2::deform_conv", _fake_forward)
+    torch.library.register_fake("iou_d2::deform_conv_backward", _fake_backward)
     torch.library.register_autograd("iou_d2::deform_conv", _backward, setup_context=_save)
     torch.library.register_autograd("iou_d2::deform_conv_backward", _no_second_derivative)

@@ -22,7 +22,9 @@ HEAD = """# Model zoo
 Written by `iou-d2 zoo write` from the records in `docs/runs`; `make zoo DATA=...` trains what has
 no record yet. DATA is the folder of the sets, as docs/runs/zoo.yaml has them. Figures are means
 over the seeds, ± their standard deviation; r is Pearson's correlation of the score with the true
-IoU; minutes are of one run, start and evaluation included."""
+IoU; minutes are of one run, start and evaluation included, which may have shared its machine with
+others. Rows of several tables may be of the same runs. Where the runs of a table were made on
+several devices, a column names those of each row."""
 _MARKED = re.compile(r"(<!-- runs: (?P<table>\S+) -->\n).*?(<!-- end of runs -->)", re.DOTALL)
 
 
@@ -42,8 +44,10 @@ def with_tables(page: str, plan: Plan) -> str:
 
 
 def tables_of(name: str, plan: Plan) -> str:
-    """A table for each set, of the rows that have a record."""
+    """A table for each set, of the rows that have a record. Where not all are of one device, a last
+    column says of which."""
     table = plan.tables[name]
+    names_devices = len(devices_of(records_of(name, plan))) > 1
     parts = []
     for dataset in table.sets:
         rows = []
@@ -51,20 +55,32 @@ def tables_of(name: str, plan: Plan) -> str:
             runs = [plan.run(name, dataset, row, seed) for seed in table.seeds]
             records = [record for run in runs if (record := kept(plan, run)) is not None]
             if records:
-                rows.append([table.rows[row].name, *figures(records)])
+                device = ["; ".join(devices_of(records))] if names_devices else []
+                rows.append([table.rows[row].name, *figures(records), *device])
         if rows:
-            headers = [dataset.replace("_", " "), *HEADERS]
+            headers = [dataset.replace("_", " "), *HEADERS, *(["device"] if names_devices else [])]
             parts.append(tabulate(rows, headers, "github", disable_numparse=True))
     return "\n\n".join(parts) if parts else "No run of this table has a record yet."
 
 
+def records_of(name: str, plan: Plan) -> list[dict]:
+    """Those of the runs of a table."""
+    runs = [run for run in plan.runs() if run.table == name]
+    return [record for run in runs if (record := kept(plan, run)) is not None]
+
+
+def devices_of(records: Sequence[Mapping]) -> list[str]:
+    return sorted({device for record in records for device in record["devices"]})
+
+
 def figures(records: Sequence[Mapping]) -> list[str]:
     """Of the runs of one row, which differ by their seed: the mean, and with more than one seed
-    the standard deviation over them."""
+    the standard deviation over them. Minutes of several devices have no mean: a dash."""
     results = [record["results"] for record in records]
     cells = [spread([one.get(f"bbox/{name}") for one in results], 1) for name in METRICS]
     cells.append(spread([one.get(CORRELATION) for one in results], 3))
-    return [*cells, spread([record["seconds"] / 60 for record in records], 1)]
+    minutes = [record["seconds"] / 60 for record in records]
+    return [*cells, spread(minutes, 1) if len(devices_of(records)) == 1 else "-"]
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
@@ -94,18 +110,20 @@ def model_zoo(plan: Plan) -> str:
 def _about(name: str, plan: Plan) -> str:
     """On what the runs of a table ran."""
     runs = [run for run in plan.runs() if run.table == name]
-    records = [record for run in runs if (record := kept(plan, run)) is not None]
-    devices = sorted({device for record in records for device in record["devices"]})
+    records = records_of(name, plan)
     torch = sorted({record["versions"]["torch"].split("+")[0] for record in records})
     seeds = ", ".join(map(str, plan.tables[name].seeds))
-    on = f"; {', '.join(devices)}; torch {', '.join(torch)}" if records else ""
+    on = f"; {'; '.join(devices_of(records))}; torch {', '.join(torch)}" if records else ""
     return f"{len(records)} of {len(runs)} runs have a record. Seeds: {seeds}{on}."
 
 
 def _commands(name: str, plan: Plan) -> list[str]:
     """What is typed for each run: what the rows share, what differs, what each set adds."""
     table = plan.tables[name]
-    train = f"    iou-d2 train --num-gpus 0 --config CONFIG SET SEED N {_pairs(table.overrides)}"
+    gpus = {"0" if x.startswith("cpu") else "1" for x in devices_of(records_of(name, plan))}
+    num_gpus = gpus.pop() if len(gpus) == 1 else "0-OR-1"
+    train = f"    iou-d2 train --num-gpus {num_gpus} --config CONFIG SET SEED N "
+    train += _pairs(table.overrides)
     rows = [
         [row.name, f"`{row.config}`", f"`{_pairs(row.overrides)}`" if row.overrides else ""]
         for row in table.rows.values()

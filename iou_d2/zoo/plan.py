@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,23 @@ class Run:
     def name(self) -> str:
         return f"{self.table}/{self.dataset}/{self.row}-seed{self.seed}"
 
-    def arguments(self, data: str = DATA, output: str | None = None) -> list[str]:
-        """What `iou-d2` is given for this run on the CPU.
+    @property
+    def training(self) -> tuple:
+        """What the results depend on: equal for runs of several tables that train the same."""
+        overrides = frozenset(self.overrides.items())
+        return self.config, overrides, self.train, self.test, self.seed
+
+    def arguments(
+        self, data: str = DATA, output: str | None = None, num_gpus: int = 0
+    ) -> list[str]:
+        """What `iou-d2` is given for this run.
 
         Args:
             data: folder of the sets.
             output: OUTPUT_DIR; None leaves it out.
+            num_gpus: 0 is the CPU.
         """
-        words = ["train", "--num-gpus", "0", "--config", self.config]
+        words = ["train", "--num-gpus", str(num_gpus), "--config", self.config]
         for option, value in (("--train", self.train), ("--test", self.test)):
             words += [option, value.replace(DATA, data)] if value else []
         words += ["OUTPUT_DIR", output] if output else []
@@ -84,12 +94,22 @@ class Table:
 class Plan:
     """
     Attributes:
-        path: of the plan; the records lie beside it.
+        path: of the plan; records lie beside it.
+        records: folder in which new records are kept, and where they are looked for first.
     """
 
     path: Path
+    records: Path
     sets: Mapping[str, Dataset]
     tables: Mapping[str, Table]
+
+    @cached_property
+    def trainings(self) -> dict[tuple, list[Run]]:
+        """The runs of each `Run.training`, in the order of `runs`."""
+        trainings = {}
+        for run in self.runs():
+            trainings.setdefault(run.training, []).append(run)
+        return trainings
 
     def runs(self) -> Iterator[Run]:
         """All runs, by table, seed, set and row: first one seed of everything."""
@@ -108,8 +128,11 @@ class Plan:
         )  # fmt: skip
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path, records: Path | None = None) -> Plan:
     """
+    Args:
+        records: the plan's `records`; None for the folder of the plan.
+
     Raises:
         MissingFileError: there is no such file.
         InputError: it is no plan; says where.
@@ -126,7 +149,7 @@ def read_plan(path: Path) -> Plan:
         unknown = [dataset for dataset in table.sets if dataset not in sets]
         if unknown:
             raise InputError(f"{path}: table {name} is on {unknown[0]}, which is none of the sets.")
-    return Plan(path, sets, tables)
+    return Plan(path, records or path.parent, sets, tables)
 
 
 def _table(part: dict[str, Any]) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from iou_d2.data.cleaning import write_text
 from iou_d2.errors import InputError, MissingFileError
 
 from .plan import Plan, Run
@@ -16,7 +17,12 @@ ASIDE = {"OUTPUT_DIR", "SEED", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}
 
 
 def path_of(plan: Plan, run: Run) -> Path:
-    return plan.path.parent / f"{run.name}.json"
+    """The record of a run: its own, else that of a run that trains the same; where there is none,
+    its place to come. `plan.records` goes before the folder of the plan."""
+    names = [run.name, *(other.name for other in plan.trainings[run.training])]
+    folders = (plan.records, plan.path.parent)
+    paths = [folder / f"{name}.json" for name in names for folder in folders]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def kept(plan: Plan, run: Run) -> dict | None:
@@ -43,7 +49,7 @@ def kept(plan: Plan, run: Run) -> dict | None:
 
 
 def keep(plan: Plan, run: Run, folder: Path) -> Path:
-    """Keep the record of `run`, which has been trained in `folder`.
+    """Keep the record of `run`, which has been trained in `folder`, in `plan.records`.
 
     Raises:
         MissingFileError: `folder` holds no run.json.
@@ -70,10 +76,9 @@ def keep(plan: Plan, run: Run, folder: Path) -> Path:
     # A run that was stopped and resumed took the time of all its parts.
     chosen["seconds"] += sum(part["seconds"] or 0 for part in record.get("earlier", []))
     chosen["results"] = {name: _rounded(value) for name, value in chosen["results"].items()}
-    path = path_of(plan, run)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = plan.records / f"{run.name}.json"
     text = json.dumps({**chosen, "overrides": dict(run.overrides)}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
     return path
 
 

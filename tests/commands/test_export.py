@@ -140,3 +140,16 @@ def test_eval_of_the_file_is_that_of_the_model(tmp_path, monkeypatch):
     assert found == pytest.approx(expected, abs=0.05, nan_ok=True)
     with pytest.raises(InputError, match="leave --config out"):
         evaluate.main(["--model", path, "--config", CONFIG])
+
+
+def test_a_file_computes_in_float32_and_is_no_compiled_code(tmp_path, weights):
+    import onnx
+
+    graphs = []
+    for keys in ((), ("MODEL.PRECISION", "bfloat16", "MODEL.COMPILE", "True")):
+        path = run_export(tmp_path, weights, "--size", "64x96", "--batch", "1", overrides=keys)
+        graphs.append(onnx.load(path).graph)
+    plain, found = graphs
+    assert [x.op_type for x in found.node] == [x.op_type for x in plain.node]
+    assert onnx.TensorProto.BFLOAT16 not in {x.data_type for x in found.initializer}
+    assert list(found.initializer) == list(plain.initializer)

@@ -10,6 +10,7 @@ import torch
 from detectron2.modeling import build_model
 from PIL import Image
 
+from computing import dtypes_of_convolutions
 from iou_d2 import get_config
 from iou_d2.commands import oracle
 from iou_d2.errors import InputError
@@ -99,3 +100,10 @@ def test_what_is_wrong_is_named(data, tmp_path, options, truth, sentence):
 def test_without_any_object_nothing_is_defined(data, tmp_path, capsys):
     found = run(data, tmp_path, "--oracles", "gt_cls", truth="unlabelled.json")
     assert all(row["bbox"]["AP"] is None for row in found["rows"])
+
+
+def test_the_networks_compute_in_the_precision_of_the_config(data, tmp_path):
+    for precision in ("float32", "bfloat16"):
+        with dtypes_of_convolutions() as dtypes:
+            run(data, tmp_path, "--oracles", "gt_cls", "MODEL.PRECISION", precision)
+        assert dtypes == {getattr(torch, precision)}

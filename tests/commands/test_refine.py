@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from computing import dtypes_of_convolutions
 from iou_d2 import get_config
 from iou_d2.commands import refine as refine_detections
 from iou_d2.data.shapes import ShapesSpec, write_shapes
@@ -158,3 +159,10 @@ def test_help_says_how_results_are_to_be_made(capsys):
         refine_detections.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "NMS_THRESH_TEST, at 1.0" in text and "TEST.DETECTIONS_PER_IMAGE -1" in text
+
+
+def test_the_networks_compute_in_the_precision_of_the_config(data):
+    for precision in ("float32", "bfloat16"):
+        with dtypes_of_convolutions() as dtypes:
+            refined = run(data, *OFF, "MODEL.PRECISION", precision)
+        assert dtypes == {getattr(torch, precision)} and refined

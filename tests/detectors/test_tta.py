@@ -3,6 +3,9 @@ give what is found in each of them by hand and merged in float64."""
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -165,9 +168,14 @@ def test_an_rcnn_has_the_proposals_of_each_view(build, overrides):
     torch.testing.assert_close(sorted_rows(result), sorted_rows(expected), rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
 @torch.no_grad()
-def test_iou_net_ranks_by_the_iou_that_each_view_predicts(build):
-    cfg, model = build("iou_net", "MODEL.IOU_NET.REFINE_STEPS", "0")
+def test_iou_net_ranks_by_the_iou_that_each_view_predicts(build, tmp_path, calibrated):
+    predicted, true = knots = [0, 0.49, 0.52, 1], [0, 0.1, 0.9, 1]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"knots": dict(zip(("predicted", "true"), knots))}))
+    keys = ("MODEL.CALIBRATION", str(file), "MODEL.IOU_NET.RANK_BY", "product")
+    cfg, model = build("iou_net", "MODEL.IOU_NET.REFINE_STEPS", "0", *(keys if calibrated else ()))
     heads, merged = model.roi_heads, []
     for view, mirrored, (features, candidates) in views_of_rcnn(
         model, lambda features, proposals: (features, heads.candidates(features, proposals))
@@ -177,8 +185,10 @@ def test_iou_net_ranks_by_the_iou_that_each_view_predicts(build):
         boxes = to_image(x.pred_boxes.tensor, view, mirrored, IMAGE)
         merged.append((boxes, ious, x.scores, x.pred_classes))
     boxes, ious, scores, classes = (torch.cat(x) for x in zip(*merged))
+    worth = scores * torch.from_numpy(np.interp(ious, predicted, true))
+    ranks = worth if calibrated else ious
     # Algorithm 1: NMS by the predicted IoU; what is kept takes the best score that it suppresses.
-    kept = nms_by_loops(boxes, ious, scores, classes, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST)
+    kept = nms_by_loops(boxes, ranks, scores, classes, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST)
     kept.sort(key=lambda x: -x[1])
     index = torch.tensor([i for i, _ in kept[:60]])
     taken = torch.tensor([score for _, score in kept[:60]])

@@ -148,5 +148,5 @@ def test_another_value_is_refused(key, value, sentence):
 
 def test_a_model_of_unknown_networks_is_refused():
     cfg = get_config("", ["MODEL.PRECISION", "bfloat16"])
-    with pytest.raises(ValueError, match="META_ARCHITECTURE is Linear: set it to 'float32'"):
+    with pytest.raises(ValueError, match="META_ARCHITECTURE is Linear: set them to 'float32'"):
         with_precision(nn.Linear(1, 1), cfg)

@@ -166,7 +166,7 @@ def test_every_method_has_a_config_for_own_data():
     methods = {Path(path).name.removesuffix("_own_data.yaml") for path in OWN_DATA}
     assert methods >= {
         *("retinanet", "iou_retinanet", "atss", "vfnet", "faster_rcnn", "iou_net", "unitbox"),
-        "ssd",
+        *("ssd", "refinedet"),
     }
 
 

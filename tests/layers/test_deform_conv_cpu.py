@@ -127,8 +127,26 @@ def test_points_outside_and_without_bounds_have_no_gradient():
 
 def test_it_is_a_proper_operator():
     inputs, geometry = random_inputs(masked=True, size=(5, 4))
+    ops, places = torch.ops.iou_d2, geometry.values()
+    grad = torch.ones_like(ops.deform_conv(*inputs, *places))
+    torch.library.opcheck(ops.deform_conv_backward.default, (grad, *inputs, *places))
     inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(torch.ops.iou_d2.deform_conv.default, (*inputs, *geometry.values()))
+    torch.library.opcheck(ops.deform_conv.default, (*inputs, *places))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", [{}, {"groups": 2, "masked": True}, {"kernel": (1, 5)}])
+def test_results_without_data_lie_in_memory_as_those_with_data(case, layout):
+    inputs, geometry = random_inputs(**case)
+    inputs[0] = inputs[0].contiguous(memory_format=layout)
+    ops, places = torch.ops.iou_d2, geometry.values()
+    y = ops.deform_conv(*inputs, *places)
+    real = [y, *ops.deform_conv_backward(y, *inputs, *places)]
+    meta = [None if x is None else x.to("meta") for x in inputs]
+    fake_y = ops.deform_conv(*meta, *places)
+    fake = [fake_y, *ops.deform_conv_backward(fake_y, *meta, *places)]
+    assert [x.shape for x in fake] == [x.shape for x in real]
+    assert [x.stride() for x in fake] == [x.stride() for x in real]
 
 
 def test_there_is_no_second_derivative():

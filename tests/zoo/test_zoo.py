@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -10,63 +9,11 @@ from pathlib import Path
 import pytest
 
 from iou_d2 import get_config
-from iou_d2.commands import zoo as command
 from iou_d2.errors import InputError
 from iou_d2.zoo import keep, kept, model_zoo, path_of, read_plan, with_tables
+from zoo_runs import PLAN, finished
 
 ROOT = Path(__file__).parents[2]
-PLAN = """
-sets:
-  cells:
-    train: "coco:DATA/a.json"
-    test: "coco:DATA/b.json"
-    overrides: {TEST.DETECTIONS_PER_IMAGE: "7"}
-  shapes:
-tables:
-  losses:
-    title: "Losses"
-    sets: [cells, shapes]
-    seeds: [1, 2]
-    overrides: {SOLVER.MAX_ITER: "3"}
-    rows:
-      plain: {name: "Plain", config: quick/vfnet_shapes}
-      other: {name: "Other", config: quick/vfnet_shapes, overrides: {SOLVER.MAX_ITER: "4"}}
-"""
-
-
-@pytest.fixture
-def plan(tmp_path):
-    path = tmp_path / "runs" / "zoo.yaml"
-    path.parent.mkdir()
-    path.write_text(PLAN)
-    return read_plan(path)
-
-
-def finished(folder: Path, run, ap: float = 40.0, **changes) -> Path:
-    """A folder as training leaves it."""
-    words = ["OUTPUT_DIR", "/somewhere", "SEED", str(run.seed), "MODEL.DEVICE", "cpu"]
-    words += [word for pair in run.overrides.items() for word in pair]
-    metrics = {"AP": ap, "AP50": ap + 30, "AP75": ap - 5, "AP90": None}
-    record = {
-        "config": run.config,
-        "overrides": words,
-        "train": ["/somewhere/a.json"],
-        "seed": run.seed,
-        "devices": ["cpu, 1 threads"],
-        "versions": {"torch": "2.11.0+cpu"},
-        "commit": "abc",
-        "start": "2026-01-01",
-        "seconds": 90.0,
-        "outcome": "finished",
-        "results": {
-            **{f"bbox/{name}": value for name, value in metrics.items()},
-            "localization/pearson_confidence": 0.51234567,
-        },
-        **changes,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(record))
-    return folder
 
 
 def test_the_plan_names_every_row_on_every_set_with_every_seed(plan):
@@ -156,30 +103,15 @@ def test_what_is_no_plan_is_told(tmp_path, text):
         read_plan(tmp_path / "zoo.yaml")
 
 
-def test_training_goes_on_where_it_was_stopped(plan, tmp_path, monkeypatch, capsys):
-    trained = []
-
-    def train_one(plan, run, args):
-        trained.append(run.name)
-        keep(plan, run, finished(args.output / run.name, run))
-        return run.row != "other"
-
-    monkeypatch.setattr(command, "train_one", train_one)
-    words = ["--plan", str(plan.path), "train", "--data", "x", "--output", str(tmp_path / "out")]
-    with pytest.raises(InputError, match=r"2 runs failed: losses/cells/other-seed1"):
-        command.main([*words, "--only", "losses/cells/*"])
-    assert "4 runs to train, about 0.7 hours." in capsys.readouterr().out
-    command.main([*words, "--only", "losses/cells/*", "*/shapes/plain-*"])
-    assert trained[4:] == ["losses/shapes/plain-seed1", "losses/shapes/plain-seed2"]
-    # Two runs, 90 seconds each as those before.
-    assert "2 runs to train, about 0.1 hours." in capsys.readouterr().out
-
-
 def test_every_run_of_the_documents_has_a_config_that_takes_its_keys():
     plan = read_plan(ROOT / "docs/runs/zoo.yaml")
-    settings = {(run.config, tuple(run.overrides.items())) for run in plan.runs()}
-    for config, overrides in settings:
-        get_config(config, [word for pair in overrides for word in pair])
+    settings = {run.training[:2]: run for run in plan.runs()}
+    found = {}
+    for run in settings.values():
+        cfg = get_config(run.config, [word for pair in run.overrides.items() for word in pair])
+        found.setdefault(cfg.dump(), []).append(run.name)
+    # Runs are one where their words are: two that train the same must not be told otherwise.
+    assert [names for names in found.values() if len(names) > 1] == []
 
 
 def test_no_record_is_of_no_run_of_the_plan():
@@ -215,3 +147,62 @@ def test_the_parts_of_the_commands_on_the_page_make_the_commands_of_the_plan(pla
     found = dict(zip(words[7::2], words[8::2]))
     assert words[:7] == run.arguments()[:7]
     assert {**found} == dict(zip(run.arguments()[7::2], run.arguments()[8::2]))
+
+
+def test_runs_that_train_the_same_share_a_record(plan, tmp_path):
+    text = (
+        PLAN
+        + """
+  again:
+    title: "Again"
+    sets: [shapes, cells]
+    seeds: [1]
+    rows:
+      same: {name: "Same", config: quick/vfnet_shapes, overrides: {SOLVER.MAX_ITER: "3"}}
+      longer: {name: "Longer", config: quick/vfnet_shapes, overrides: {SOLVER.MAX_ITER: "30"}}
+"""
+    )
+    plan.path.write_text(text)
+    plan = read_plan(plan.path)
+    run = plan.run("losses", "cells", "plain", 1)
+    path = keep(plan, run, finished(tmp_path / "out", run))
+    same = plan.run("again", "cells", "same", 1)
+    assert path_of(plan, same) == path and kept(plan, same) == kept(plan, run)
+    for table, dataset, row, seed in (
+        ("again", "cells", "longer", 1),
+        ("again", "shapes", "same", 1),
+        ("losses", "cells", "plain", 2),
+    ):
+        assert kept(plan, plan.run(table, dataset, row, seed)) is None
+    # A record of its own goes before that of another table.
+    keep(plan, same, finished(tmp_path / "own", same, ap=50.0))
+    assert kept(plan, same)["results"]["bbox/AP"] == 50.0
+    assert kept(plan, run)["results"]["bbox/AP"] == 40.0
+
+
+def test_records_in_another_folder_come_beside_those_of_the_plan(plan, tmp_path):
+    first, second = (plan.run("losses", "cells", "plain", seed) for seed in (1, 2))
+    keep(plan, first, finished(tmp_path / "1", first))
+    apart = read_plan(plan.path, tmp_path / "records")
+    path = keep(apart, second, finished(tmp_path / "2", second))
+    assert path == tmp_path / "records" / f"{second.name}.json"
+    assert kept(apart, first) and kept(apart, second)
+    assert kept(plan, first) and kept(plan, second) is None
+    keep(apart, first, finished(tmp_path / "again", first, ap=50.0))
+    assert kept(apart, first)["results"]["bbox/AP"] == 50.0
+    assert kept(plan, first)["results"]["bbox/AP"] == 40.0
+
+
+def test_rows_of_other_devices_are_told_apart(plan, tmp_path):
+    plain, other = (plan.run("losses", "cells", row, 1) for row in ("plain", "other"))
+    keep(plan, plain, finished(tmp_path / "plain", plain))
+    keep(plan, other, finished(tmp_path / "other", other, devices=["GPU X"]))
+    lines = model_zoo(plan).splitlines()
+    cells = [[x.strip() for x in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    by_row = {row[0]: row for row in cells if len(row) == 8}
+    assert by_row["cells"][-1] == "device"
+    assert by_row["Plain"][-1] == "cpu, 1 threads" and by_row["Other"][-1] == "GPU X"
+    assert any("--num-gpus 0-OR-1 " in line for line in lines)
+    keep(plan, plain, finished(tmp_path / "plain", plain, devices=["GPU X"]))
+    page = model_zoo(plan)
+    assert "device |" not in page and "--num-gpus 1 " in page and "GPU X; torch" in page
