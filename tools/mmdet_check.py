@@ -10,9 +10,8 @@ boxes in pixels and of their scores (1 where a pixel of their masks differs), an
 relative difference of a loss of two images.
 Ends with status 1 where they do not agree, a tensor has no counterpart, or one comes back changed.
 
-The RPN and the heads of R-CNNs take all anchors and proposals, since they draw them at random. Of a
-cascade the losses of the first stage are compared; the later ones get other proposals, see
-docs/WEIGHTS.md.
+R-CNNs take all anchors and proposals, which they draw at random otherwise. Of a cascade the losses
+of the first stage are compared; the later ones get other proposals, see docs/WEIGHTS.md.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ GAINS = {
     r"_cls\.": 2.0,
     r"_reg": 0.3,
 }
-PIXELS = 75.0  # their root mean square without the mean
+PIXELS = 75.0  # their standard deviation
 # Of classes, so that scores of most points are low.
 SIGMOID_BIAS = re.compile(r"bbox_head\.\w+_cls\.bias")
 
