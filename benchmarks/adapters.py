@@ -4,6 +4,8 @@ turn of models that take different batches."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +60,40 @@ class MMDetDetector(nn.Module):
         return {"loss": self.model.parse_losses(losses)[0]}
 
 
+def mmdet_config(name: str) -> Any:
+    """The mmengine.Config of a file of mmdetection, such as "ssd/ssd300_coco.py", for a model of
+    random weights whose batch norm is frozen."""
+    import mmdet
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    register_all_modules()
+    cfg = Config.fromfile(Path(mmdet.__file__).parent / ".mim/configs" / name)
+    cfg.model.backbone.init_cfg = None
+    if "norm_cfg" in cfg.model.backbone:
+        cfg.model.backbone.norm_cfg.requires_grad = False
+    return cfg
+
+
+def build_mmdet(cfg: Any) -> MMDetDetector:
+    """The detector of a config of `mmdet_config`."""
+    from mmdet.registry import MODELS
+    from mmengine.logging import MMLogger
+
+    MMLogger.get_current_instance().setLevel("WARNING")  # it logs each initial weight
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    # Inference of mmdetection 3.3 asks the loss of a head for its channels, and SSD's has none.
+    if cfg.model.get("bbox_head", {}).get("type") == "SSDHead":
+        model.bbox_head.loss_cls = None
+    return MMDetDetector(model)
+
+
 def mmdet_batch(batch: Sequence[dict], device: str) -> dict:
-    """Detectron2's input as mmdetection's data loaders have it; the model moves it."""
+    """Detectron2's input as mmdetection's data loaders have it, whose images are BGR; the model
+    moves it."""
     from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
 
     samples = []
@@ -73,6 +106,9 @@ def mmdet_batch(batch: Sequence[dict], device: str) -> dict:
         sample.ignored_instances = InstanceData(
             bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64)
         )
+        if truth.has("gt_masks"):
+            masks = truth.gt_masks.tensor.numpy().astype("uint8")
+            sample.gt_instances.masks = BitmapMasks(masks, *size)
         samples.append(sample)
     return {"inputs": [x["image"] for x in batch], "data_samples": samples}
 
