@@ -125,10 +125,15 @@ def test_an_interrupt_ends_what_runs_and_starts_no_more(
         time.sleep(0.5)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
+    # A worker of pytest-xdist ignores interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     start = time.monotonic()
-    with pytest.raises(SystemExit, match="Stopped"):
-        command.main(words)
+    try:
+        with pytest.raises(SystemExit, match="Stopped"):
+            command.main(words)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 20
     out = capsys.readouterr().out
     assert out.count(": iou-d2 train") == 2 and "other-seed1 is stopped." in out
