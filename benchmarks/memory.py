@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+from collections.abc import Sequence
 
 import torch
 from tabulate import tabulate
@@ -36,13 +37,18 @@ CONFIGS = (
 
 
 def measure(
-    config: str, device: str, overrides: list[str], size: tuple[int, int], images: int
+    config: str,
+    device: str,
+    overrides: Sequence[str],
+    size: tuple[int, int],
+    images: int,
+    classes: int = 2,
 ) -> tuple[float, float, float]:
-    """GiB before the steps and at the peak, and the seconds of the faster one."""
+    """GiB before two steps and at the peak, and the seconds of the faster one."""
     forget_peak(device)
     model = build(config, device, overrides).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9)
-    batch = random_batch(images, *size, classes=2, objects=20)
+    batch = random_batch(images, *size, classes, objects=20)
     before = peak_gib(device)
     times = [seconds(lambda: training_step(model, optimizer, batch)) for _ in range(2)]
     return before, peak_gib(device), min(times)

@@ -11,19 +11,10 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from tabulate import tabulate
 
-from common import (
-    add_device,
-    build,
-    forget_peak,
-    machine,
-    peak_gib,
-    random_batch,
-    seconds,
-    training_step,
-)
+from common import add_device, machine
+from memory import measure
 
 
 def main() -> None:
@@ -38,17 +29,12 @@ def main() -> None:
     add_device(parser)
     args = parser.parse_args()
 
-    forget_peak(args.device)
     classes = ("MODEL.RETINANET.NUM_CLASSES", str(args.classes))
-    model = build(args.config, args.device, classes).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9)
-    batch = random_batch(args.batch, args.height, args.width, args.classes, objects=20)
-    before = peak_gib(args.device)
-    times = [seconds(lambda: training_step(model, optimizer, batch)) for _ in range(2)]
-
+    size = (args.height, args.width)
+    before, peak, step = measure(args.config, args.device, classes, size, args.batch, args.classes)
     print(machine(args.device))
     row = [f"{args.batch} x {args.height} x {args.width}", args.classes]
-    row += [f"{before:.2f}", f"{peak_gib(args.device):.2f}", f"{min(times):.3f}"]
+    row += [f"{before:.2f}", f"{peak:.2f}", f"{step:.3f}"]
     headers = ["images", "classes", "GiB before", "GiB at the peak", "s a step"]
     print(tabulate([row], headers, "github", disable_numparse=True))
 
