@@ -52,7 +52,7 @@ def stand_in(tmp_path, monkeypatch):
     return make
 
 
-def test_training_goes_on_where_it_was_stopped(plan, tmp_path, monkeypatch, capsys):
+def test_training_goes_on_where_it_was_stopped(plan, words, monkeypatch, capsys):
     trained = []
 
     def train_one(plan, run, args, stop):
@@ -61,7 +61,6 @@ def test_training_goes_on_where_it_was_stopped(plan, tmp_path, monkeypatch, caps
         return run.row != "other"
 
     monkeypatch.setattr(command, "train_one", train_one)
-    words = ["--plan", str(plan.path), "train", "--data", "x", "--output", str(tmp_path / "out")]
     with pytest.raises(InputError, match=r"2 runs failed: losses/cells/other-seed1"):
         command.main([*words, "--only", "losses/cells/*"])
     assert "4 runs to train, about 0.7 hours." in capsys.readouterr().out
