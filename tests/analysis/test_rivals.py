@@ -53,13 +53,10 @@ def test_rivals_are_those_of_loops(steps):
     score, signal = np.array([r["score"] for r in results]), rng.random(len(results)).round(1)
     nearest = nearest_objects(truth, results)
     rivals = find_rivals(nearest, score, signal, min_iou=0.6)
+    objects = [nearest_by_loops(truth, result)[0] for result in results]
     expected = []
     for index in range(len(truth["annotations"])):
-        own = [
-            row
-            for row, result in enumerate(results)
-            if nearest_by_loops(truth, result)[0] == index and nearest.iou[row] >= 0.6
-        ]
+        own = [row for row, one in enumerate(objects) if one == index and nearest.iou[row] >= 0.6]
         if len(own) > 1:
             picks = [max(own, key=lambda r: v[r]) for v in (score, signal, nearest.iou)]
             expected.append((index, *picks))
