@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import torch
@@ -92,9 +95,20 @@ def launch(
         if num_machines > 1:
             raise InputError("Several machines need a --dist-url, tcp://HOST:PORT of machine 0.")
         dist_url = f"tcp://127.0.0.1:{free_port()}"
-    start = (num_processes, num_machines, machine_rank, dist_url, function, arguments)
+    machine = (num_processes, num_machines, machine_rank, dist_url)
+    work = (dict(os.environ), *machine, function, arguments)
     with _ending_as_its_processes():
-        mp.spawn(_start_process, start, nprocs=num_processes)
+        method = _start_method(function)
+        mp.start_processes(_start_process, work, num_processes, start_method=method)
+
+
+def _start_method(function: Callable) -> str:
+    """Processes are forks of one that has loaded what `function` needs, which takes seconds, and
+    has done nothing else; where a system has no forks, each loads it."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return "spawn"
+    mp.get_context("forkserver").set_forkserver_preload([function.__module__])
+    return "forkserver"
 
 
 @contextlib.contextmanager
@@ -155,6 +169,7 @@ def free_port() -> int:
 
 def _start_process(
     local_rank: int,
+    environment: dict[str, str],
     num_processes: int,
     num_machines: int,
     machine_rank: int,
@@ -162,6 +177,9 @@ def _start_process(
     function: Callable,
     arguments: tuple,
 ) -> None:
+    os.environ.clear()  # a fork has that of the process which it is a fork of
+    os.environ.update(environment)
+    threading.Thread(target=_end_with, args=(mp.parent_process(),), daemon=True).start()
     place = Place(
         rank=machine_rank * num_processes + local_rank,
         world_size=num_machines * num_processes,
@@ -169,6 +187,12 @@ def _start_process(
         local_size=num_processes,
     )
     _join(dist_url, place, False, _in_a_sentence, (function, arguments))
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """End this process when `parent` has ended, which did not end it, and so was killed."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _join(url: str, place: Place, use_cuda: bool, function: Callable, arguments: tuple) -> None:

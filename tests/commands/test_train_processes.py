@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.run
 
-from command_line import TINY, command, metrics_of, run, run_alone, start_script
+from command_line import TINY, command, metrics_of, run, start_script
 from iou_d2.engine.launch import free_port
 
 # No batch norm, whose statistics are those of a process, and nothing random in the data. Clipping
@@ -25,7 +26,7 @@ SHORT = (*TINY, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()")
 
 def with_torchrun(processes: int, *arguments: str) -> list[str]:
     options = ("--nproc_per_node", str(processes), "--master_port", str(free_port()))
-    return [sys.executable, "-m", "torch.distributed.run", *options, *arguments]
+    return [sys.executable, torch.distributed.run.__file__, *options, *arguments]
 
 
 def weights_of(path) -> torch.Tensor:
@@ -81,13 +82,13 @@ def test_two_machines_train_as_one(environment, alone, tmp_path):
 
 def test_torchrun_trains_as_one(environment, alone, tmp_path):
     arguments = command(*SAME_DATA, "OUTPUT_DIR", str(tmp_path), config=CONFIG)[1:]
-    run_alone(environment, with_torchrun(2, *arguments))
+    run(environment, with_torchrun(2, *arguments))
     assert_as_alone(tmp_path, alone)
 
 
 def test_torchrun_with_processes_of_our_own_is_refused(environment, tmp_path):
     arguments = command("--num-processes", "2", *SHORT, "OUTPUT_DIR", str(tmp_path / "out"))[1:]
-    printed = run_alone(environment, with_torchrun(1, *arguments), fails=True)
+    printed = run(environment, with_torchrun(1, *arguments), fails=True)
     assert "torchrun has started the processes: leave out" in printed
     assert not (tmp_path / "out").exists()
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
+from forks import FORKS
 from iou_d2.engine import launch as module
 from iou_d2.engine.launch import Place, free_port, launch, place_in_environment
 from iou_d2.errors import InputError
@@ -26,6 +27,32 @@ def launch_machine(rank, folder, url):
     launch(write_place, (folder,), num_gpus=0, **arguments)
 
 
+def join_with_five_threads(rank, folder, omp_num_threads, port):
+    """As a process of torchrun, which sets OMP_NUM_THREADS or leaves the threads as they are."""
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if omp_num_threads is not None:
+        os.environ["OMP_NUM_THREADS"] = omp_num_threads
+    torch.set_num_threads(5)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    launch(write_place, (folder,), num_gpus=0)
+
+
+def write_environment(folder):
+    (folder / f"{comm.get_rank()}").write_text(os.environ["IOU_D2_TEST"])
+
+
+def run_forks(function, *arguments):
+    """`function(rank, *arguments)` in two processes at once."""
+    forks = [FORKS.Process(target=function, args=(rank, *arguments)) for rank in range(2)]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(timeout=250)  # on a busy machine
+    assert [fork.exitcode for fork in forks] == [0, 0]
+
+
 def fail_alone():
     if comm.get_rank() == 1:
         raise ArithmeticError("rank 1 cannot count")
@@ -38,17 +65,50 @@ def refuse_all():
 
 def refuse_second():
     if comm.get_rank() == 1:
-        raise InputError("The file x is empty.")
+        raise InputError("The file y is empty.")
     dist.barrier()
 
 
-@pytest.mark.parametrize("function", [refuse_all, refuse_second])
-def test_an_input_error_is_said_once_and_ends_with_status_1(function, capfd):
-    with pytest.raises(SystemExit) as ended:
-        launch(function, num_gpus=0, num_processes=2)
-    assert ended.value.code == 1
-    said = capfd.readouterr().err
-    assert said.count("The file x is empty.") == 1 and "Traceback" not in said
+def wait(folder):
+    (folder / f"pid{comm.get_rank()}").write_text(str(os.getpid()))
+    time.sleep(250)
+
+
+def be_refused_and_wait(folder):
+    """In a program of its own, whose standard error is a file."""
+    os.dup2(os.open(folder / "said", os.O_WRONLY | os.O_CREAT), 2)
+    for function in (refuse_all, refuse_second):
+        with pytest.raises(SystemExit) as ended:
+            launch(function, num_gpus=0, num_processes=2)
+        assert ended.value.code == 1
+    launch(wait, (folder,), num_gpus=0, num_processes=2)
+
+
+def test_errors_are_said_once_and_nobody_outlives_the_launcher(tmp_path):
+    launcher = FORKS.Process(target=be_refused_and_wait, args=(tmp_path,))
+    launcher.start()
+    files = [tmp_path / f"pid{rank}" for rank in range(2)]
+    assert within_seconds(200, lambda: all(x.exists() and x.read_text() for x in files))
+    said = (tmp_path / "said").read_text()
+    assert said.count("The file x is empty.") == said.count("The file y is empty.") == 1
+    assert "Traceback" not in said
+    launcher.kill()
+    assert within_seconds(30, lambda: not any(is_running(int(x.read_text())) for x in files))
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def within_seconds(seconds, is_so):
+    end = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.05)
+    return is_so()
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +127,7 @@ def test_one_process_is_this_one(monkeypatch):
 
 def test_processes_of_two_machines_know_their_places(tmp_path):
     url = f"tcp://127.0.0.1:{free_port()}"
-    context = torch.multiprocessing.get_context("spawn")
-    machines = [context.Process(target=launch_machine, args=(r, tmp_path, url)) for r in range(2)]
+    machines = [FORKS.Process(target=launch_machine, args=(r, tmp_path, url)) for r in range(2)]
     for machine in machines:
         machine.start()
     for machine in machines:
@@ -78,13 +137,17 @@ def test_processes_of_two_machines_know_their_places(tmp_path):
         assert (tmp_path / str(rank)).read_text() == f"4 {rank % 2} 2 10 1"
 
 
-def test_processes_share_the_cores(tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    launch(write_place, (tmp_path,), num_gpus=0, num_processes=2)
-    cores = len(os.sched_getaffinity(0))
+@pytest.mark.parametrize(("said", "share"), [(None, 2), ("5", 5)])
+def test_processes_share_the_cores_unless_the_user_shares_them(tmp_path, said, share):
+    run_forks(join_with_five_threads, tmp_path, said, free_port())
     for rank in range(2):
-        threads = int((tmp_path / str(rank)).read_text().split()[-1])
-        assert 1 <= threads <= max(1, cores // 2)
+        assert (tmp_path / str(rank)).read_text() == f"2 {rank} 2 3 {share}"
+
+
+def test_processes_have_the_environment_of_their_launcher(tmp_path, monkeypatch):
+    monkeypatch.setenv("IOU_D2_TEST", "as it is now")
+    launch(write_environment, (tmp_path,), num_gpus=0, num_processes=2)
+    assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == ["as it is now"] * 2
 
 
 def test_an_error_of_one_process_ends_the_others():
