@@ -44,9 +44,10 @@ demo: $(VENV)/built
 	$(PYTHON) -m iou_d2 report $(RUN) --output $(DEMO)/report.html
 	@echo "The model and its figures are in $(RUN), the pictures and report.html in $(DEMO)."
 
-# Files in the order of their folders: sorted by their number of tests, slow ones would come last.
+# Files in the order of their folders: sorted by their number of tests, slow ones would come last. Dozens of processes
+# load the package: they may keep what Python compiles.
 test: $(VENV)/built
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 DATA ?= $(or $(DETECTRON2_DATASETS),datasets)
 zoo: $(VENV)/built
