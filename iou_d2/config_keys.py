@@ -30,6 +30,11 @@ def add_keys(cfg: CfgNode) -> None:
     # "SGD" as in Detectron2 and the papers, or "AdamW" (ours, for small models from scratch).
     cfg.SOLVER.OPTIMIZER = "SGD"
 
+    # A project of Weights & Biases for the curves of a training (ours; needs the package wandb).
+    # Empty for none.
+    cfg.WANDB = CfgNode()
+    cfg.WANDB.PROJECT = ""
+
     _add_fine_tuning(cfg)
     _add_test_augmentation(cfg)
     _add_mobilenet_v2(cfg)

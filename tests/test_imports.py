@@ -26,14 +26,14 @@ FLOORS = {
                      "detectron2"}),
     # Of `data` only what imports no Detectron2: see the test below.
     "analysis": ({"data"}, ARRAYS),
-    "report": ({"data", "analysis"}, {"numpy", "PIL"}),
+    "report": ({"data", "analysis"}, {"numpy", "PIL", "fiftyone"}),
     "evaluation": ({"analysis"}, {"detectron2", "numpy", "tabulate"}),
     "zoo": ({"data"}, {"yaml", "tabulate"}),
     # In use without torch and without Detectron2.
     "runtime": (set(), {"numpy", "cv2", "onnxruntime"}),
     "engine": ({"ops", "layers", "backbones", "detectors", "data", "evaluation", "runtime",
                "config_files", "__version__"},
-               DETECTION | {"numpy", "iopath", "onnx", "onnxruntime"}),
+               DETECTION | {"numpy", "iopath", "yaml", "onnx", "onnxruntime", "wandb"}),
 }  # fmt: skip
 # The roof may import from everywhere.
 ROOF = (

@@ -22,6 +22,7 @@ from iou_d2.detectors.views import build_view_maker
 from iou_d2.errors import InputError
 
 from .precision import MEMORY_FORMATS, PRECISIONS
+from .wandb_writer import check_wandb
 
 # Architectures that read MODEL.PROPOSAL_GENERATOR, and those that read MODEL.ROI_HEADS.
 _WITH_PROPOSALS = ("GeneralizedRCNN", "ProposalNetwork", "StandaloneIoUNet", "PanopticFPN")
@@ -70,6 +71,7 @@ def check_training(cfg: CfgNode) -> None:
         raise InputError("DATASETS.TRAIN is empty: name the data to train on with --train.")
     _check_solver(cfg)
     _check_fine_tuning(cfg)
+    check_wandb(cfg)
     if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
         raise InputError(
             f"SOLVER.OPTIMIZER is 'SGD' or 'AdamW', but it is {cfg.SOLVER.OPTIMIZER!r}."

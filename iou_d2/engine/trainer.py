@@ -7,11 +7,7 @@ import weakref
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import (
-    DefaultTrainer,
-    TrainerBase,
-    create_ddp_model,
-)
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -35,6 +31,7 @@ from .pretrained import check_pretrained
 from .solver import build_solver
 from .train_data import TrainData
 from .training_errors import name_images_of_errors, stop_at_non_finite_loss
+from .wandb_writer import wandb_writers
 
 
 class StopTraining(BaseException):
@@ -113,6 +110,9 @@ class Trainer(DefaultTrainer):
         if self.cfg.TEST.AUG.ENABLED:
             hooks.insert(hooks.index(evaluation) + 1, EvalHook(0, self.evaluate_with_TTA))
         return hooks
+
+    def build_writers(self) -> list:
+        return [*super().build_writers(), *wandb_writers(self.cfg)]
 
     def evaluate(self) -> dict:
         """Evaluate the model in training, or its average, and keep the checkpoint of the best."""

@@ -33,6 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-dets", type=int, help="detections an image and class; 100 if unset")
     parser.add_argument("--pictures", type=int, default=20, help="images a list; 20 if unset")
     parser.add_argument("--draws", type=int, default=1000, help="of the paired bootstrap")
+    parser.add_argument("--fiftyone", metavar="NAME", help="also make a dataset of FiftyOne")
     parser.set_defaults(command=shlex.join(["iou-d2", "report", *argv]))
     args = parser.parse_args(argv)
     check(args)
