@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from command_line import metrics_of
-from exported_models import SMALL_TWO_STAGE, small_two_stage
+from exported_models import SMALL_TWO_STAGE, TWO_LEVELS, small_two_stage
 from iou_d2.commands import detect, export
 from iou_d2.commands import eval as evaluate
 from iou_d2.data.shapes_image import CLASSES
@@ -20,7 +20,7 @@ pytest.importorskip("onnx")
 CONFIG = "configs/quick/iou_net_shapes.yaml"
 OVERRIDES = (
     *("MODEL.MASK_ON", "True", "MODEL.IOU_NET.REFINE_STEPS", "1", "INPUT.MIN_SIZE_TEST", "80"),
-    *("MODEL.ROI_HEADS.NUM_CLASSES", str(len(CLASSES))),
+    *("MODEL.ROI_HEADS.NUM_CLASSES", str(len(CLASSES)), *TWO_LEVELS),
 )
 
 

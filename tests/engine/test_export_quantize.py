@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import quantize as tool
-from exported_models import noise, small_model, small_two_stage, write_model
+from exported_models import TWO_LEVELS, noise, small_model, small_two_stage, write_model
 from iou_d2.engine.export.check import load
 from iou_d2.engine.export.files import InputSpec
 from iou_d2.engine.export.quantize import quantize
@@ -89,7 +89,7 @@ def test_two_stage_detectors_have_integer_box_heads_and_types_behind_loops(tmp_p
     agnostic = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
     config = "configs/quick/faster_rcnn_shapes.yaml"
     path, small = tmp_path / "model.onnx", tmp_path / "int8.onnx"
-    write_model(*small_two_stage(config, *pooler, *cascade, *agnostic), path)
+    write_model(*small_two_stage(config, *pooler, *TWO_LEVELS, *cascade, *agnostic), path)
     quantize(path, small, [noise(1, 96, 128).numpy()])
     nodes = onnx.load(small).graph.node
     made_of = {name: node.op_type for node in nodes for name in node.output}

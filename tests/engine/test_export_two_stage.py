@@ -8,7 +8,14 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import fast_rcnn
 
-from exported_models import SMALL_C4, SMALL_TWO_STAGE, noise, small_two_stage, write_model
+from exported_models import (
+    SMALL_C4,
+    SMALL_TWO_STAGE,
+    TWO_LEVELS,
+    noise,
+    small_two_stage,
+    write_model,
+)
 from iou_d2 import get_config
 from iou_d2.engine.export import build_graph
 from iou_d2.engine.export.agreement import NOTHING
@@ -72,7 +79,7 @@ def test_a_file_of_faster_rcnn_detects_what_the_model_detects(tmp_path, format, 
                 *("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "PrRoIPoolLegacy"),
             ),
         ),
-        ("onnx", ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "PrRoIPoolLegacy", *MASKS)),
+        ("onnx", ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "PrRoIPoolLegacy", *TWO_LEVELS, *MASKS)),
     ],
 )
 def test_cascades_and_masks_are_those_of_the_model(tmp_path, format, overrides):
@@ -124,7 +131,8 @@ IOU_NETS = {
 def test_a_file_of_iou_net_detects_what_the_model_detects(tmp_path, format, name):
     # Writing a file takes seconds for each step.
     steps = ("MODEL.IOU_NET.REFINE_STEPS", "1" if name == "cascade" else "2")
-    cfg, model = small_two_stage(IOU_NET, *steps, *IOU_NETS[name])
+    levels = () if name == "usual" else TWO_LEVELS
+    cfg, model = small_two_stage(IOU_NET, *steps, *levels, *IOU_NETS[name])
     found, graph = agreement_of(tmp_path / "model", cfg, model, SHAPES[:3], format=format)
     fields = {"boxes", "scores", "classes", "counts", "cls_scores", "pred_ious"}
     assert set(graph.names) == fields | ({"masks"} if name == "cascade" else set())
@@ -147,9 +155,9 @@ NO_PROPOSAL = ("MODEL.RPN.MIN_SIZE", "10000.0")
     ("format", "config", "overrides"),
     [
         ("onnx", FASTER, (*MASKS, *NO_PROPOSAL)),
-        ("onnx", IOU_NET, ("MODEL.IOU_NET.REFINE_STEPS", "1", *NO_DETECTION)),
+        ("onnx", IOU_NET, ("MODEL.IOU_NET.REFINE_STEPS", "1", *TWO_LEVELS, *NO_DETECTION)),
         ("torchscript", FASTER, (*MASKS, *NO_DETECTION)),
-        ("torchscript", IOU_NET, NO_PROPOSAL),
+        ("torchscript", IOU_NET, (*TWO_LEVELS, *NO_PROPOSAL)),
     ],
 )
 def test_without_a_detection_or_a_proposal_all_is_padding(tmp_path, format, config, overrides):
