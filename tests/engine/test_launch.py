@@ -49,7 +49,7 @@ def run_forks(function, *arguments):
     for fork in forks:
         fork.start()
     for fork in forks:
-        fork.join(timeout=250)  # on a busy machine
+        fork.join(timeout=250)  # a busy machine starts four more processes slowly
     assert [fork.exitcode for fork in forks] == [0, 0]
 
 
@@ -84,18 +84,6 @@ def be_refused_and_wait(folder):
     launch(wait, (folder,), num_gpus=0, num_processes=2)
 
 
-def test_errors_are_said_once_and_nobody_outlives_the_launcher(tmp_path):
-    launcher = FORKS.Process(target=be_refused_and_wait, args=(tmp_path,))
-    launcher.start()
-    files = [tmp_path / f"pid{rank}" for rank in range(2)]
-    assert within_seconds(200, lambda: all(x.exists() and x.read_text() for x in files))
-    said = (tmp_path / "said").read_text()
-    assert said.count("The file x is empty.") == said.count("The file y is empty.") == 1
-    assert "Traceback" not in said
-    launcher.kill()
-    assert within_seconds(30, lambda: not any(is_running(int(x.read_text())) for x in files))
-
-
 def is_running(process):
     try:
         os.kill(process, 0)
@@ -109,6 +97,18 @@ def within_seconds(seconds, is_so):
     while not is_so() and time.monotonic() < end:
         time.sleep(0.05)
     return is_so()
+
+
+def test_errors_are_said_once_and_nobody_outlives_the_launcher(tmp_path):
+    launcher = FORKS.Process(target=be_refused_and_wait, args=(tmp_path,))
+    launcher.start()
+    files = [tmp_path / f"pid{rank}" for rank in range(2)]
+    assert within_seconds(200, lambda: all(x.exists() and x.read_text() for x in files))
+    said = (tmp_path / "said").read_text()
+    assert said.count("The file x is empty.") == said.count("The file y is empty.") == 1
+    assert "Traceback" not in said
+    launcher.kill()
+    assert within_seconds(30, lambda: not any(is_running(int(x.read_text())) for x in files))
 
 
 @pytest.fixture(autouse=True)
@@ -127,12 +127,7 @@ def test_one_process_is_this_one(monkeypatch):
 
 def test_processes_of_two_machines_know_their_places(tmp_path):
     url = f"tcp://127.0.0.1:{free_port()}"
-    machines = [FORKS.Process(target=launch_machine, args=(r, tmp_path, url)) for r in range(2)]
-    for machine in machines:
-        machine.start()
-    for machine in machines:
-        machine.join(timeout=250)  # a busy machine starts six processes slowly
-    assert [machine.exitcode for machine in machines] == [0, 0]
+    run_forks(launch_machine, tmp_path, url)
     for rank in range(4):
         assert (tmp_path / str(rank)).read_text() == f"4 {rank % 2} 2 10 1"
 
