@@ -121,8 +121,9 @@ def test_no_record_is_of_no_run_of_the_plan():
 
 def test_the_documents_say_what_the_records_say():
     plan = read_plan(ROOT / "docs/runs/zoo.yaml")
-    results = (ROOT / "docs/RESULTS.md").read_text()
-    assert with_tables(results, plan) == results, "run `iou-d2 zoo write`"
+    for name in ("RESULTS", "POOLING"):
+        page = (ROOT / f"docs/{name}.md").read_text()
+        assert with_tables(page, plan) == page, "run `iou-d2 zoo write`"
     assert (ROOT / "MODEL_ZOO.md").read_text() == model_zoo(plan), "run `iou-d2 zoo write`"
 
 
