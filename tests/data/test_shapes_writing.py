@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import runpy
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import cv2
 import pytest
 
+from forks import FORKS
 from iou_d2.data import shapes
 from iou_d2.data.shapes import ShapesSpec, write_shapes
 from shapes_files import digests
@@ -43,14 +44,10 @@ def test_finished_set_is_not_made_again(tmp_path):
     assert (tmp_path / "set" / "instances.json").stat().st_mtime_ns != before
 
 
-def start_writer(folder: Path, images: int) -> multiprocessing.Process:
-    """Write a set in another process: forked, for a new one takes seconds to import PyTorch."""
-
-    def write():
-        cv2.setNumThreads(0)  # OpenCV's threads do not survive the fork
-        write_shapes(ShapesSpec("train", images, 64), folder)
-
-    process = multiprocessing.get_context("fork").Process(target=write)
+def start_writer(folder: Path, images: int) -> BaseProcess:
+    """Write a set in another process. It shares no lock with this one, such as that of tqdm, which
+    a killed process never gives back."""
+    process = FORKS.Process(target=write_shapes, args=(ShapesSpec("train", images, 64), folder))
     process.start()
     return process
 
