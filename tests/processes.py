@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 import iou_d2.detectors  # noqa: F401  (for what it registers)
-from forks import FORKS
+from forks import run_forks
 from iou_d2.engine.launch import free_port, launch
 
 
@@ -22,18 +22,7 @@ def spawn_cpu(function: Callable, processes: int, *arguments) -> None:
 
     `function` must be importable by name.
     """
-    port = free_port()
-    started = [
-        FORKS.Process(target=_join, args=(rank, processes, port, function, arguments))
-        for rank in range(processes)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(timeout=250)
-        process.kill()  # has no effect where it has ended
-        process.join()
-    assert [process.exitcode for process in started] == [0] * processes
+    run_forks(_join, processes, processes, free_port(), function, arguments)
 
 
 def _join(rank: int, processes: int, port: int, function: Callable, arguments: tuple) -> None:

@@ -12,7 +12,7 @@ from iou_d2.commands.output import check_output_file, write_whole
 from iou_d2.commands.parsers.report import parse_args
 from iou_d2.dependencies import missing_dependency
 from iou_d2.errors import InputError
-from iou_d2.report import Subject, check_dataset, write_dataset, write_page
+from iou_d2.report import Subject, check_dataset, measure, write_dataset, write_page
 
 _RESULTS = "coco_instances_results"
 
@@ -71,9 +71,10 @@ def run(args: argparse.Namespace) -> None:
     names = args.names or names_of(args.runs or [Path(path) for path in args.results])
     subjects_of = subjects_of_runs if args.runs else subjects_of_files
     subjects = subjects_of(args, names, args.command)
-    page = write_page(subjects, ", ".join(names), args.pictures, args.draws)
+    measures = [measure(subject) for subject in subjects]
+    page = write_page(subjects, ", ".join(names), args.pictures, args.draws, measures)
     write_whole(args.output, page)
     print(f"The report is in {args.output} ({len(page.encode()) / 1e6:.1f} MB).")
     if args.fiftyone:
-        write_dataset(subjects, args.fiftyone)
+        write_dataset(subjects, measures, args.fiftyone)
         print(f"FiftyOne has the dataset: `fiftyone app launch {args.fiftyone}`.")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from iou_d2.errors import InputError
 
-from .measures import Measures, measure, same_truth
+from .measures import Measures, same_truth
 from .subject import Subject
 
 GROUND_TRUTH = "ground_truth"
@@ -18,11 +18,22 @@ GROUND_TRUTH = "ground_truth"
 
 def check_dataset(name: str) -> None:
     """Raises InputError: FiftyOne is not installed, has no database, or has a dataset `name`."""
-    if name in _fiftyone().list_datasets():
+    try:
+        import fiftyone
+    except ImportError as error:
+        sentence = "--fiftyone needs the package fiftyone: `pip install fiftyone`."
+        raise InputError(sentence) from error
+    try:
+        names = fiftyone.list_datasets()
+    except Exception as error:  # its own and those of its database
+        raise InputError(f"FiftyOne does not reach its database: {error}") from error
+    if name in names:
         raise InputError(f"FiftyOne has a dataset {name} already: --fiftyone takes another name.")
 
 
-def write_dataset(subjects: Sequence[Subject], name: str) -> None:
+def write_dataset(
+    subjects: Sequence[Subject], measures: Sequence[Measures | None], name: str
+) -> None:
     """Make the persistent dataset `name`: a sample for each image of the one test set, with its
     objects in the field "ground_truth" and the detections of each subject in a field of its own.
 
@@ -30,18 +41,16 @@ def write_dataset(subjects: Sequence[Subject], name: str) -> None:
     its class score and predicted IoU where there are any, its true `iou`, and TIDE's type of
     `error`, "found" or "ignored". A dataset that cannot be finished is removed.
 
+    Args:
+        measures: of `measure`, one for each subject.
+
     Raises InputError: see `check_dataset`; or a subject without ground truth, results or images, of
     another test set than the first; or an image of no known size.
     """
     check_dataset(name)
-    fiftyone = _fiftyone()
-    measures = [_measured(subject) for subject in subjects]
-    for subject, other in zip(subjects[1:], measures[1:]):
-        if not same_truth(measures[0].truth, other.truth):
-            raise InputError(
-                f"--fiftyone shows one test set, but those of {subjects[0].name} and "
-                f"{subject.name} differ."
-            )
+    import fiftyone
+
+    _check_subjects(subjects, measures)
     samples = _samples(fiftyone, subjects, measures)
     dataset = fiftyone.Dataset(name, persistent=True)
     try:
@@ -63,27 +72,18 @@ def field_names(names: Sequence[str]) -> list[str]:
     return fields
 
 
-def _fiftyone():
-    try:
-        import fiftyone
-    except ImportError as error:
-        sentence = "--fiftyone needs the package fiftyone: `pip install fiftyone`."
-        raise InputError(sentence) from error
-    try:
-        fiftyone.list_datasets()
-    except Exception as error:  # its own and those of its database
-        raise InputError(f"FiftyOne does not reach its database: {error}") from error
-    return fiftyone
-
-
-def _measured(subject: Subject) -> Measures:
-    measures = measure(subject)
-    if measures is None or subject.images is None:
-        raise InputError(
-            f"--fiftyone needs ground truth, results and images (--images), and {subject.name} "
-            "lacks one of them."
-        )
-    return measures
+def _check_subjects(subjects: Sequence[Subject], measures: Sequence[Measures | None]) -> None:
+    for subject, measured in zip(subjects, measures):
+        if measured is None or subject.images is None:
+            raise InputError(
+                "--fiftyone needs ground truth, results and images (--images), and "
+                f"{subject.name} lacks one of them."
+            )
+        if not same_truth(measures[0].truth, measured.truth):
+            raise InputError(
+                f"--fiftyone shows one test set, but those of {subjects[0].name} and "
+                f"{subject.name} differ."
+            )
 
 
 def _samples(fiftyone, subjects: Sequence[Subject], measures: Sequence[Measures]) -> list:

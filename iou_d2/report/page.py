@@ -20,7 +20,11 @@ _FOR_PICTURES = 3_000_000  # of these bytes
 
 
 def write_page(
-    subjects: Sequence[Subject], title: str, pictures: int = PICTURES, draws: int = 1000
+    subjects: Sequence[Subject],
+    title: str,
+    pictures: int = PICTURES,
+    draws: int = 1000,
+    measures: Sequence[Measures | None] | None = None,
 ) -> str:
     """The HTML of a report on at least one subject; several stand side by side.
 
@@ -29,12 +33,13 @@ def write_page(
         pictures: images in each list of a subject. Where the page would be larger than LARGEST_PAGE
             there are fewer.
         draws: of the paired bootstrap.
+        measures: of `measure`, one for each subject; made here where they are not given.
 
     Raises ValueError: no subjects, or results that do not fit their ground truth.
     """
     if not subjects:
         raise ValueError("A report is on at least one detector.")
-    measures = [measure(subject) for subject in subjects]
+    measures = measures or [measure(subject) for subject in subjects]
     tests = compare(measures, draws)
     while True:
         page = _page(subjects, measures, tests, title, pictures)

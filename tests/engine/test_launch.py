@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from forks import FORKS
+from forks import FORKS, run_forks
 from iou_d2.engine import launch as module
 from iou_d2.engine.launch import Place, free_port, launch, place_in_environment
 from iou_d2.errors import InputError
@@ -41,16 +41,6 @@ def join_with_five_threads(rank, folder, omp_num_threads, port):
 
 def write_environment(folder):
     (folder / f"{comm.get_rank()}").write_text(os.environ["IOU_D2_TEST"])
-
-
-def run_forks(function, *arguments):
-    """`function(rank, *arguments)` in two processes at once."""
-    forks = [FORKS.Process(target=function, args=(rank, *arguments)) for rank in range(2)]
-    for fork in forks:
-        fork.start()
-    for fork in forks:
-        fork.join(timeout=250)  # a busy machine starts four more processes slowly
-    assert [fork.exitcode for fork in forks] == [0, 0]
 
 
 def fail_alone():
@@ -127,14 +117,14 @@ def test_one_process_is_this_one(monkeypatch):
 
 def test_processes_of_two_machines_know_their_places(tmp_path):
     url = f"tcp://127.0.0.1:{free_port()}"
-    run_forks(launch_machine, tmp_path, url)
+    run_forks(launch_machine, 2, tmp_path, url)
     for rank in range(4):
         assert (tmp_path / str(rank)).read_text() == f"4 {rank % 2} 2 10 1"
 
 
 @pytest.mark.parametrize(("said", "share"), [(None, 2), ("5", 5)])
 def test_processes_share_the_cores_unless_the_user_shares_them(tmp_path, said, share):
-    run_forks(join_with_five_threads, tmp_path, said, free_port())
+    run_forks(join_with_five_threads, 2, tmp_path, said, free_port())
     for rank in range(2):
         assert (tmp_path / str(rank)).read_text() == f"2 {rank} 2 3 {share}"
 

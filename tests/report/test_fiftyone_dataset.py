@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from iou_d2.errors import InputError
-from iou_d2.report import Subject, check_dataset, write_dataset
+from iou_d2.report import Subject, check_dataset, measure, write_dataset
 from iou_d2.report.fiftyone_dataset import field_names
 
 
@@ -78,8 +78,12 @@ def subject(name, results, folder, **more):
     )
 
 
+def write(subjects):
+    write_dataset(subjects, [measure(x) for x in subjects], "new")
+
+
 def test_objects_and_detections_are_in_parts_of_the_image(fiftyone, tmp_path):
-    write_dataset([subject("x", [GOOD], tmp_path), subject("1.5", [], tmp_path)], "new")
+    write([subject("x", [GOOD], tmp_path), subject("1.5", [], tmp_path)])
     first, second = fiftyone.datasets["new"]
     assert first["filepath"] == str((tmp_path / "a.png").resolve())
     half = {"confidence": 0.5, "cls_score": 0.5, "pred_iou": 0.75, "iou": 0.5, "error": "found"}
@@ -98,17 +102,17 @@ def test_a_size_that_nobody_wrote_down_is_that_of_the_image(fiftyone, tmp_path):
     for image in truth["images"]:
         image.update(width=None, height=None)
     with pytest.raises(InputError, match="Nothing says how large the image .*a.png is"):
-        write_dataset([subject("x", [GOOD], tmp_path, truth=truth)], "new")
+        write([subject("x", [GOOD], tmp_path, truth=truth)])
     for name in "ab":
         Image.new("RGB", (400, 100)).save(tmp_path / f"{name}.png")
-    write_dataset([subject("x", [GOOD], tmp_path, truth=truth)], "new")
+    write([subject("x", [GOOD], tmp_path, truth=truth)])
     (found,) = fiftyone.datasets["new"][0]["x"]["detections"]
     assert found["bounding_box"] == [0.05, 0.1, 0.1, 0.1]
 
 
 def test_half_a_dataset_is_removed(fiftyone, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        write_dataset([subject("x", [GOOD], tmp_path, truth=truth_of(3))], "new")
+        write([subject("x", [GOOD], tmp_path, truth=truth_of(3))])
     assert list(fiftyone.datasets) == ["old"]
 
 
@@ -116,10 +120,10 @@ def test_mistakes_get_a_sentence(fiftyone, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="FiftyOne has a dataset old already"):
         check_dataset("old")
     with pytest.raises(InputError, match="and x lacks one of them"):
-        write_dataset([subject("x", [GOOD], None)], "new")
+        write([subject("x", [GOOD], None)])
     pair = [subject("x", [], tmp_path), subject("y", [], tmp_path, truth=truth_of(3))]
     with pytest.raises(InputError, match="one test set, but those of x and y differ"):
-        write_dataset(pair, "new")
+        write(pair)
     fiftyone.fails = True
     with pytest.raises(InputError, match="does not reach its database: nobody answers"):
         check_dataset("new")
