@@ -10,7 +10,7 @@ from PIL import Image
 
 from iou_d2.errors import InputError
 
-from .measures import Measures, same_truth
+from .measures import Measures
 from .subject import Subject
 
 GROUND_TRUTH = "ground_truth"
@@ -79,7 +79,8 @@ def _check_subjects(subjects: Sequence[Subject], measures: Sequence[Measures | N
                 "--fiftyone needs ground truth, results and images (--images), and "
                 f"{subject.name} lacks one of them."
             )
-        if not same_truth(measures[0].truth, measured.truth):
+        # Objects are told by their place, so that their order has to be the same, too.
+        if measured.truth != measures[0].truth:
             raise InputError(
                 f"--fiftyone shows one test set, but those of {subjects[0].name} and "
                 f"{subject.name} differ."

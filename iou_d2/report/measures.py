@@ -147,16 +147,14 @@ def compare(measures: Sequence[Measures | None], draws: int) -> list[dict[str, D
     first = measures[0] if measures else None
     tests: list[dict[str, Difference] | None] = [None]
     for other in measures[1:]:
-        if first is None or other is None or not same_truth(first.truth, other.truth):
+        if first is None or other is None or not _same_truth(first.truth, other.truth):
             tests.append(None)
         else:
             tests.append(paired_bootstrap(first.truth, first.results, other.results, draws))
     return tests
 
 
-def same_truth(one: dict, other: dict) -> bool:
-    """Whether two COCO datasets have the same images and objects, in whatever order."""
-
+def _same_truth(one: dict, other: dict) -> bool:
     def objects(truth: dict) -> list:
         return sorted(
             (str(a["image_id"]), str(a["category_id"]), list(a["bbox"]), a.get("iscrowd", 0))

@@ -121,9 +121,12 @@ def test_mistakes_get_a_sentence(fiftyone, tmp_path, monkeypatch):
         check_dataset("old")
     with pytest.raises(InputError, match="and x lacks one of them"):
         write([subject("x", [GOOD], None)])
-    pair = [subject("x", [], tmp_path), subject("y", [], tmp_path, truth=truth_of(3))]
-    with pytest.raises(InputError, match="one test set, but those of x and y differ"):
-        write(pair)
+    turned = truth_of()
+    turned["annotations"].reverse()
+    for other in (truth_of(3), turned):
+        pair = [subject("x", [], tmp_path), subject("y", [], tmp_path, truth=other)]
+        with pytest.raises(InputError, match="one test set, but those of x and y differ"):
+            write(pair)
     fiftyone.fails = True
     with pytest.raises(InputError, match="does not reach its database: nobody answers"):
         check_dataset("new")
