@@ -43,6 +43,7 @@ from iou_d2.engine.export import build_graph
 from iou_d2.engine.export.describe import describe
 from iou_d2.engine.export.files import InputSpec, write
 from iou_d2.engine.export.quantize import quantize
+from iou_d2.engine.memory import keep_freed_memory
 from iou_d2.errors import InputError
 from iou_d2.runtime import Detector
 
@@ -239,6 +240,7 @@ def main() -> None:
     if bool(args.config) != bool(args.weights) or (args.test and not args.calibrate):
         parser.error("--config and --weights belong together, and --test needs --calibrate")
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the commands do
     versions = f"ONNX Runtime {onnxruntime.__version__}"
     if openvino is not None:
         versions += f", OpenVINO {openvino.__version__}"

@@ -9,8 +9,9 @@ each bin, and in the gradient of the features each pixel of the map, once) again
 a copy; convolutions and whole models by their multiply-adds against the rate of a float32 matrix
 product, on a GPU in TF32, as convolutions are there. torch.utils.flop_counter counts those of a
 model; what is no matrix product counts as none. "old" is a copy or result into memory that was in
-use, "new" into memory that the system hands out page by page. Runs of a table take turns; medians,
-with the least and the most in brackets.
+use, "new" into memory that the system hands out page by page; all else runs as in the commands,
+which keep what was freed. Runs of a table take turns; medians, with the least and the most in
+brackets.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from deform_conv import CHANNELS, levels
 from flops import multiply_adds
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
 from iou_d2.detectors.iou_net_nms import GuidedNMS
+from iou_d2.engine.memory import keep_freed_memory
 from iou_d2.layers.deform_conv import deform_conv
 from iou_net import CANDIDATES, DETECTIONS, random_boxes
 
@@ -297,6 +299,7 @@ def main() -> None:
     print(f"{machine(args.device)}, float32, median of {args.rounds} rounds\n")
     counts = [args.threads] if args.device == "cuda" else sorted({1, args.threads})
     limits = measure_machine(args.device, counts, args.rounds)
+    keep_freed_memory()  # as the commands do; "copy, new" is without it
     if "prroi" in only:
         prroi_table(limits, args.device, args.rounds)
     if "convolution" in only:

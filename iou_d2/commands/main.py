@@ -11,6 +11,7 @@ from pathlib import Path
 from iou_d2.commands.errors import ending_in_a_sentence
 from iou_d2.commands.threads import limit_spinning
 from iou_d2.dependencies import CHOICES, missing_dependency
+from iou_d2.engine.memory import keep_freed_memory
 
 # A command is the modules of its name in this folder and in parsers, with "_" for "-".
 COMMANDS = (
@@ -62,6 +63,7 @@ def run_command(command: str, argv: list[str]) -> None:
     with ending_in_a_sentence():
         args = importlib.import_module(f"iou_d2.commands.parsers.{name}").parse_args(argv)
         limit_spinning()
+        keep_freed_memory()
         missing = missing_dependency(NEEDS.get(command, CHOICES))
         if missing:
             sys.exit(missing)

@@ -26,6 +26,7 @@ from detectron2.engine import launch as launch_gpus
 from iou_d2.errors import InputError
 
 from .compat import create_local_process_group
+from .memory import keep_freed_memory
 
 # The exit status of a process that has told the user's error; and seconds for which others wait.
 SAID, GRACE = 77, 5
@@ -179,6 +180,7 @@ def _start_process(
 ) -> None:
     os.environ.clear()  # a fork has that of the process which it is a fork of
     os.environ.update(environment)
+    keep_freed_memory()
     threading.Thread(target=_end_with, args=(mp.parent_process(),), daemon=True).start()
     place = Place(
         rank=machine_rank * num_processes + local_rank,

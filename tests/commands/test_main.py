@@ -90,11 +90,14 @@ def test_a_command_gets_its_arguments_and_its_name(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: iou-d2 table ")
 
 
-def test_a_command_that_runs_has_limited_spinning_and_ends_in_a_sentence(monkeypatch):
+def test_a_command_has_limited_spinning_and_keeps_memory_and_ends_in_a_sentence(monkeypatch):
+    kept = []
+    monkeypatch.setattr(dispatcher, "keep_freed_memory", lambda: kept.append(True))
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     with pytest.raises(SystemExit, match="There is no folder nowhere."):
         main(["table", "nowhere"])
     assert os.environ["GOMP_SPINCOUNT"] == "10000"
+    assert kept
 
 
 def test_spinning_is_limited_unless_the_user_said_otherwise(monkeypatch):
