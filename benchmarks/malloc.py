@@ -102,7 +102,7 @@ def main() -> None:
     add("--size", default="800x1333", metavar="HxW")
     add("--images", type=int, default=1, metavar="N", help="of a training step")
     add("--classes", type=int, default=80)
-    add("--repeats", type=int, default=5, help="of an image and of a step in each process")
+    add("--repeats", type=int, default=3, help="of an image and of a step in each process")
     add("--rounds", type=int, default=3)
     add("--precision", default="float32")
     add("--how", choices=HOWS, help="measure this in this process alone")
