@@ -24,6 +24,7 @@ from torchvision.ops import batched_nms
 from common import add_device, build, in_turn, machine
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor, predict_ious
 from iou_d2.detectors.iou_net_nms import GuidedNMS, PlainNMS
+from iou_d2.engine.memory import keep_freed_memory
 from iou_d2.layers.suppressors import first_suppressors
 from iou_d2.ops.jitter import jittered_boxes
 from iou_d2.ops.nms import iou_guided_nms
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     add_device(parser)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the commands do
 
     model = build(arguments.config, arguments.device, ["MODEL.RESNETS.NORM", "BN"]).eval()
     print(
