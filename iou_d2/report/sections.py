@@ -158,7 +158,8 @@ def _metrics(
         row = [key.removeprefix("bbox/")]
         for subject, found in zip(subjects, measures):
             value = _any_value(subject, found, key)
-            row.append(number(value))
+            # Correlations are no percentages: they lie between -1 and 1.
+            row.append(number(value, 3 if key.startswith("localization/") else 1))
             if expected:
                 row.append(_held_against(value, key, subject.expected))
         rows.append(row)

@@ -160,6 +160,12 @@ def test_expected_results_are_held_against_what_is_counted():
     assert "12.3" in page.text
 
 
+def test_a_correlation_is_no_percentage():
+    expected = [Expected("localization", "pearson_x", 0.73, 0.1)]
+    page = read(make_subject(expected=expected, recorded={"localization/pearson_x": 0.7269}))
+    assert "0.727 0.73 ± 0.1 met" in " ".join(page.text.split())
+
+
 def test_what_is_missing_is_said():
     assert "There is no detection" in read(make_subject_with(results=[])).text
     assert "The ground truth has no objects" in read(make_subject_with(annotations=[])).text
