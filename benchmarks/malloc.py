@@ -19,6 +19,7 @@ import random
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import torch
 from tabulate import tabulate
@@ -26,18 +27,17 @@ from tabulate import tabulate
 from common import build, machine, peak_gib, random_batch, seconds, training_step
 from iou_d2.engine.memory import keep_freed_memory
 
-HUGE = {"THP_MEM_ALLOC_ENABLE": "1"}
-# How -> whether memory is kept, and the environment.
+# How -> whether memory is kept, and what is added to the environment.
 HOWS = {
     "as glibc comes": (False, {}),
     "freed memory kept": (True, {}),
-    "kept, in huge pages": (True, HUGE),
+    "kept, in huge pages": (True, {"THP_MEM_ALLOC_ENABLE": "1"}),
 }
-FIGURES = ("image, s", "step, s", "peak of images, GB", "peak of steps, GB")
+FIGURES = ("image, s", "step, s", "peak of images, GiB", "peak of steps, GiB")
 CONFIGS = ["quick/vfnet_own_data", "quick/iou_net_own_data", "vfnet_R_50_FPN_1x"]
 
 
-def batches(args: argparse.Namespace, count: int):
+def batches(args: argparse.Namespace, count: int) -> Iterator[list[dict]]:
     """So many batches, of images whose size no other batch has."""
     height, width = map(int, args.size.split("x"))
     draw = random.Random(0)
@@ -62,12 +62,8 @@ def measure(config: str, args: argparse.Namespace) -> list[float]:
         seconds(lambda x=x: training_step(model, optimizer, x))
         for x in batches(args, args.repeats + 2)
     ]
-    return [
-        statistics.median(images[2:]),
-        statistics.median(steps[2:]),
-        after_images,
-        peak_gib("cpu"),
-    ]
+    medians = [statistics.median(times[2:]) for times in (images, steps)]
+    return [*medians, after_images, peak_gib("cpu")]
 
 
 def in_own_process(how: str, config: str) -> list[float]:
