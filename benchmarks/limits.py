@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import prroi_pool as prroi
 from common import (
@@ -225,11 +225,16 @@ def model_table(limits: Limits, models, batch: list[dict], rounds: int) -> dict[
     return steps
 
 
+def cut_off(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.requires_grad)
+
+
 def loss_runs(model, batch: list[dict]) -> dict[str, Callable]:
     """The assignment of a dense detector, and its losses with their gradients."""
     images = model.train().preprocess_image(batch)
     truths = [x["instances"].to(model.device) for x in batch]
-    predictions = model.predict(images.tensor)
+    # Cut off from the head, in which VarifocalNet's boxes lead into its star convolutions.
+    predictions = tree_map_only(Tensor, cut_off, model.predict(images.tensor))
     outputs = [x for x in tree_leaves(predictions) if isinstance(x, Tensor) and x.requires_grad]
 
     def losses():
