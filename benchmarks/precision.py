@@ -1,14 +1,15 @@
-"""What precision and order of memory cost and save: MODEL.PRECISION and MODEL.MEMORY_FORMAT.
+"""What precision, order of memory and folded norms save: MODEL.PRECISION, MODEL.MEMORY_FORMAT,
+MODEL.FOLD_NORM.
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/precision.py [--size HxW] [--images N]
         [--rounds N] [--configs NAME ...] [--cpu] [--device cpu|cuda]
 
-For each config the four combinations take turns in one process. Prints the median seconds of a
-training step (forward, backward, SGD, of N images) and of the networks' forward of one image
-without gradients, the median of each round's ratio to float32 NCHW, and its lowest and highest
-value. --cpu has it count the seconds of the CPU and not those of the clock, which a busy machine
-stretches. The first step of each is not counted. The weights are random, so that nothing is
-detected.
+For each config the ways take turns in one process, with freed memory kept as in the commands.
+Prints the median seconds of a training step (forward, backward, SGD, of N images) and of the
+networks' forward of one image without gradients, the median of each round's ratio to float32 NCHW,
+and its lowest and highest value. --cpu has it count the seconds of the CPU and not those of the
+clock, which a busy machine stretches. The first step of each is not counted. The weights are
+random, so that nothing is detected.
 """
 
 from __future__ import annotations
@@ -25,10 +26,20 @@ from torch import nn
 
 from common import add_device, machine, random_batch, seconds, training_step
 from iou_d2 import get_config
+from iou_d2.engine.memory import keep_freed_memory
 from iou_d2.engine.trainer import Trainer
 
 CONFIGS = ["vfnet_R_50_FPN_1x", "quick/vfnet_own_data"]
-BASELINE = "float32 contiguous"
+APART = ", norms apart"
+WAYS = [
+    "float32 contiguous",
+    "float32 channels_last" + APART,
+    "float32 channels_last",
+    "bfloat16 contiguous",
+    "bfloat16 channels_last" + APART,
+    "bfloat16 channels_last",
+]
+BASELINE = WAYS[0]
 
 
 def cpu_seconds(function: Callable) -> float:
@@ -38,8 +49,9 @@ def cpu_seconds(function: Callable) -> float:
 
 
 def build(config: str, device: str, name: str) -> nn.Module:
-    precision, memory_format = name.split()
+    precision, memory_format = name.removesuffix(APART).split()
     keys = ["MODEL.PRECISION", precision, "MODEL.MEMORY_FORMAT", memory_format]
+    keys += ["MODEL.FOLD_NORM", str(not name.endswith(APART))]
     torch.manual_seed(0)
     return Trainer.build_model(
         get_config(config, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, *keys])
@@ -93,15 +105,11 @@ def main() -> None:
     add_device(parser)
     args = parser.parse_args()
     height, width = map(int, args.size.split("x"))
-    names = [
-        f"{precision} {memory_format}"
-        for precision in ("float32", "bfloat16")
-        for memory_format in ("contiguous", "channels_last")
-    ]
+    keep_freed_memory()
     print(f"{machine(args.device)}, {args.images} images of {height}x{width}")
     for config in args.configs:
         batch = random_batch(args.images, height, width, classes=1)
-        models = {name: build(config, args.device, name) for name in names}
+        models = {name: build(config, args.device, name) for name in WAYS}
         for what, make in (("training step", training), ("forward", forward)):
             runs = {name: make(model, batch) for name, model in models.items()}
             rows = rows_of(runs, args.rounds, cpu_seconds if args.cpu else seconds)

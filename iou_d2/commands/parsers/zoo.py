@@ -16,6 +16,8 @@ from pathlib import Path
 
 from iou_d2.errors import InputError
 
+PAGES = [Path("docs", name) for name in ("RESULTS.md", "POOLING.md", "ABLATIONS.md")]
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """`part` of the result is what the command is to do."""
@@ -33,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     add("--gpus", type=int, default=0, choices=(0, 1), help="of each run; 0 is the CPU")
     add = parts.add_parser("write", help="write MODEL_ZOO.md and the tables of pages").add_argument
-    add("--pages", nargs="*", type=Path, default=[Path("docs/RESULTS.md"), Path("docs/POOLING.md")])
+    add("--pages", nargs="*", type=Path, default=PAGES)
     add("--model-zoo", type=Path, default=Path("MODEL_ZOO.md"))
     add = parts.add_parser("keep", help="keep the record of a finished run").add_argument
     add("name", help="of the run in the plan: TABLE/SET/ROW-seedN")
