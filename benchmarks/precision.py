@@ -1,15 +1,13 @@
-"""What precision, order of memory and folded norms save: MODEL.PRECISION, MODEL.MEMORY_FORMAT,
-MODEL.FOLD_NORM.
+"""What precision and order of memory cost and save: MODEL.PRECISION and MODEL.MEMORY_FORMAT.
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/precision.py [--size HxW] [--images N]
         [--rounds N] [--configs NAME ...] [--cpu] [--device cpu|cuda]
 
-For each config the ways take turns in one process, with freed memory kept as in the commands.
+For each config the four combinations take turns in one process, with freed memory kept.
 Prints the median seconds of a training step (forward, backward, SGD, of N images) and of the
 networks' forward of one image without gradients, the median of each round's ratio to float32 NCHW,
 and its lowest and highest value. --cpu has it count the seconds of the CPU and not those of the
-clock, which a busy machine stretches. The first step of each is not counted. The weights are
-random, so that nothing is detected.
+clock, which a busy machine stretches. The weights are random, so that nothing is detected.
 """
 
 from __future__ import annotations
@@ -30,13 +28,10 @@ from iou_d2.engine.memory import keep_freed_memory
 from iou_d2.engine.trainer import Trainer
 
 CONFIGS = ["vfnet_R_50_FPN_1x", "quick/vfnet_own_data"]
-APART = ", norms apart"
 WAYS = [
     "float32 contiguous",
-    "float32 channels_last" + APART,
     "float32 channels_last",
     "bfloat16 contiguous",
-    "bfloat16 channels_last" + APART,
     "bfloat16 channels_last",
 ]
 BASELINE = WAYS[0]
@@ -49,9 +44,8 @@ def cpu_seconds(function: Callable) -> float:
 
 
 def build(config: str, device: str, name: str) -> nn.Module:
-    precision, memory_format = name.removesuffix(APART).split()
+    precision, memory_format = name.split()
     keys = ["MODEL.PRECISION", precision, "MODEL.MEMORY_FORMAT", memory_format]
-    keys += ["MODEL.FOLD_NORM", str(not name.endswith(APART))]
     torch.manual_seed(0)
     return Trainer.build_model(
         get_config(config, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, *keys])
@@ -77,12 +71,14 @@ def forward(model: nn.Module, batch: list[dict]) -> Callable:
 
 
 def rows_of(runs: dict[str, Callable], rounds: int, measure: Callable) -> list[list[str]]:
-    """A row each: name, seconds, ratio to BASELINE in its round with the extremes."""
-    for run in runs.values():
-        run()
+    """A row each: name, seconds, ratio to BASELINE in its round with the extremes.
+
+    A way's turn begins with a run that is not counted: it finds memory as the way before left it.
+    """
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            run()
             times[name].append(measure(run))
     rows = []
     for name, values in times.items():

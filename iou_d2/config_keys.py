@@ -55,9 +55,6 @@ def _add_precision(cfg: CfgNode) -> None:
     # How feature maps lie in memory: "channels_last" as NHWC, "contiguous" as NCHW, "auto" the
     # first on CPUs and the second on GPUs.
     cfg.MODEL.MEMORY_FORMAT = "auto"
-    # Whether convolutions on CPUs do the work of a batch norm behind them whose statistics are
-    # fixed, where that is less (engine/folding.py). On GPUs, where it was not measured, none does.
-    cfg.MODEL.FOLD_NORM = True
     # Whether torch.compile makes code of the backbone and the heads, of those that MODEL.PRECISION
     # is about: seconds to minutes at the first images, and again for the second size of images.
     cfg.MODEL.COMPILE = False

@@ -35,12 +35,12 @@ class StridedDepthwiseConv2d(nn.Conv2d):
         new.weight = conv.weight
         return new
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, h, w) in the dtype of `x`."""
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            return super()._conv_forward(x, weight, bias)
+            return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            return super()._conv_forward(x.to(weight.dtype), weight, bias).to(x.dtype)
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class MobileNetV2(Backbone):

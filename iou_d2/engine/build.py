@@ -11,7 +11,6 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from .compilation import compile_networks, require_compiler
-from .folding import fold_norms
 from .precision import networks_of, with_precision
 
 
@@ -21,17 +20,14 @@ def build_detector(cfg: CfgNode) -> nn.Module:
 
 
 def as_configured(model: nn.Module, cfg: CfgNode) -> nn.Module:
-    """`model`, whose networks compute from now on as MODEL.PRECISION, MODEL.MEMORY_FORMAT,
-    MODEL.FOLD_NORM and MODEL.COMPILE say. Names, shapes and precision of its tensors stay.
+    """`model`, whose networks compute from now on as MODEL.PRECISION, MODEL.MEMORY_FORMAT and
+    MODEL.COMPILE say. Names, shapes and precision of its tensors stay as they are.
 
     Raises:
         InputError: another value of one of the keys, networks that are not known, or no compiler.
     """
-    device = next(model.parameters()).device.type
-    if cfg.MODEL.FOLD_NORM and device == "cpu":
-        fold_norms(model)
     with_precision(model, cfg)
     if cfg.MODEL.COMPILE:
-        require_compiler(device)
+        require_compiler(next(model.parameters()).device.type)
         compile_networks(networks_of(model))
     return model
