@@ -225,13 +225,15 @@ class IoUBranch(nn.Module):
             features = [feature.float() for feature in features]
             if levels is None and isinstance(self.pooler, LayerPooler):
                 levels = self.pooler.assign_levels(boxes)
-            return self.code.decode(self._by_level(features, boxes, classes, levels))
+            on_cpu = classes.device.type == "cpu"
+            outputs = self._by_level if on_cpu else self.forward
+            return self.code.decode(outputs(features, boxes, classes, levels))
 
     def _by_level(
         self, features: list[Tensor], boxes: list[Boxes], classes: Tensor, levels: Tensor | None
     ) -> Tensor:
-        """What `forward` returns, from boxes that are sorted by level and, on the CPU, so many at a
-        time that what is pooled is not copied and lies in memory that the process has already."""
+        """What `forward` returns, from boxes that are sorted by level, so many at a time that what
+        is pooled is not copied and lies in memory that the process has already."""
         if not len(classes):
             return self(features, boxes, classes, levels)
         tensor = torch.cat([x.tensor for x in boxes])
@@ -239,7 +241,7 @@ class IoUBranch(nn.Module):
         every = torch.arange(len(classes), device=classes.device)
         order = every if levels is None else levels.argsort(stable=True)
         indices, outputs = [], []
-        for index in order.split(_CPU_BOXES if tensor.device.type == "cpu" else len(order)):
+        for index in order.split(_CPU_BOXES):
             index = index[image[index].argsort(stable=True)]
             counts = image[index].bincount(minlength=len(boxes)).tolist()
             lists = [Boxes(x) for x in tensor[index].split(counts)]

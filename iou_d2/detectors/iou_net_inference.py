@@ -95,8 +95,9 @@ class GradientAscent:
         image = image.to(boxes.device)
 
         def score(moved: Tensor, index: Tensor) -> Tensor:
-            moving = image[index].bincount(minlength=len(detections)).tolist()
-            lists = [Boxes(x) for x in moved.split(moving)]
+            some = len(index) < len(image)
+            shares = image[index].bincount(minlength=len(counts)).tolist() if some else counts
+            lists = [Boxes(x) for x in moved.split(shares)]
             return branch.predict(features, lists, classes[index], levels[index])
 
         boxes, ious = refine_boxes(

@@ -13,6 +13,8 @@ from torch import Tensor
 # (S, 4) boxes and their (S,) indices among all boxes -> (S,) scores. A box's score depends on no
 # other box.
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+# Boxes (R, 4) and whether their gradients are wanted -> scores (R,) and those gradients (R, 4).
+Evaluation = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
 # Boxes (R, 4) and scores (R,) as they are at a step, for it to keep.
 Observer = Callable[[Tensor, Tensor], None]
 
@@ -69,6 +71,20 @@ def refine_boxes(
 
     with torch.inference_mode(False), torch.no_grad():
         boxes, limits = clip_boxes(boxes.detach().float(), limits), limits.clone()
+        if boxes.is_cuda and observe is None:
+            every = torch.arange(len(boxes), device=boxes.device)
+            return ascend_together(
+                lambda moved, with_gradient: _evaluate(
+                    score_function, moved, every, with_gradient=with_gradient
+                ),
+                boxes,
+                limits,
+                steps=steps,
+                step_size=step_size,
+                early_stop=early_stop,
+                max_drop=max_drop,
+                roll_back=roll_back,
+            )
         moving = torch.arange(len(boxes), device=boxes.device)
         scores, gradient = _evaluate(score_function, boxes, moving, with_gradient=steps > 0)
         scores = scores.clone()
@@ -92,6 +108,43 @@ def refine_boxes(
             goes_on = taken & (change.abs() >= early_stop) & (change >= max_drop)
             moving = moving[goes_on]
             gradient = None if gradient is None else gradient[goes_on]
+    return boxes, scores
+
+
+def ascend_together(
+    evaluate: Evaluation,
+    boxes: Tensor,
+    limits: Tensor,
+    *,
+    steps: int,
+    step_size: float,
+    early_stop: float,
+    max_drop: float,
+    roll_back: bool,
+) -> tuple[Tensor, Tensor]:
+    """What `refine_boxes` makes of boxes that are clipped: all go through all steps, and masks say
+    which of them move. Nothing waits for a GPU to say how many there are, and no graph needs to
+    know.
+
+    Args:
+        boxes: (R, 4) inside the limits; R may be 0.
+        limits: (R, 2) or (1, 2).
+    """
+    scores, gradient = evaluate(boxes, steps > 0)
+    moving = torch.ones_like(scores, dtype=torch.bool)
+    for step in range(steps):
+        sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        moved = boxes + step_size * gradient * sides
+        moving = moving & moved.isfinite().all(dim=1)
+        moved = clip_boxes(moved, limits)
+        moving = moving & (moved[:, 2:] > moved[:, :2]).all(dim=1)
+        moved = torch.where(moving[:, None], moved, boxes)
+        new, gradient = evaluate(moved, step + 1 < steps)
+        change = new - scores
+        moving = moving & ((change >= 0) if roll_back else change.isfinite())
+        boxes = torch.where(moving[:, None], moved, boxes)
+        scores = torch.where(moving, new, scores)
+        moving = moving & (change.abs() >= early_stop) & (change >= max_drop)
     return boxes, scores
 
 

@@ -148,7 +148,15 @@ def test_class_losses(loss, dtype):
     same(loss, logits.to(dtype), targets.to(dtype), rtol=1e-4, atol=1e-6)
 
 
-def test_refinement_climbs_to_the_same_boxes():
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"early_stop": 0.0, "max_drop": -2.0},
+        {"step_size": 60.0},
+        {"step_size": 60.0, "roll_back": True},
+    ],
+)
+def test_refinement_climbs_to_the_same_boxes(rule):
     boxes, goals = random_boxes(80).clamp(min=0), random_boxes(80, seed=1)
     limits = torch.tensor([[400.0, 300.0]]).repeat(80, 1)
 
@@ -156,7 +164,7 @@ def test_refinement_climbs_to_the_same_boxes():
         def score(moved, index):
             return torch.exp(-(moved - goals[index]).square().mean(dim=1) / 5000)
 
-        return refine_boxes(boxes, score, limits, steps=5, early_stop=0.0, max_drop=-2.0)
+        return refine_boxes(boxes, score, limits, steps=5, **rule)
 
     same(refine, boxes, goals, limits, rtol=1e-4, atol=1e-3)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from iou_d2.ops.refine import leave_inference_mode, refine_boxes
+from iou_d2.ops.refine import ascend_together, clip_boxes, leave_inference_mode, refine_boxes
 
 LIMITS = (200.0, 100.0)
 
@@ -24,6 +24,22 @@ def hill(optima):
         return torch.exp(-((boxes - best) / size).square().sum(dim=1))
 
     return score
+
+
+def refine_together(boxes, score, limits, **settings):
+    """`refine_boxes` as it works on a GPU."""
+
+    def evaluate(moved, with_gradient):
+        moved = moved.detach().requires_grad_()
+        scores = score(moved, torch.arange(len(moved)))
+        return scores.detach(), torch.autograd.grad(scores.sum(), moved)[0]
+
+    defaults = {"steps": 5, "step_size": 0.5, "early_stop": 0.001, "max_drop": -0.01}
+    settings = {**defaults, "roll_back": False, **settings}
+    return ascend_together(evaluate, clip_boxes(boxes, limits), limits, **settings)
+
+
+both_ways = pytest.mark.parametrize("refine", [refine_boxes, refine_together])
 
 
 def planted(count=50):
@@ -75,12 +91,13 @@ def algorithm_2(boxes, optima, steps, step_size, early_stop, max_drop, roll_back
     return torch.tensor(moved), torch.tensor(scores)
 
 
+@both_ways
 @pytest.mark.parametrize("roll_back", [False, True])
 @pytest.mark.parametrize("step_size", [0.5, 5.0, 25.0])
-def test_it_equals_algorithm_2_box_by_box(step_size, roll_back):
+def test_it_equals_algorithm_2_box_by_box(refine, step_size, roll_back):
     optima, boxes = planted(200)
     settings = {"steps": 5, "step_size": step_size, "early_stop": 0.01, "max_drop": -0.05}
-    moved, scores = refine_boxes(
+    moved, scores = refine(
         boxes, hill(optima), torch.full((200, 2), 1e6), roll_back=roll_back, **settings
     )
     expected, expected_scores = algorithm_2(boxes, optima, roll_back=roll_back, **settings)
@@ -125,8 +142,9 @@ def test_it_works_for_callers_without_gradients_and_leaves_none(mode):
     assert not usable.requires_grad
 
 
+@both_ways
 @pytest.mark.parametrize("step_size", [0.5, 100.0, 1e30])
-def test_boxes_stay_finite_upright_and_inside(step_size):
+def test_boxes_stay_finite_upright_and_inside(refine, step_size):
     optima, boxes = planted()
     boxes = torch.cat(
         [
@@ -144,7 +162,7 @@ def test_boxes_stay_finite_upright_and_inside(step_size):
     )
     optima = torch.cat([optima, optima[:5]])
     for roll_back in (False, True):
-        moved, scores = refine_boxes(
+        moved, scores = refine(
             boxes, hill(optima), limits_of(boxes), step_size=step_size, roll_back=roll_back
         )
         assert moved.isfinite().all() and scores.isfinite().all()
@@ -153,8 +171,9 @@ def test_boxes_stay_finite_upright_and_inside(step_size):
         assert (moved[:50, 2:] > moved[:50, :2]).all()
 
 
+@both_ways
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_score_that_is_not_finite_stops_the_box_where_it_was(bad):
+def test_a_score_that_is_not_finite_stops_the_box_where_it_was(refine, bad):
     optima = torch.tensor([[10.0, 10, 50, 50], [10.0, 10, 50, 50]])
     boxes = torch.tensor([[14.0, 14, 54, 54], [14.0, 14, 54, 54]])
 
@@ -162,14 +181,15 @@ def test_a_score_that_is_not_finite_stops_the_box_where_it_was(bad):
         spoilt = (index == 0) & (moved[:, 0] != 14)
         return hill(optima)(moved, index) * torch.where(spoilt, bad, 1.0)
 
-    moved, scores = refine_boxes(boxes, score, limits_of(boxes))
+    moved, scores = refine(boxes, score, limits_of(boxes))
     assert torch.equal(moved[0], boxes[0]) and scores.isfinite().all()
     assert scores[1] > scores[0]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_box_where_it_was():
+@both_ways
+def test_a_gradient_that_is_not_finite_stops_the_box_where_it_was(refine):
     boxes = torch.tensor([[14.0, 14, 54, 54]])
-    moved, scores = refine_boxes(
+    moved, scores = refine(
         boxes, lambda x, _: (x[:, 2] - x[:, 2].detach()).clamp(min=0).sqrt(), limits_of(boxes)
     )
     assert torch.equal(moved, boxes) and scores.tolist() == [0]
