@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from iou_d2.layers.extension import DEVICES
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPTS = (
     "prroi_pool.py --runs 10 --check",
@@ -50,6 +52,8 @@ def run(script: str, *arguments: str) -> bool:
 
 
 def main() -> None:
+    if "cuda" not in DEVICES:
+        sys.exit("iou_d2 was compiled without CUDA: install it with FORCE_CUDA=1 (README.md).")
     sys.path.insert(0, str(FOLDER))
     failed = []
     for line in SCRIPTS:

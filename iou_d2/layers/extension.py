@@ -3,6 +3,7 @@
 Attributes:
     HAS_EXTENSION: whether they are.
     WHY_NOT: what is wrong else, in a few words.
+    DEVICES: types of the devices that PrRoI pooling was compiled for; "meta" gives shapes.
 """
 
 from __future__ import annotations
@@ -23,5 +24,14 @@ def _load() -> str:
     return ""
 
 
+def _devices() -> frozenset[str]:
+    if not HAS_EXTENSION:
+        return frozenset()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    compiled = {x for x in ("cpu", "cuda") if has_kernel("iou_d2::prroi_pool", x.upper())}
+    return frozenset(compiled | {"meta"})
+
+
 WHY_NOT = _load()
 HAS_EXTENSION = not WHY_NOT
+DEVICES = _devices()

@@ -18,16 +18,17 @@ import warnings
 import torch
 from torch import nn
 
-from .extension import HAS_EXTENSION, WHY_NOT
+from .extension import DEVICES, HAS_EXTENSION, WHY_NOT
 
 
 @functools.cache
-def _warn_of_slowness() -> None:
+def _warn_of_slowness(device: str) -> None:
+    why = WHY_NOT or f"it was compiled without {device}"
     warnings.warn(
-        "iou_d2 runs without its compiled operator: PrRoI pooling uses plain tensor operations, "
-        f"which are slow and need much memory ({WHY_NOT}). Installing iou_d2 from its source with "
-        "`pip install -v --no-build-isolation --no-cache-dir --no-deps --force-reinstall` compiles "
-        "it for this torch, or says why not.",
+        f"iou_d2 runs without its compiled operator on {device}: PrRoI pooling uses plain tensor "
+        f"operations, which are slow and need much memory ({why}). Installing iou_d2 from its "
+        "source with `pip install -v --no-build-isolation --no-cache-dir --no-deps "
+        "--force-reinstall` compiles it for this torch, or says why not.",
         stacklevel=3,
     )
 
@@ -67,10 +68,11 @@ def prroi_pool(
     """
     height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
     exporting = torch.onnx.is_in_onnx_export()
-    if HAS_EXTENSION and not exporting:
+    device = features.device.type
+    if device in DEVICES and not exporting:
         return torch.ops.iou_d2.prroi_pool(features, rois, spatial_scale, height, width, aligned)
     if not exporting:
-        _warn_of_slowness()
+        _warn_of_slowness(device)
     return prroi_pool_reference(features, rois, (height, width), spatial_scale, aligned)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from iou_d2.layers.extension import DEVICES
+
 
 @pytest.fixture(autouse=True, scope="session")
 def exact_gpu():
@@ -12,6 +14,7 @@ def exact_gpu():
     computes with unless it is told not to."""
     if not torch.cuda.is_available():
         pytest.skip("These tests need a GPU.")
+    assert "cuda" in DEVICES, "iou_d2 was compiled without CUDA."
     backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:

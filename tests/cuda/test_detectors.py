@@ -137,8 +137,9 @@ def unmatched(found, others, margin: float) -> int:
 
 def may_differ(name: str, detections: int) -> int:
     """How many boxes: one of 50, since rounding decides about IoUs near to a threshold, and one of
-    10 of UnitBox, where it decides as well which of two neighbouring pixels NMS keeps."""
-    return detections // (10 if name == "unitbox_shapes" else 50)
+    3 of UnitBox. Its maps have equal pixels along the border of the image, where rounding decides
+    which of them NMS keeps: noise of 1e-7 on the logits moves 7 of 29 boxes."""
+    return detections // (3 if name == "unitbox_shapes" else 50)
 
 
 def same_detections(found, wanted, name: str, least: int = 6):
@@ -163,6 +164,22 @@ def test_detections_are_those_of_the_cpu(build, batch, name):
         found, expected = (x.eval()([one])[0]["instances"] for x in (ours, wanted))
         assert found.pred_boxes.tensor.is_cuda or DEVICE == "cpu"
         same_detections(found, expected, name)
+
+
+@torch.no_grad()
+def test_unitbox_says_and_finds_the_same_in_equal_maps(build, batch):
+    (_, ours), (_, wanted) = (build("unitbox_shapes", x, *FEW) for x in (DEVICE, "cpu"))
+    for one in batch[:2]:
+        images = (x.eval().preprocess_image([one]).tensor for x in (ours, wanted))
+        predicted, expected = (x.predict(y) for x, y in zip((ours, wanted), images))
+        for found, map_ in zip(predicted, expected):
+            torch.testing.assert_close(found.cpu(), map_, rtol=1e-4, atol=1e-4)
+        on_device = [x.to(DEVICE) for x in expected.of_image(0, (96, 96))]
+        found, kept = ours.extract(*on_device), wanted.extract(*expected.of_image(0, (96, 96)))
+        assert len(kept) > 20
+        torch.testing.assert_close(found.pred_boxes.tensor.cpu(), kept.pred_boxes.tensor)
+        torch.testing.assert_close(found.scores.cpu(), kept.scores)
+        assert torch.equal(found.pred_classes.cpu(), kept.pred_classes)
 
 
 @pytest.mark.parametrize(

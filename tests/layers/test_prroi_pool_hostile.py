@@ -1,7 +1,9 @@
 """PrRoI pooling of RoIs without content, absurd ones and wrong arguments, and with threads."""
 
+import importlib
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -149,3 +151,18 @@ print(HAS_EXTENSION, len(ours), out.sum().item())
     extension, warned, total = result.stdout.split()
     assert (extension, warned) == ("False", "1"), result.stderr
     assert float(total) == pytest.approx(8, abs=1e-5)
+
+
+def test_on_a_device_without_kernels_there_is_one_warning_and_the_same_result(monkeypatch):
+    """As on a GPU, where iou_d2 was compiled for the CPU alone."""
+    module = importlib.import_module("iou_d2.layers.prroi_pool")
+    features = make_features((1, 2, 8, 9), "contiguous", torch.float64)
+    rois = make_rois(5, 1, 8, 9, (1, 8))
+    expected = prroi_pool(features, rois, 2)
+    monkeypatch.setattr(module, "DEVICES", frozenset({"cuda", "meta"}))
+    module._warn_of_slowness.cache_clear()
+    with pytest.warns(UserWarning, match=r"operator on cpu: .* \(it was compiled without cpu\)"):
+        torch.testing.assert_close(prroi_pool(features, rois, 2), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prroi_pool(features, rois, 2)
