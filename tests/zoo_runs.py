@@ -23,14 +23,29 @@ tables:
       other: {name: "Other", config: quick/vfnet_shapes, overrides: {SOLVER.MAX_ITER: "4"}}
 """
 
+# A branch that is trained from a detector, and an evaluation of it.
+CHAIN = """
+  chain:
+    title: "Chain"
+    sets: [cells]
+    seeds: [1, 2]
+    metrics: [AP, AP75]
+    baseline: detector
+    rows:
+      detector: {name: "Detector", config: quick/faster_rcnn_shapes}
+      branch: {name: "Branch", config: quick/iou_net_standalone_shapes, starts_from: detector}
+      soft: {name: "Soft", evaluates: branch, overrides: {MODEL.IOU_NET.NMS: soft_linear}}
+"""
+
 
 def finished(folder: Path, run, ap: float = 40.0, **changes) -> Path:
     """A folder as training leaves it."""
     words = ["OUTPUT_DIR", "/somewhere", "SEED", str(run.seed), "MODEL.DEVICE", "cpu"]
+    words += ["MODEL.WEIGHTS", "/somewhere/model_final.pth"] if run.base else []
     words += [word for pair in run.overrides.items() for word in pair]
     metrics = {"AP": ap, "AP50": ap + 30, "AP75": ap - 5, "AP90": None}
     record = {
-        "config": run.config,
+        "config": run.config or "/somewhere/config.yaml",
         "overrides": words,
         "train": ["/somewhere/a.json"],
         "seed": run.seed,
@@ -47,5 +62,6 @@ def finished(folder: Path, run, ap: float = 40.0, **changes) -> Path:
         **changes,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(record))
+    name = "evaluation.json" if run.is_evaluation else "run.json"
+    (folder / name).write_text(json.dumps(record))
     return folder

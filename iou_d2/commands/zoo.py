@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from threading import Event
@@ -19,7 +19,7 @@ import torch
 from iou_d2.commands.parsers.zoo import parse_args
 from iou_d2.data.cleaning import write_text
 from iou_d2.errors import InputError
-from iou_d2.zoo import Plan, Run, keep, kept, model_zoo, read_plan, with_tables
+from iou_d2.zoo import Plan, Run, keep, kept, model_zoo, read_plan, trained_in, with_tables
 
 # Of a run of which nothing is known yet, in seconds.
 GUESS = 600.0
@@ -32,7 +32,7 @@ def train(args: argparse.Namespace) -> None:
     if args.gpus and not torch.cuda.is_available():
         raise InputError("--gpus 1 needs CUDA, which is not available: give --gpus 0.")
     plan = read_plan(args.plan, args.records)
-    runs = untrained(plan, chosen(plan, args.only))
+    runs = untrained(plan, chosen(plan, args.only), args.output)
     needs_data = [run.name for run in runs if run.train and args.data is None]
     if needs_data:
         raise InputError(f"{needs_data[0]} needs the folder of its images: give it by --data.")
@@ -59,13 +59,18 @@ def chosen(plan: Plan, patterns: Sequence[str]) -> list[Run]:
     return runs
 
 
-def untrained(plan: Plan, runs: Sequence[Run]) -> list[Run]:
-    """Those without a record; of some that train the same the first."""
+def untrained(plan: Plan, runs: Sequence[Run], output: Path) -> list[Run]:
+    """Those without a record, of some that train the same the first, and before them those that
+    they go on from, where no model of these is under `output`."""
     first: dict[tuple, Run] = {}
     for run in runs:
         if kept(plan, run) is None:
             first.setdefault(run.training, run)
-    return list(first.values())
+    for run in list(first.values()):
+        while run.base is not None and trained_in(plan, run.base, output) is None:
+            run = run.base
+            first.setdefault(run.training, run)
+    return sorted(first.values(), key=lambda run: run.depth)
 
 
 def expected_seconds(plan: Plan, run: Run) -> float:
@@ -89,25 +94,40 @@ def train_all(plan: Plan, runs: Sequence[Run], args: argparse.Namespace) -> list
     """
     stop = Event()
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = [pool.submit(train_one, plan, run, args, stop) for run in runs]
+        done: dict[tuple, Future] = {}
+        for run in runs:  # a run comes after those that it goes on from
+            before = run.base and done.get(run.base.training)
+            done[run.training] = pool.submit(train_after, before, plan, run, args, stop)
         try:
-            return [run.name for run, future in zip(runs, done) if not future.result()]
+            return [run.name for run in runs if not done[run.training].result()]
         finally:  # after an error nobody waits for the rest
             stop.set()
-            for future in done:
+            for future in done.values():
                 future.cancel()
 
 
+def train_after(
+    before: Future | None, plan: Plan, run: Run, args: argparse.Namespace, stop: Event
+) -> bool:
+    """`train_one`, once the run that this one goes on from has ended well."""
+    if before is not None and not before.result():
+        say(f"{run.name} is left out: {run.base.name}, from which it goes on, has not ended well.")
+        return False
+    return train_one(plan, run, args, stop)
+
+
 def train_one(plan: Plan, run: Run, args: argparse.Namespace, stop: Event) -> bool:
-    """Train a run in a process of its own and keep its record; False where it fails, or where
-    `stop`, which ends it, is set."""
+    """Train a run, or evaluate, in a process of its own and keep its record; False where it fails,
+    or where `stop`, which ends it, is set."""
     if stop.is_set():
         return False
     folder = args.output / run.name
-    arguments = run.arguments(str(args.data), str(folder), args.gpus)
+    base = {} if run.base is None else {"base": str(trained_in(plan, run.base, args.output))}
+    arguments = run.arguments(str(args.data), str(folder), args.gpus, **base)
     arguments += ["DATALOADER.NUM_WORKERS", "0"] if args.threads == 1 else []
-    # After a stop the run goes on from its last checkpoint; without one it starts anew.
-    arguments.insert(1, "--resume")
+    if not run.is_evaluation:
+        # After a stop the run goes on from its last checkpoint; without one it starts anew.
+        arguments.insert(1, "--resume")
     say(f"{run.name}: iou-d2 {shlex.join(arguments)}")
     status = train_apart(arguments, args.threads, folder / "output.txt", stop)
     if stop.is_set() and status != 0:
@@ -116,6 +136,9 @@ def train_one(plan: Plan, run: Run, args: argparse.Namespace, stop: Event) -> bo
     if status != 0:
         say(f"{run.name} failed; {folder / 'output.txt'} says why.")
         return False
+    if kept(plan, run) is not None:
+        say(f"{run.name} has a record already.")
+        return True
     try:
         say(f"{run.name} is kept in {keep(plan, run, folder)}.")
     except InputError as error:

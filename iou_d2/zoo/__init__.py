@@ -6,7 +6,7 @@ the tables between two marks. Nothing here trains: see iou_d2/commands/zoo.py.
 
 from .pages import model_zoo, with_tables
 from .plan import Plan, Row, Run, Table, read_plan
-from .records import keep, kept, path_of
+from .records import keep, kept, path_of, trained_in
 
 __all__ = [
     "Plan",
@@ -18,5 +18,6 @@ __all__ = [
     "model_zoo",
     "path_of",
     "read_plan",
+    "trained_in",
     "with_tables",
 ]

@@ -11,12 +11,10 @@ from tabulate import tabulate
 
 from iou_d2.errors import InputError
 
-from .plan import Dataset, Plan
-from .records import kept, path_of
+from .plan import Dataset, Plan, Row, Table
+from .records import MODEL, kept, path_of
 
-METRICS = ("AP", "AP50", "AP75", "AP90")
 CORRELATION = "localization/pearson_confidence"
-HEADERS = (*METRICS, "r", "minutes")
 HEAD = """# Model zoo
 
 Written by `iou-d2 zoo write` from the records in `docs/runs`; `make zoo DATA=...` trains what has
@@ -48,19 +46,44 @@ def tables_of(name: str, plan: Plan) -> str:
     column says of which."""
     table = plan.tables[name]
     names_devices = len(devices_of(records_of(name, plan))) > 1
+    headers = [*table.metrics, "r", "minutes"]
+    headers += ["gain in AP"] if table.baseline else []
+    headers += ["device"] if names_devices else []
     parts = []
     for dataset in table.sets:
+        by_seed = {row: _by_seed(plan, name, dataset, row) for row in table.rows}
         rows = []
-        for row in table.rows:
-            runs = [plan.run(name, dataset, row, seed) for seed in table.seeds]
-            records = [record for run in runs if (record := kept(plan, run)) is not None]
-            if records:
-                device = ["; ".join(devices_of(records))] if names_devices else []
-                rows.append([table.rows[row].name, *figures(records), *device])
+        for row, records in by_seed.items():
+            if not records:
+                continue
+            cells = [table.rows[row].name, *figures(list(records.values()), table.metrics)]
+            cells += [gain(records, by_seed[table.baseline])] if table.baseline else []
+            cells += ["; ".join(devices_of(list(records.values())))] if names_devices else []
+            rows.append(cells)
         if rows:
-            headers = [dataset.replace("_", " "), *HEADERS, *(["device"] if names_devices else [])]
-            parts.append(tabulate(rows, headers, "github", disable_numparse=True))
+            names = [dataset.replace("_", " "), *headers]
+            parts.append(tabulate(rows, names, "github", disable_numparse=True))
     return "\n\n".join(parts) if parts else "No run of this table has a record yet."
+
+
+def _by_seed(plan: Plan, table: str, dataset: str, row: str) -> dict[int, dict]:
+    """The records of a row on a set."""
+    runs = [plan.run(table, dataset, row, seed) for seed in plan.tables[table].seeds]
+    return {run.seed: record for run in runs if (record := kept(plan, run)) is not None}
+
+
+def gain(records: Mapping[int, Mapping], baseline: Mapping[int, Mapping]) -> str:
+    """By how much the AP of a row is over that of its baseline with the same seed: the mean and the
+    standard deviation over the seeds that both have. Empty for the baseline itself."""
+    if records == baseline:
+        return ""
+    ap = "bbox/AP"
+    gains = [
+        record["results"][ap] - baseline[seed]["results"][ap]
+        for seed, record in records.items()
+        if seed in baseline
+    ]
+    return spread(gains, 1, "+") if gains else "-"
 
 
 def records_of(name: str, plan: Plan) -> list[dict]:
@@ -73,21 +96,22 @@ def devices_of(records: Sequence[Mapping]) -> list[str]:
     return sorted({device for record in records for device in record["devices"]})
 
 
-def figures(records: Sequence[Mapping]) -> list[str]:
+def figures(records: Sequence[Mapping], metrics: Sequence[str]) -> list[str]:
     """Of the runs of one row, which differ by their seed: the mean, and with more than one seed
     the standard deviation over them. Minutes of several devices have no mean: a dash."""
     results = [record["results"] for record in records]
-    cells = [spread([one.get(f"bbox/{name}") for one in results], 1) for name in METRICS]
+    cells = [spread([one.get(f"bbox/{name}") for one in results], 1) for name in metrics]
     cells.append(spread([one.get(CORRELATION) for one in results], 3))
     minutes = [record["seconds"] / 60 for record in records]
     return [*cells, spread(minutes, 1) if len(devices_of(records)) == 1 else "-"]
 
 
-def spread(values: Sequence[float | None], digits: int) -> str:
-    """The mean, with "± standard deviation" of more than one value; a dash where one is missing."""
+def spread(values: Sequence[float | None], digits: int, sign: str = "") -> str:
+    """The mean, with "± standard deviation" of more than one value; a dash where one is missing.
+    With the sign "+" the mean has one, above 0 too."""
     if any(value is None for value in values):
         return "-"
-    text = f"{mean(values):.{digits}f}"
+    text = f"{mean(values):{sign}.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
 
 
@@ -124,17 +148,35 @@ def _commands(name: str, plan: Plan) -> list[str]:
     num_gpus = gpus.pop() if len(gpus) == 1 else "0-OR-1"
     train = f"    iou-d2 train --num-gpus {num_gpus} --config CONFIG SET SEED N "
     train += _pairs(table.overrides)
-    rows = [
-        [row.name, f"`{row.config}`", f"`{_pairs(row.overrides)}`" if row.overrides else ""]
-        for row in table.rows.values()
-    ]
+    trained = {key: row for key, row in table.rows.items() if not row.evaluates}
+    evaluated = [row for row in table.rows.values() if row.evaluates]
+    rows = [[row.name, f"`{row.config}`", _code(_own(row, table))] for row in trained.values()]
     sets = [
         [dataset.replace("_", " "), f"`{_of_set(plan.sets[dataset])}`"]
         for dataset in table.sets
         if plan.sets[dataset].train
     ]
     told = [f"{train.rstrip()} ...", tabulate(rows, ["row", "CONFIG", "..."], "github")]
+    if evaluated:
+        command = f"    iou-d2 eval --num-gpus {num_gpus} --config BASE/config.yaml "
+        told.append(f"{command}MODEL.WEIGHTS BASE/{MODEL} ...")
+        names = {row.name: table.rows[row.evaluates].name for row in evaluated}
+        rows = [[row.name, names[row.name], _code(_pairs(row.overrides))] for row in evaluated]
+        told.append(tabulate(rows, ["row", "BASE: output of", "..."], "github"))
     return [*told, tabulate(sets, ["set", "SET"], "github")] if sets else told
+
+
+def _own(row: Row, table: Table) -> str:
+    """What a training adds to that of its table."""
+    own = _pairs(row.overrides)
+    if not row.starts_from:
+        return own
+    base = table.rows[row.starts_from].name
+    return f"MODEL.WEIGHTS '(output of {base})/{MODEL}' {own}".rstrip()
+
+
+def _code(words: str) -> str:
+    return f"`{words}`" if words else ""
 
 
 def _of_set(dataset: Dataset) -> str:

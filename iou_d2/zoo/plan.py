@@ -1,4 +1,8 @@
-"""The plan: tables, their rows, and the runs that make them."""
+"""The plan: tables, their rows, and the runs that make them.
+
+A row is trained from the weights of its config, or goes on from another row of its table: it is
+trained from that row's model, or is an evaluation of it.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ import yaml
 
 from iou_d2.errors import InputError, MissingFileError
 
-# Stands in the plan, in records and on pages for the folder of the users' data.
-DATA = "DATA"
+# Stand in the plan, in records and on pages for the folder of the users' data, and for that of the
+# run that another one goes on from.
+DATA, BASE = "DATA", "BASE"
 
 
 @dataclass(frozen=True)
@@ -30,40 +35,71 @@ class Row:
     """
     Attributes:
         name: in the table.
-        config: name of a config that comes with iou_d2.
+        config: name of a config that comes with iou_d2; None for an evaluation.
         overrides: KEY VALUE pairs that make this row.
+        starts_from: an earlier row, whose model this one is trained from.
+        evaluates: an earlier row, whose model is evaluated with these overrides.
     """
 
     name: str
-    config: str
+    config: str | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
+    starts_from: str | None = None
+    evaluates: str | None = None
+
+    @property
+    def base(self) -> str | None:
+        """The row that this one goes on from."""
+        return self.starts_from or self.evaluates
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: row `row` of table `table` on one set with one seed."""
+    """One training: row `row` of table `table` on one set with one seed; or an evaluation, whose
+    `config`, `train` and `test` are in the folder of the run that it is of.
+
+    Attributes:
+        base: the run that this one goes on from.
+    """
 
     table: str
     dataset: str
     row: str
     seed: int
-    config: str
+    config: str | None
     overrides: Mapping[str, str]
     train: str | None
     test: str | None
+    base: Run | None = None
 
     @property
     def name(self) -> str:
         return f"{self.table}/{self.dataset}/{self.row}-seed{self.seed}"
 
     @property
+    def is_evaluation(self) -> bool:
+        return self.config is None
+
+    @property
+    def depth(self) -> int:
+        """How many runs come before this one."""
+        return 0 if self.base is None else self.base.depth + 1
+
+    @property
     def training(self) -> tuple:
         """What the results depend on: equal for runs of several tables that train the same."""
         overrides = frozenset(self.overrides.items())
-        return self.config, overrides, self.train, self.test, self.seed
+        before = None if self.base is None else self.base.training
+        return self.config, overrides, self.train, self.test, self.seed, before
+
+    @property
+    def settings(self) -> dict:
+        """What a record says of the plan, to be held against it."""
+        own = {"config": self.config, "seed": self.seed, "overrides": dict(self.overrides)}
+        return own if self.base is None else {**own, "base": self.base.settings}
 
     def arguments(
-        self, data: str = DATA, output: str | None = None, num_gpus: int = 0
+        self, data: str = DATA, output: str | None = None, num_gpus: int = 0, base: str = BASE
     ) -> list[str]:
         """What `iou-d2` is given for this run.
 
@@ -71,23 +107,36 @@ class Run:
             data: folder of the sets.
             output: OUTPUT_DIR; None leaves it out.
             num_gpus: 0 is the CPU.
+            base: OUTPUT_DIR of the run that this one goes on from.
         """
-        words = ["train", "--num-gpus", str(num_gpus), "--config", self.config]
+        config = f"{base}/config.yaml" if self.is_evaluation else self.config
+        words = ["eval" if self.is_evaluation else "train"]
+        words += ["--num-gpus", str(num_gpus), "--config", config]
         for option, value in (("--train", self.train), ("--test", self.test)):
             words += [option, value.replace(DATA, data)] if value else []
         words += ["OUTPUT_DIR", output] if output else []
-        for key, value in (("SEED", str(self.seed)), *self.overrides.items()):
+        words += [] if self.base is None else ["MODEL.WEIGHTS", f"{base}/model_final.pth"]
+        words += [] if self.is_evaluation else ["SEED", str(self.seed)]
+        for key, value in self.overrides.items():
             words += [key, value]
         return words
 
 
 @dataclass(frozen=True)
 class Table:
+    """
+    Attributes:
+        metrics: of boxes, the columns of the table on pages.
+        baseline: a row; one more column has the gain in AP over it, seed by seed.
+    """
+
     title: str
     sets: Sequence[str]
     seeds: Sequence[int]
     rows: Mapping[str, Row]
     overrides: Mapping[str, str] = field(default_factory=dict)
+    metrics: Sequence[str] = ("AP", "AP50", "AP75", "AP90")
+    baseline: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,11 +169,15 @@ class Plan:
                         yield self.run(name, dataset, row, seed)
 
     def run(self, table: str, dataset: str, row: str, seed: int) -> Run:
-        """Later overrides win: of the set, of the table, of the row."""
+        """Later overrides win: of the set, of the table, of the row. An evaluation has those of its
+        row alone, for the others are in the config of what it evaluates."""
         chosen, part = self.tables[table].rows[row], self.sets[dataset]
+        base = None if chosen.base is None else self.run(table, dataset, chosen.base, seed)
+        if chosen.evaluates:
+            return Run(table, dataset, row, seed, None, chosen.overrides, None, None, base)
         overrides = {**part.overrides, **self.tables[table].overrides, **chosen.overrides}
         return Run(
-            table, dataset, row, seed, chosen.config, overrides, part.train, part.test
+            table, dataset, row, seed, chosen.config, overrides, part.train, part.test, base
         )  # fmt: skip
 
 
@@ -149,9 +202,26 @@ def read_plan(path: Path, records: Path | None = None) -> Plan:
         unknown = [dataset for dataset in table.sets if dataset not in sets]
         if unknown:
             raise InputError(f"{path}: table {name} is on {unknown[0]}, which is none of the sets.")
+        _check_rows(f"{path}: table {name}", table)
     return Plan(path, records or path.parent, sets, tables)
 
 
 def _table(part: dict[str, Any]) -> Table:
     rows = {name: Row(**row) for name, row in part["rows"].items()}
     return Table(**{**part, "rows": rows})
+
+
+def _check_rows(where: str, table: Table) -> None:
+    if table.baseline is not None and table.baseline not in table.rows:
+        raise InputError(f"{where} has no row {table.baseline}, its baseline.")
+    earlier: set[str] = set()
+    for name, row in table.rows.items():
+        is_one = (row.config is None) == (row.evaluates is not None)
+        if not is_one or (row.starts_from and row.evaluates):
+            raise InputError(
+                f"{where}, row {name}: a row has a `config`, from which it is trained, or says by "
+                "`evaluates` which row it evaluates."
+            )
+        if row.base is not None and row.base not in earlier:
+            raise InputError(f"{where}, row {name} goes on from {row.base}, no row before it.")
+        earlier.add(name)

@@ -11,9 +11,11 @@ from iou_d2.errors import InputError, MissingFileError
 from .plan import Plan, Run
 
 # Of run.json. Paths of the machine stand in its overrides and sets, which the plan has.
-KEPT = ("config", "seed", "devices", "versions", "commit", "start", "seconds", "results")
+KEPT = ("devices", "versions", "commit", "start", "seconds", "results")
 # Keys that say where and on what a run runs, but not what it computes.
 ASIDE = {"OUTPUT_DIR", "SEED", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}
+# Of the folder that a run leaves.
+FILE, FILE_OF_EVALUATION, MODEL = "run.json", "evaluation.json", "model_final.pth"
 
 
 def path_of(plan: Plan, run: Run) -> Path:
@@ -38,8 +40,7 @@ def kept(plan: Plan, run: Run) -> dict | None:
         record["results"]["bbox/AP"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no record of a run: {error!r}.") from error
-    expected = {"config": run.config, "seed": run.seed, "overrides": dict(run.overrides)}
-    for key, value in expected.items():
+    for key, value in run.settings.items():
         if record.get(key) != value:
             raise InputError(
                 f"{path} has {key} {record.get(key)}, but the plan has {value}: delete the record "
@@ -48,25 +49,35 @@ def kept(plan: Plan, run: Run) -> dict | None:
     return record
 
 
+def trained_in(plan: Plan, run: Run, output: Path) -> Path | None:
+    """The folder of a run's model, or of one that trains the same; None where there is none.
+
+    Args:
+        output: of the folders of runs, each under its name.
+    """
+    folders = [output / other.name for other in (run, *plan.trainings[run.training])]
+    return next((folder for folder in folders if (folder / MODEL).is_file()), None)
+
+
 def keep(plan: Plan, run: Run, folder: Path) -> Path:
-    """Keep the record of `run`, which has been trained in `folder`, in `plan.records`.
+    """Keep the record of `run`, which left `folder`, in `plan.records`.
 
     Raises:
-        MissingFileError: `folder` holds no run.json.
+        MissingFileError: `folder` holds no run.json, or no evaluation.json of an evaluation.
         InputError: it has not finished, or is of other settings than the plan's.
     """
-    source = folder / "run.json"
+    source = folder / (FILE_OF_EVALUATION if run.is_evaluation else FILE)
     if not source.is_file():
-        raise MissingFileError(f"{folder} holds no run.json: it is no run.")
+        raise MissingFileError(f"{folder} holds no {source.name}: it is no run.")
     record = json.loads(source.read_text(encoding="utf-8"))
     if record["outcome"] != "finished" or not record["results"]:
         raise InputError(f"{source}: the run has not finished ({record['outcome']}).")
     words = record["overrides"]
-    overrides = dict(zip(words[::2], words[1::2]))
-    settings = {key: value for key, value in overrides.items() if key not in ASIDE}
+    aside = ASIDE if run.base is None else ASIDE | {"MODEL.WEIGHTS"}
+    settings = {k: v for k, v in zip(words[::2], words[1::2]) if k not in aside}
     wanted = {"config": run.config, "seed": run.seed}
-    found = {"config": record["config"], "seed": record["seed"]}
-    expected = {key: value for key, value in run.overrides.items() if key not in ASIDE}
+    found = {"config": None if run.is_evaluation else record["config"], "seed": record["seed"]}
+    expected = {key: value for key, value in run.overrides.items() if key not in aside}
     if found != wanted or settings != expected:
         raise InputError(
             f"{source} is of {found} with {settings}, but the plan's {run.name} is of {wanted} "
@@ -77,7 +88,7 @@ def keep(plan: Plan, run: Run, folder: Path) -> Path:
     chosen["seconds"] += sum(part["seconds"] or 0 for part in record.get("earlier", []))
     chosen["results"] = {name: _rounded(value) for name, value in chosen["results"].items()}
     path = plan.records / f"{run.name}.json"
-    text = json.dumps({**chosen, "overrides": dict(run.overrides)}, indent=1)
+    text = json.dumps({**run.settings, **chosen}, indent=1)
     write_text(path, text + "\n")
     return path
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from iou_d2.zoo import read_plan
-from zoo_runs import PLAN
+from zoo_runs import CHAIN, PLAN
 
 
 @pytest.fixture
@@ -14,3 +14,10 @@ def plan(tmp_path):
     path.parent.mkdir()
     path.write_text(PLAN)
     return read_plan(path)
+
+
+@pytest.fixture
+def chain(plan):
+    """The same with a table of runs that go on from others."""
+    plan.path.write_text(PLAN + CHAIN)
+    return read_plan(plan.path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from iou_d2 import get_config
+from iou_d2.commands.parsers.zoo import PAGES
 from iou_d2.errors import InputError
 from iou_d2.zoo import keep, kept, model_zoo, path_of, read_plan, with_tables
 from zoo_runs import PLAN, finished
@@ -105,13 +106,18 @@ def test_what_is_no_plan_is_told(tmp_path, text):
 
 def test_every_run_of_the_documents_has_a_config_that_takes_its_keys():
     plan = read_plan(ROOT / "docs/runs/zoo.yaml")
-    settings = {run.training[:2]: run for run in plan.runs()}
     found = {}
-    for run in settings.values():
-        cfg = get_config(run.config, [word for pair in run.overrides.items() for word in pair])
-        found.setdefault(str(cfg), []).append(run.name)
+    for run in plan.runs():
+        if run.seed > 1:
+            continue
+        config, overrides, base = run.config, dict(run.overrides), run.base and run.base.training
+        if run.is_evaluation:
+            config, overrides = run.base.config, {**run.base.overrides, **overrides}
+        cfg = get_config(config, [word for pair in overrides.items() for word in pair])
+        kind = str(cfg), run.train, run.is_evaluation, base
+        found.setdefault(kind, set()).add(run.training)
     # Runs are one where their words are: two that train the same must not be told otherwise.
-    assert [names for names in found.values() if len(names) > 1] == []
+    assert [runs for runs in found.values() if len(runs) > 1] == []
 
 
 def test_no_record_is_of_no_run_of_the_plan():
@@ -121,8 +127,8 @@ def test_no_record_is_of_no_run_of_the_plan():
 
 def test_the_documents_say_what_the_records_say():
     plan = read_plan(ROOT / "docs/runs/zoo.yaml")
-    for name in ("RESULTS", "POOLING"):
-        page = (ROOT / f"docs/{name}.md").read_text()
+    for path in PAGES:
+        page = (ROOT / path).read_text()
         assert with_tables(page, plan) == page, "run `iou-d2 zoo write`"
     assert (ROOT / "MODEL_ZOO.md").read_text() == model_zoo(plan), "run `iou-d2 zoo write`"
 
