@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.anchor_generator import build_anchor_generator
@@ -22,10 +21,10 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead, permute_to_N_HWA_K
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
-from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor, nn
 
 from iou_d2.ops.box_losses import BoxDeltas, BoxLoss, build_box_loss
+from iou_d2.ops.focal_loss import focal_loss_of_labels
 
 from .anchors import cell_corners
 from .dense import PyramidDetector, build_dense_nms, part_named, round_up
@@ -194,21 +193,21 @@ class BoxLossRetinaNet(PyramidDetector):
         self, predictions: list[AnchorPrediction], labels: Tensor, shares: list[Share]
     ) -> Tensor:
         """Focal loss of the anchors that are labelled, with `labels` (N, R of all levels)."""
-        logits = torch.cat([level.logits for level in predictions], dim=1)
-        return sum(
-            self._focal_loss(logits[images], labels[images]) / divisor for images, divisor in shares
-        )
-
-    def _focal_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        labelled = labels >= 0
-        targets = F.one_hot(labels[labelled], num_classes=self.num_classes + 1)[:, :-1]
-        return sigmoid_focal_loss_jit(
-            logits[labelled],
-            targets.to(logits.dtype),
-            alpha=self.focal_loss_alpha,
-            gamma=self.focal_loss_gamma,
-            reduction="sum",
-        )
+        logits = [level.logits for level in predictions]
+        if logits[0].is_cuda:  # which would wait for the launches of every level
+            logits = [torch.cat(logits, dim=1)]
+        of_levels = labels.split([x.shape[1] for x in logits], dim=1)
+        total = 0
+        for images, divisor in shares:
+            for level, of_level in zip(logits, of_levels):
+                loss = focal_loss_of_labels(
+                    level[images].flatten(0, 1),
+                    of_level[images].flatten(),
+                    self.focal_loss_alpha,
+                    self.focal_loss_gamma,
+                )
+                total = total + loss / divisor
+        return total
 
     def positive_losses(
         self, predictions: list[AnchorPrediction], positives: Positives, shares: list[Share]

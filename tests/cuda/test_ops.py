@@ -16,6 +16,7 @@ from iou_d2.ops.assign import ATSSAssigner, FCOSAssigner
 from iou_d2.ops.box_losses import KINDS, build_box_loss
 from iou_d2.ops.box_voting import vote_boxes
 from iou_d2.ops.calibration import PiecewiseLinear
+from iou_d2.ops.focal_loss import focal_loss_of_labels
 from iou_d2.ops.jitter import jitter_offsets, jittered_boxes
 from iou_d2.ops.losses import focal_loss, quality_focal_loss, varifocal_loss
 from iou_d2.ops.nms import batched_nms, best_of_nms, iou_guided_nms, soft_nms
@@ -146,6 +147,19 @@ def test_class_losses(loss, dtype):
     targets = torch.rand(100, 5, generator=generator)
     targets = (targets > 0.5).float() if loss is focal_loss else targets * (targets > 0.5)
     same(loss, logits.to(dtype), targets.to(dtype), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_focal_loss_of_labels(dtype):
+    def of_logits(logits, labels):
+        logits = logits.detach().requires_grad_()
+        total = focal_loss_of_labels(logits, labels)
+        return total.detach(), *torch.autograd.grad(total, logits)
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(300, 80, generator=generator)
+    labels = torch.randint(-1, 81, (300,), generator=generator)
+    same(of_logits, logits.to(dtype), labels, rtol=2e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
