@@ -4,14 +4,12 @@
         [--only machine prroi convolution models parts] [--threads N] [--rounds N]
         [--height PIXELS] [--width PIXELS] [--device cpu|cuda]
 
-PrRoI pooling, which moves numbers, is measured by the bytes that must move (each pixel under a RoI,
-each bin, and in the gradient of the features each pixel of the map, once) against the bandwidth of
-a copy; convolutions and whole models by their multiply-adds against the rate of a float32 matrix
-product, on a GPU in TF32, as convolutions are there. torch.utils.flop_counter counts those of a
-model; what is no matrix product counts as none. "old" is a copy or result into memory that was in
-use, "new" into memory that the system hands out page by page; all else runs as in the commands,
-which keep what was freed. Runs of a table take turns; medians, with the least and the most in
-brackets.
+PrRoI pooling is measured by the bytes that must move (each pixel under a RoI, each bin, and in the
+gradient of the features each pixel of the map, once) against the bandwidth of a copy; convolutions
+and models by their multiply-adds (torch.utils.flop_counter's) against the rate of a float32 matrix
+product, on a GPU in TF32. "old" is a copy into memory that was in use, "new" into memory that the
+system hands out page by page; all else runs as in the commands, which keep what was freed. Medians,
+with the least and the most in brackets, of runs in turn.
 """
 
 from __future__ import annotations
@@ -44,6 +42,7 @@ from flops import multiply_adds
 from iou_d2.detectors.iou_net_inference import GradientAscent, Postprocessor
 from iou_d2.detectors.iou_net_nms import GuidedNMS
 from iou_d2.engine.memory import keep_freed_memory
+from iou_d2.engine.precision import cpu_has_bfloat16
 from iou_d2.layers.deform_conv import deform_conv
 from iou_net import CANDIDATES, DETECTIONS, random_boxes
 
@@ -96,9 +95,10 @@ def machine_runs(device: str) -> dict[str, tuple[Callable, float, str]]:
     }
     side = SIDE[device]
     a, b = torch.randn(2, side, side, device=device)
-    pairs = {"float32": (a, b, False), "bfloat16": (a.bfloat16(), b.bfloat16(), False)}
-    if device == "cuda":
-        pairs["TF32"] = (a, b, True)
+    pairs = {"float32": (a, b, False)}
+    if device == "cuda" or cpu_has_bfloat16():  # else it takes minutes
+        pairs["bfloat16"] = (a.bfloat16(), b.bfloat16(), False)
+    pairs |= {"TF32": (a, b, True)} if device == "cuda" else {}
     for name, pair in pairs.items():
         run = functools.partial(product, *pair)
         runs[f"matrix product, {name}"] = (run, float(side) ** 3, "G multiply-adds/s")

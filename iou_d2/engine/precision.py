@@ -7,6 +7,7 @@ losses and NMS, is as precise as without.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -40,11 +41,22 @@ def with_precision(model: nn.Module, cfg: CfgNode) -> nn.Module:
     in_bfloat16 = part_named(PRECISIONS, cfg.MODEL.PRECISION, "MODEL.PRECISION")
     device = next(model.parameters()).device.type
     networks = networks_of(model) if in_bfloat16 else []
+    if in_bfloat16 and device == "cpu" and not cpu_has_bfloat16():
+        logging.getLogger("iou_d2").warning(
+            "MODEL.PRECISION is bfloat16, for which this processor has no instructions: float32 is "
+            "faster on it."
+        )
     for network in networks:
         compute_in_bfloat16(network, device)
     if is_last(device) and hasattr(model, "backbone"):
         model.backbone.register_forward_pre_hook(_channels_last)
     return model
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this processor; else torch does, one by one."""
+    has_onednn = torch.backends.mkldnn.is_available()
+    return has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def networks_of(model: nn.Module) -> list[nn.Module]:

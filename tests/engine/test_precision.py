@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from iou_d2 import get_config
+from iou_d2.engine import precision
 from iou_d2.engine.config_checks import check_config
 from iou_d2.engine.precision import as_float32, compute_in_bfloat16, networks_of, with_precision
 from iou_d2.engine.trainer import Trainer
@@ -68,6 +69,16 @@ def test_networks_compute_in_bfloat16_and_all_else_in_float32(config, make_batch
         for output in mixed.eval()(batch):
             fields = output["instances"].get_fields()
             assert fields["pred_boxes"].tensor.dtype == fields["scores"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_a_processor_without_bfloat16_is_told(monkeypatch, caplog, has_bfloat16):
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: has_bfloat16)
+    with caplog.at_level("WARNING", logger="iou_d2"):
+        build("vfnet_shapes", "MODEL.PRECISION", "float32")
+        assert not caplog.records
+        build("vfnet_shapes", "MODEL.PRECISION", "bfloat16")
+    assert ["float32 is faster" in x.message for x in caplog.records] == [True] * (not has_bfloat16)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
