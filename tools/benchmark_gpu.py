@@ -27,6 +27,7 @@ SCRIPTS = (
     "precision.py --rounds 4",
     "vfnet.py --size 800x1333 --rounds 3",
     "memory.py",
+    "focal_loss.py --rounds 5",
     "deform_conv.py --rounds 5",
     "assign.py --runs 5",
     "retinanet.py --rounds 10",
