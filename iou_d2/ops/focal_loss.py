@@ -33,13 +33,17 @@ def focal_loss_of_labels(
         A scalar, which is 0 with gradients where R is 0.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or a label is over K.
         RuntimeError: on a second derivative.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"Logits are (R, K) and labels (R,), not {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}."
+        )
+    if len(labels) and labels.max() > logits.shape[1]:
+        raise ValueError(
+            f"A label is {labels.max().item()}, but the logits are of {logits.shape[1]} classes."
         )
     return _FocalLoss.apply(logits, labels, alpha, gamma)
 
@@ -84,8 +88,9 @@ def _loss_and_slope(
     loss_at, slope_at = _of_zeros(-logits.gather(1, at), alpha, gamma)
     loss.scatter_(1, at, loss_at.where(is_object, loss.gather(1, at)))
     slope.scatter_(1, at, (-slope_at).where(is_object, slope.gather(1, at)))
-    counts = (labels >= 0).to(loss.dtype)
-    return (loss.sum(dim=1) * counts).sum(), slope.mul_(counts[:, None])
+    ignored = labels < 0
+    loss = loss.sum(dim=1).masked_fill(ignored, 0)
+    return loss.sum(), slope.masked_fill_(ignored[:, None], 0)
 
 
 def _of_zeros(logits: Tensor, weight: float, gamma: float) -> tuple[Tensor, Tensor]:

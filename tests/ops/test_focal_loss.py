@@ -100,6 +100,21 @@ def test_a_score_that_is_no_number_is_not_hidden():
     assert focal_loss_of_labels(logits, torch.tensor([2])).isnan()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_anchor_that_does_not_count_may_have_any_score(bad):
+    logits = torch.tensor([[bad, bad], [0.5, -0.5]])
+    total, gradient = value_and_gradient(
+        lambda x: focal_loss_of_labels(x, torch.tensor([-1, 1])), logits
+    )
+    alone = focal_loss_of_labels(logits[1:], torch.tensor([1]))
+    assert total == alone and (gradient[0] == 0).all() and gradient[1].isfinite().all()
+
+
+def test_a_class_that_the_logits_do_not_have_is_told():
+    with pytest.raises(ValueError, match="A label is 4, but the logits are of 3 classes"):
+        focal_loss_of_labels(torch.zeros(2, 3), torch.tensor([4, 0]))
+
+
 def test_no_anchors_and_none_that_count():
     for logits, labels in ((torch.zeros(0, 3), []), (torch.zeros(2, 3), [-1, -1])):
         labels = torch.tensor(labels, dtype=torch.int64)
