@@ -11,8 +11,8 @@ from tabulate import tabulate
 
 from iou_d2.errors import InputError
 
-from .plan import Dataset, Plan, Row, Table
-from .records import MODEL, kept, path_of
+from .plan import BASE, MODEL, Dataset, Plan, Row, Table
+from .records import kept, path_of
 
 CORRELATION = "localization/pearson_confidence"
 HEAD = """# Model zoo
@@ -158,11 +158,11 @@ def _commands(name: str, plan: Plan) -> list[str]:
     ]
     told = [f"{train.rstrip()} ...", tabulate(rows, ["row", "CONFIG", "..."], "github")]
     if evaluated:
-        command = f"    iou-d2 eval --num-gpus {num_gpus} --config BASE/config.yaml "
-        told.append(f"{command}MODEL.WEIGHTS BASE/{MODEL} ...")
+        command = f"    iou-d2 eval --num-gpus {num_gpus} --config {BASE}/config.yaml "
+        told.append(f"{command}MODEL.WEIGHTS {BASE}/{MODEL} ...")
         names = {row.name: table.rows[row.evaluates].name for row in evaluated}
         rows = [[row.name, names[row.name], _code(_pairs(row.overrides))] for row in evaluated]
-        told.append(tabulate(rows, ["row", "BASE: output of", "..."], "github"))
+        told.append(tabulate(rows, ["row", f"{BASE}: output of", "..."], "github"))
     return [*told, tabulate(sets, ["set", "SET"], "github")] if sets else told
 
 

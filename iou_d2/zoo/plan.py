@@ -19,6 +19,8 @@ from iou_d2.errors import InputError, MissingFileError
 # Stand in the plan, in records and on pages for the folder of the users' data, and for that of the
 # run that another one goes on from.
 DATA, BASE = "DATA", "BASE"
+# Of the folder that a training leaves.
+MODEL = "model_final.pth"
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Run:
         for option, value in (("--train", self.train), ("--test", self.test)):
             words += [option, value.replace(DATA, data)] if value else []
         words += ["OUTPUT_DIR", output] if output else []
-        words += [] if self.base is None else ["MODEL.WEIGHTS", f"{base}/model_final.pth"]
+        words += [] if self.base is None else ["MODEL.WEIGHTS", f"{base}/{MODEL}"]
         words += [] if self.is_evaluation else ["SEED", str(self.seed)]
         for key, value in self.overrides.items():
             words += [key, value]

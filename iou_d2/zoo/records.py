@@ -8,14 +8,14 @@ from pathlib import Path
 from iou_d2.data.cleaning import write_text
 from iou_d2.errors import InputError, MissingFileError
 
-from .plan import Plan, Run
+from .plan import MODEL, Plan, Run
 
 # Of run.json. Paths of the machine stand in its overrides and sets, which the plan has.
 KEPT = ("devices", "versions", "commit", "start", "seconds", "results")
 # Keys that say where and on what a run runs, but not what it computes.
 ASIDE = {"OUTPUT_DIR", "SEED", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}
-# Of the folder that a run leaves.
-FILE, FILE_OF_EVALUATION, MODEL = "run.json", "evaluation.json", "model_final.pth"
+# What a training and an evaluation say of themselves, in the folder that they leave.
+FILE, FILE_OF_EVALUATION = "run.json", "evaluation.json"
 
 
 def path_of(plan: Plan, run: Run) -> Path:

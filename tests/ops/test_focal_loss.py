@@ -122,7 +122,7 @@ def test_no_anchors_and_none_that_count():
         assert total == 0 and gradient.shape == logits.shape and (gradient == 0).all()
 
 
-def test_without_gradients_none_are_computed():
+def test_without_gradients_the_loss_has_none():
     logits, labels = random_entries(9, 3)
     with torch.no_grad():
         assert not focal_loss_of_labels(logits.requires_grad_(), labels).requires_grad
