@@ -19,7 +19,18 @@ import torch
 from iou_d2.commands.parsers.zoo import parse_args
 from iou_d2.data.cleaning import write_text
 from iou_d2.errors import InputError
-from iou_d2.zoo import Plan, Run, keep, kept, model_zoo, read_plan, trained_in, with_tables
+from iou_d2.zoo import (
+    Plan,
+    Run,
+    agrees,
+    keep,
+    kept,
+    model_zoo,
+    path_of,
+    read_plan,
+    trained_in,
+    with_tables,
+)
 
 # Of a run of which nothing is known yet, in seconds.
 GUESS = 600.0
@@ -137,14 +148,26 @@ def train_one(plan: Plan, run: Run, args: argparse.Namespace, stop: Event) -> bo
         say(f"{run.name} failed; {folder / 'output.txt'} says why.")
         return False
     if kept(plan, run) is not None:
-        say(f"{run.name} has a record already.")
-        return True
+        return is_as_recorded(plan, run, folder)
     try:
         say(f"{run.name} is kept in {keep(plan, run, folder)}.")
     except InputError as error:
         say(f"{run.name} is not kept: {error}")
         return False
     return True
+
+
+def is_as_recorded(plan: Plan, run: Run, folder: Path) -> bool:
+    """Whether a run that was needed once more, for its model was gone, is what its record is of."""
+    if agrees(plan, run, folder):
+        say(f"{run.name} is as in its record.")
+        return True
+    say(
+        f"{run.name} differs from {path_of(plan, run)}, as on another processor, so that what goes "
+        "on from it would be compared with another model: delete that record and those of the runs "
+        "that go on from it, to train all anew."
+    )
+    return False
 
 
 def train_apart(arguments: Sequence[str], threads: int, printed: Path, stop: Event) -> int:

@@ -6,13 +6,14 @@ the tables between two marks. Nothing here trains: see iou_d2/commands/zoo.py.
 
 from .pages import model_zoo, with_tables
 from .plan import Plan, Row, Run, Table, read_plan
-from .records import keep, kept, path_of, trained_in
+from .records import agrees, keep, kept, path_of, trained_in
 
 __all__ = [
     "Plan",
     "Row",
     "Run",
     "Table",
+    "agrees",
     "keep",
     "kept",
     "model_zoo",

@@ -162,6 +162,18 @@ class Plan:
             trainings.setdefault(run.training, []).append(run)
         return trainings
 
+    def alike(self, run: Run) -> list[str]:
+        """Names of the runs whose record or model may stand for this one's: its own, then those of
+        runs that train the same. Of a run that others go on from only its own, for these are to be
+        compared with the very model, and no two machines train the same one."""
+        if run.name in self._bases:
+            return [run.name]
+        return [run.name, *(other.name for other in self.trainings[run.training])]
+
+    @cached_property
+    def _bases(self) -> frozenset[str]:
+        return frozenset(run.base.name for run in self.runs() if run.base is not None)
+
     def runs(self) -> Iterator[Run]:
         """All runs, by table, seed, set and row: first one seed of everything."""
         for name, table in self.tables.items():

@@ -19,11 +19,10 @@ FILE, FILE_OF_EVALUATION = "run.json", "evaluation.json"
 
 
 def path_of(plan: Plan, run: Run) -> Path:
-    """The record of a run: its own, else that of a run that trains the same; where there is none,
-    its place to come. `plan.records` goes before the folder of the plan."""
-    names = [run.name, *(other.name for other in plan.trainings[run.training])]
+    """The record of a run, or of one that may stand for it; where there is none, its place to come.
+    `plan.records` goes before the folder of the plan."""
     folders = (plan.records, plan.path.parent)
-    paths = [folder / f"{name}.json" for name in names for folder in folders]
+    paths = [folder / f"{name}.json" for name in plan.alike(run) for folder in folders]
     return next((path for path in paths if path.is_file()), paths[0])
 
 
@@ -50,12 +49,12 @@ def kept(plan: Plan, run: Run) -> dict | None:
 
 
 def trained_in(plan: Plan, run: Run, output: Path) -> Path | None:
-    """The folder of a run's model, or of one that trains the same; None where there is none.
+    """The folder of a run's model, or of one that may stand for it; None where there is none.
 
     Args:
         output: of the folders of runs, each under its name.
     """
-    folders = [output / other.name for other in (run, *plan.trainings[run.training])]
+    folders = [output / name for name in plan.alike(run)]
     return next((folder for folder in folders if (folder / MODEL).is_file()), None)
 
 
@@ -86,12 +85,19 @@ def keep(plan: Plan, run: Run, folder: Path) -> Path:
     chosen = {key: record[key] for key in KEPT}
     # A run that was stopped and resumed took the time of all its parts.
     chosen["seconds"] += sum(part["seconds"] or 0 for part in record.get("earlier", []))
-    chosen["results"] = {name: _rounded(value) for name, value in chosen["results"].items()}
+    chosen["results"] = _rounded(chosen["results"])
     path = plan.records / f"{run.name}.json"
     text = json.dumps({**run.settings, **chosen}, indent=1)
     write_text(path, text + "\n")
     return path
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
+def agrees(plan: Plan, run: Run, folder: Path) -> bool:
+    """Whether `run`, which has a record, has the same results in `folder`, trained once more."""
+    source = folder / (FILE_OF_EVALUATION if run.is_evaluation else FILE)
+    results = json.loads(source.read_text(encoding="utf-8"))["results"]
+    return _rounded(results) == kept(plan, run)["results"]
+
+
+def _rounded(results: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: None if x is None else round(x, 4) for name, x in results.items()}

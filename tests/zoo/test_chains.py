@@ -111,14 +111,23 @@ def test_a_run_waits_for_the_one_that_it_goes_on_from(chain, train, tmp_path):
     assert train("--only", "chain/*")[0] == []
 
 
-def test_what_is_needed_and_gone_is_trained_again_and_its_record_stays(chain, train, tmp_path):
+def test_what_is_needed_and_gone_is_trained_again(chain, train, tmp_path):
     train("--only", "chain/cells/detector-seed1")
     detector, _, soft = runs_of(chain)
-    keep(chain, detector, finished(tmp_path / "before", detector, ap=12.0))
     (tmp_path / "out" / detector.name / "model_final.pth").unlink()
-    started, _ = train("--only", soft.name)
+    started, failed = train("--only", soft.name)
     assert [name for name, _ in started] == [run.name for run in runs_of(chain)]
-    assert kept(chain, detector)["results"]["bbox/AP"] == 12.0 and kept(chain, soft)
+    assert not failed and kept(chain, soft)
+
+
+def test_what_comes_out_otherwise_than_recorded_is_not_gone_on_from(chain, train, tmp_path, capsys):
+    detector, branch, soft = runs_of(chain)
+    keep(chain, detector, finished(tmp_path / "elsewhere", detector, ap=12.0))
+    started, failed = train("--only", soft.name)
+    assert [name for name, _ in started] == [detector.name] and failed
+    assert "detector-seed1.json, as on another processor" in capsys.readouterr().out
+    assert kept(chain, detector)["results"]["bbox/AP"] == 12.0
+    assert kept(chain, branch) is kept(chain, soft) is None
 
 
 def test_what_goes_on_from_a_failed_run_is_left_out(chain, train, capsys):
@@ -128,16 +137,18 @@ def test_what_goes_on_from_a_failed_run_is_left_out(chain, train, capsys):
     assert "soft-seed1 is left out: chain/cells/branch-seed1" in capsys.readouterr().out
 
 
-def test_a_model_of_another_table_serves(chain, train, tmp_path):
-    text = PLAN + CHAIN + CHAIN.replace("chain:", "again:").replace("soft:", "hard:")
-    chain.path.write_text(text)
+def test_neither_record_nor_model_of_another_table_stands_for_what_is_gone_on_from(chain, tmp_path):
+    chain.path.write_text(PLAN + CHAIN + CHAIN.replace("chain:", "again:"))
     plan = read_plan(chain.path)
-    run = plan.run("again", "cells", "branch", 1)
-    folder = tmp_path / "out" / "chain/cells/branch-seed1"
-    assert trained_in(plan, run, tmp_path / "out") is None
-    folder.mkdir(parents=True)
-    (folder / "model_final.pth").touch()
-    assert trained_in(plan, run, tmp_path / "out") == folder
+    output = tmp_path / "out"
+    for row in ("detector", "soft"):
+        run = plan.run("chain", "cells", row, 1)
+        keep(plan, run, finished(output / run.name, run))
+        (output / run.name / "model_final.pth").touch()
+        other = plan.run("again", "cells", row, 1)
+        stands = row == "soft"
+        assert (kept(plan, other) is not None) == stands
+        assert (trained_in(plan, other, output) is not None) == stands
 
 
 def test_tables_have_the_gain_over_a_baseline_seed_by_seed(chain, tmp_path):
