@@ -16,7 +16,10 @@ from pathlib import Path
 
 from iou_d2.errors import InputError
 
-PAGES = [Path("docs", name) for name in ("RESULTS.md", "POOLING.md", "ABLATIONS.md")]
+PAGES = [
+    Path("README.md"),
+    *(Path("docs", name) for name in ("RESULTS.md", "POOLING.md", "ABLATIONS.md")),
+]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
