@@ -120,9 +120,18 @@ def train_all(plan: Plan, runs: Sequence[Run], args: argparse.Namespace) -> list
 def train_after(
     before: Future | None, plan: Plan, run: Run, args: argparse.Namespace, stop: Event
 ) -> bool:
-    """`train_one`, once the run that this one goes on from has ended well."""
+    """`train_one`, once the run that this one goes on from has ended well, from its recorded
+    model."""
     if before is not None and not before.result():
         say(f"{run.name} is left out: {run.base.name}, from which it goes on, has not ended well.")
+        return False
+    folder = run.base and trained_in(plan, run.base, args.output)
+    if folder and not agrees(plan, run.base, folder):
+        say(
+            f"{run.name} is left out: {folder} holds another model than the one that "
+            f"{path_of(plan, run.base)} is of, as one from another processor is. Delete that "
+            "record, and those of the runs that go on from it, to train all anew."
+        )
         return False
     return train_one(plan, run, args, stop)
 
@@ -148,26 +157,14 @@ def train_one(plan: Plan, run: Run, args: argparse.Namespace, stop: Event) -> bo
         say(f"{run.name} failed; {folder / 'output.txt'} says why.")
         return False
     if kept(plan, run) is not None:
-        return is_as_recorded(plan, run, folder)
+        say(f"{run.name} has a record already.")
+        return True
     try:
         say(f"{run.name} is kept in {keep(plan, run, folder)}.")
     except InputError as error:
         say(f"{run.name} is not kept: {error}")
         return False
     return True
-
-
-def is_as_recorded(plan: Plan, run: Run, folder: Path) -> bool:
-    """Whether a run that was needed once more, for its model was gone, is what its record is of."""
-    if agrees(plan, run, folder):
-        say(f"{run.name} is as in its record.")
-        return True
-    say(
-        f"{run.name} differs from {path_of(plan, run)}, as on another processor, so that what goes "
-        "on from it would be compared with another model: delete that record and those of the runs "
-        "that go on from it, to train all anew."
-    )
-    return False
 
 
 def train_apart(arguments: Sequence[str], threads: int, printed: Path, stop: Event) -> int:

@@ -93,10 +93,14 @@ def keep(plan: Plan, run: Run, folder: Path) -> Path:
 
 
 def agrees(plan: Plan, run: Run, folder: Path) -> bool:
-    """Whether `run`, which has a record, has the same results in `folder`, trained once more."""
-    source = folder / (FILE_OF_EVALUATION if run.is_evaluation else FILE)
-    results = json.loads(source.read_text(encoding="utf-8"))["results"]
-    return _rounded(results) == kept(plan, run)["results"]
+    """Whether `folder` holds the run that the record of `run` is of, by its results; also where
+    there is no record."""
+    record, source = kept(plan, run), folder / (FILE_OF_EVALUATION if run.is_evaluation else FILE)
+    if record is None:
+        return True
+    if not source.is_file():
+        return False
+    return _rounded(json.loads(source.read_text(encoding="utf-8"))["results"]) == record["results"]
 
 
 def _rounded(results: dict[str, float | None]) -> dict[str, float | None]:
