@@ -7,6 +7,8 @@ R RoIs. Boxes are XYXY in absolute pixels.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,11 @@ def jitter_offsets(min_iou: float = 0.5, per_step: int = 200, seed: int = 0) -> 
     Returns:
         (M, 4) float32, M = (1 - min_iou) / 0.01 * per_step, in no order.
     """
+    return _offsets(min_iou, per_step, seed).clone()
+
+
+@cache  # to draw them takes a fifth of a second, and each model has them
+def _offsets(min_iou: float, per_step: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     table = []
     for step in range(round(min_iou / _STEP), round(1 / _STEP)):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
+from iou_d2.ops import jitter
 from iou_d2.ops.jitter import jitter_offsets, jittered_boxes
 
 
@@ -37,6 +38,15 @@ def test_offsets_are_uniform_in_iou(offsets):
         atol=4e-3,
         rtol=0,
     )
+
+
+def test_they_are_drawn_alike_in_every_process_and_belong_to_who_asks(offsets):
+    with torch.inference_mode():
+        jitter._offsets.cache_clear()
+        assert torch.equal(offsets, jitter_offsets())
+    mine = jitter_offsets()
+    assert not mine.is_inference()
+    mine.zero_()
     assert torch.equal(offsets, jitter_offsets())
 
 
