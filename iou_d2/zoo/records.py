@@ -93,9 +93,9 @@ def keep(plan: Plan, run: Run, folder: Path) -> Path:
 
 
 def agrees(plan: Plan, run: Run, folder: Path) -> bool:
-    """Whether `folder` holds the run that the record of `run` is of, by its results; also where
-    there is no record."""
-    record, source = kept(plan, run), folder / (FILE_OF_EVALUATION if run.is_evaluation else FILE)
+    """Whether `folder` holds the training that the record of `run` is of, by its results; also
+    where there is no record."""
+    record, source = kept(plan, run), folder / FILE
     if record is None:
         return True
     if not source.is_file():

@@ -40,7 +40,7 @@ def test_offsets_are_uniform_in_iou(offsets):
     )
 
 
-def test_they_are_drawn_alike_in_every_process_and_belong_to_who_asks(offsets):
+def test_they_are_the_same_when_drawn_anew_and_belong_to_who_asks(offsets):
     with torch.inference_mode():
         jitter._offsets.cache_clear()
         assert torch.equal(offsets, jitter_offsets())
