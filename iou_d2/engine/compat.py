@@ -36,3 +36,9 @@ def create_local_process_group(processes: int) -> None:
         group = dist.new_group(list(ranks))
         if comm.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def forget_process_groups() -> None:
+    """Drop the references to process groups that Detectron2 keeps."""
+    comm._get_global_gloo_group.cache_clear()
+    comm._LOCAL_PROCESS_GROUP = None

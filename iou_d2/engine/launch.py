@@ -25,7 +25,7 @@ from detectron2.engine import launch as launch_gpus
 
 from iou_d2.errors import InputError
 
-from .compat import create_local_process_group
+from .compat import create_local_process_group, forget_process_groups
 from .memory import keep_freed_memory
 
 # The exit status of a process that has told the user's error; and seconds for which others wait.
@@ -208,6 +208,9 @@ def _join(url: str, place: Place, use_cuda: bool, function: Callable, arguments:
     create_local_process_group(place.local_size)
     function(*arguments)
     dist.barrier()  # a process that leaves early takes the connections of the others with it
+    # The threads of gloo end with the last reference to their group. One that still holds a tensor
+    # when the interpreter ends aborts the process.
+    forget_process_groups()
     dist.destroy_process_group()
 
 

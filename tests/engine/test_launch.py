@@ -3,11 +3,13 @@ from __future__ import annotations
 import os
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
 
 from forks import FORKS, run_forks
 from iou_d2.engine import launch as module
@@ -28,16 +30,39 @@ def launch_machine(rank, folder, url):
     launch(write_place, (folder,), num_gpus=0, **arguments)
 
 
+def set_place(rank, port):
+    """As torchrun does for two processes."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
 def join_with_five_threads(rank, folder, omp_num_threads, port):
     """As a process of torchrun, which sets OMP_NUM_THREADS or leaves the threads as they are."""
     os.environ.pop("OMP_NUM_THREADS", None)
     if omp_num_threads is not None:
         os.environ["OMP_NUM_THREADS"] = omp_num_threads
     torch.set_num_threads(5)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in places.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    set_place(rank, port)
     launch(write_place, (folder,), num_gpus=0)
+
+
+def gather_and_reduce():
+    """What evaluation and training do together."""
+    comm.all_gather([comm.get_rank()])
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    assert "pt_gloo_runloop" in names_of_threads()
+
+
+def names_of_threads():
+    return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+
+
+def join_and_write_threads(rank, folder, port):
+    set_place(rank, port)
+    launch(gather_and_reduce, num_gpus=0)
+    (folder / str(rank)).write_text(" ".join(names_of_threads()))
 
 
 def write_environment(folder):
@@ -133,6 +158,13 @@ def test_processes_share_the_cores_unless_the_user_shares_them(tmp_path, said, s
     run_forks(join_with_five_threads, 2, tmp_path, said, free_port())
     for rank in range(2):
         assert (tmp_path / str(rank)).read_text() == f"2 {rank} 2 3 {share}"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    run_forks(join_and_write_threads, 2, tmp_path, free_port())
+    for rank in range(2):
+        assert "pt_gloo_runloop" not in (tmp_path / str(rank)).read_text()
 
 
 def test_processes_have_the_environment_of_their_launcher_and_keep_memory(tmp_path, monkeypatch):
