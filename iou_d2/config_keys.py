@@ -198,6 +198,9 @@ def _add_iou_net(cfg: CfgNode) -> None:
     node.NMS = "guided"
     # What ranks boxes in guided NMS: "iou" (Algorithm 1), "score" (of the class), "product" (MMI).
     node.RANK_BY = "iou"
+    # What Soft-NMS lowers, which then is the score: that of the class ("score", its authors), or
+    # the "product" with the predicted IoU (ours).
+    node.SOFT_NMS_BY = "score"
     # "ascent" on the predicted IoU (Algorithm 2) or, as its rival, "regression" by the box head.
     node.REFINE_BY = "ascent"
     # Steps of it, T of Algorithm 2, where it is 5; 0 switches refinement off.

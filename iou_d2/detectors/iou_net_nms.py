@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from detectron2.structures import Instances
 from torch import Tensor
 
@@ -81,20 +82,30 @@ class GuidedNMS:
 
 @dataclass(frozen=True)
 class SoftNMS:
-    """Soft-NMS, "linear" over `threshold` or "gaussian": see `soft_nms`."""
+    """Soft-NMS, "linear" over `threshold` or "gaussian": see `soft_nms`.
+
+    It lowers class scores or, with `times_iou`, their products with the predicted IoUs, so that of
+    rivals the one with the highest product keeps it.
+    """
 
     method: str
     threshold: float
-    needs_ious = False
+    times_iou: bool = False
+
+    @property
+    def needs_ious(self) -> bool:
+        return self.times_iou
 
     def __call__(self, candidates: Instances) -> tuple[Tensor, Tensor]:
-        return soft_nms(
-            candidates.pred_boxes.tensor,
-            candidates.scores,
-            candidates.pred_classes,
-            self.method,
-            threshold=self.threshold,
-        )
+        scores = candidates.scores
+        if self.times_iou:
+            scores = scores * candidates.pred_ious.clamp(0, 1)
+        boxes, classes = candidates.pred_boxes.tensor, candidates.pred_classes
+        return soft_nms(boxes, scores, classes, self.method, threshold=self.threshold)
+
+    def needs_iou(self, candidates: Instances, limit: int) -> Tensor:
+        """(R,) bool, see GuidedNMS: that of each, since each lowers others."""
+        return torch.ones_like(candidates.scores, dtype=torch.bool)
 
 
 def build_nms(cfg) -> NMS:
@@ -102,10 +113,12 @@ def build_nms(cfg) -> NMS:
     node, threshold = cfg.MODEL.IOU_NET, cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST
     rankings = {"iou": rank_by_iou, "score": None, "product": rank_by_product}
     ranking = part_named(rankings, node.RANK_BY, "MODEL.IOU_NET.RANK_BY")
+    softened = {"score": False, "product": True}
+    times_iou = part_named(softened, node.SOFT_NMS_BY, "MODEL.IOU_NET.SOFT_NMS_BY")
     parts = {
         "plain": PlainNMS(threshold),
         "guided": GuidedNMS(threshold, ranking),
-        "soft_linear": SoftNMS("linear", threshold),
-        "soft_gaussian": SoftNMS("gaussian", threshold),
+        "soft_linear": SoftNMS("linear", threshold, times_iou),
+        "soft_gaussian": SoftNMS("gaussian", threshold, times_iou),
     }
     return part_named(parts, node.NMS, "MODEL.IOU_NET.NMS")

@@ -285,7 +285,7 @@ def test_standalone_training_changes_the_iou_branch_alone(build, make_batch):
     ("key", "value"),
     [
         *(("LOSS_TYPE", "mse"), ("NMS", "hard"), ("RANK_BY", "area"), ("REFINE_BY", "descent")),
-        ("BOX_OF", "all"),
+        *(("BOX_OF", "all"), ("SOFT_NMS_BY", "iou")),
     ],
 )
 def test_wrong_settings_are_named(build, key, value):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
@@ -193,6 +195,39 @@ def test_soft_nms_keeps_more_boxes_with_lower_scores(method):
         assert soft.scores[0] == plain.scores[0] and soft.scores.sum() < 2 * plain.scores.sum()
 
 
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_nms_lowers_products(method):
+    """Against loops in float64."""
+    boxes, probabilities = random_outputs()
+    nms = SoftNMS(method, 0.5, times_iou=True)
+    found = run(boxes, probabilities, nms=nms, max_detections=-1)
+    for image, size in enumerate(SIZES):
+        x = select_boxes(boxes[image], probabilities[image], size, 0.05)
+        lists = [Boxes(torch.zeros(0, 4))] * image + [x.pred_boxes]
+        ious = Branch().predict([], lists, x.pred_classes)
+        products = (x.scores.double() * ious.double()).tolist()
+        left = [
+            [*row] for row in zip(products, x.pred_classes.tolist(), x.pred_boxes.tensor.tolist())
+        ]
+        kept = []
+        while left:
+            best = max(left, key=lambda row: row[0])
+            left.remove(best)
+            if best[0] > 0.001:
+                kept.append(best)
+            for row in left:
+                overlap = iou(best[2], row[2]) if row[1] == best[1] else 0
+                if method == "gaussian":
+                    row[0] *= math.exp(-(overlap**2) / 0.5)
+                elif overlap > 0.5:
+                    row[0] *= 1 - overlap
+        scores, classes, kept_boxes = zip(*kept)
+        assert found[image].pred_classes.tolist() == list(classes)
+        assert found[image].pred_boxes.tensor.tolist() == list(kept_boxes)
+        torch.testing.assert_close(found[image].scores.tolist(), list(scores), rtol=1e-5, atol=1e-7)
+        assert torch.equal(found[image].cls_scores, found[image].scores)
+
+
 def test_iterated_regression_takes_the_place_of_the_ascent():
     calls = []
 
@@ -219,6 +254,7 @@ def test_iterated_regression_takes_the_place_of_the_ascent():
         {"refiner": GradientAscent()},
         {"nms": PLAIN},
         {"nms": SoftNMS("linear", 0.5)},
+        {"nms": SoftNMS("gaussian", 0.5, times_iou=True)},
         {"nms": GuidedNMS(0.5, rank_by_product)},
     ],
 )
