@@ -195,6 +195,7 @@ def without_ties(logits: torch.Tensor) -> torch.Tensor:
     [
         ("REFINE_BY", "ascent", "REFINE_EARLY_STOP", "0.0", "REFINE_MAX_DROP", "-1.0"),
         ("NMS", "soft_linear", "SCORE_TIMES_IOU", "True"),
+        ("NMS", "soft_gaussian", "SOFT_NMS_BY", "product"),
         ("NMS", "plain", "REFINE_BY", "regression"),
     ],
     ids=str,

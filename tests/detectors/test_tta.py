@@ -77,6 +77,7 @@ def sizes_of(name: str) -> list[tuple[int, int]]:
     "name, overrides",
     [(name, ()) for name in DENSE + TWO_STAGE]
     + [("iou_net", ("MODEL.IOU_NET.NMS", "soft_linear", "MODEL.IOU_NET.SCORE_TIMES_IOU", "True"))]
+    + [("iou_net", ("MODEL.IOU_NET.NMS", "soft_linear", "MODEL.IOU_NET.SOFT_NMS_BY", "product"))]
     + [("iou_net", ("MODEL.IOU_NET.REFINE_BY", "regression", "MODEL.IOU_NET.BOX_OF", "best_class"))]
     + [("faster_rcnn", MASKS), ("iou_net", MASKS), ("faster_rcnn", CASCADE)]
     + [("faster_rcnn", ("MODEL.ROI_HEADS.MIN_SIZE_TEST", "20.0"))],
