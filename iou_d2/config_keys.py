@@ -199,7 +199,7 @@ def _add_iou_net(cfg: CfgNode) -> None:
     # What ranks boxes in guided NMS: "iou" (Algorithm 1), "score" (of the class), "product" (MMI).
     node.RANK_BY = "iou"
     # What Soft-NMS lowers, which then is the score: that of the class ("score", its authors), or
-    # the "product" with the predicted IoU (ours).
+    # the "product" with the predicted IoU (ours), which SCORE_TIMES_IOU would multiply once more.
     node.SOFT_NMS_BY = "score"
     # "ascent" on the predicted IoU (Algorithm 2) or, as its rival, "regression" by the box head.
     node.REFINE_BY = "ascent"

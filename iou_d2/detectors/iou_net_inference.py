@@ -186,8 +186,8 @@ class Postprocessor:
             regress: what an IteratedRegression moves boxes by.
 
         Returns:
-            N Instances with the fields of `candidates`, `cls_scores` (the class score after NMS)
-            and `pred_ious` (in [0, 1], of the final box).
+            N Instances with the fields of `candidates`, `cls_scores` (the score after NMS: of
+            the class, but for a SoftNMS of products) and `pred_ious` (in [0, 1], of the final box).
         """
         if self.nms.needs_ious:
             self.judge(candidates, branch, features)
