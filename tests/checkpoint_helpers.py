@@ -1,8 +1,13 @@
-"""What the tests of `iou-d2 convert` share."""
+"""What the tests of weights from files share."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import pytest
 import torch
+from torch import nn
 
 CONFIG = "configs/vfnet_R_50_FPN_1x.yaml"
 SMALL = [
@@ -26,3 +31,13 @@ def assert_same(state, wanted):
     assert state.keys() == wanted.keys()
     for name, x in wanted.items():
         assert state[name].dtype == x.dtype and torch.equal(state[name], x), name
+
+
+@contextlib.contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Within it weights begin with what their memory holds. Drawing those of a large model takes
+    seconds, and is for nothing where a file replaces them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("kaiming_uniform_", "kaiming_normal_"):
+            patch.setattr(nn.init, name, lambda tensor, *args, **options: tensor)
+        yield

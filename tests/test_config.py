@@ -149,7 +149,7 @@ def thin_overrides(config_file):
 
 
 @pytest.mark.parametrize("config_file", sorted(CONFIGS))
-def test_every_config_builds_and_trains_two_steps(config_file, make_batch, event_storage):
+def test_every_config_builds_and_trains_a_step(config_file, make_batch, event_storage):
     # Random weights behind the frozen statistics of a deep backbone overflow.
     overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"]
     cfg = load(config_file, *overrides, *thin_overrides(config_file))
@@ -183,11 +183,10 @@ def test_every_config_builds_and_trains_two_steps(config_file, make_batch, event
     for image in batch:
         masks = torch.ones(len(image["instances"]), 64, 64, dtype=torch.bool)
         image["instances"].gt_masks = BitMasks(masks)
-    for _ in range(2):
+    sum(model(batch).values()).backward()
+    optimizer.step()
+    with torch.no_grad():
         losses = model(batch)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert len(trained) > 3 or of_levels
     assert all(0 < parameter.grad.abs().sum() < math.inf for parameter in trained)

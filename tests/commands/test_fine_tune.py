@@ -77,7 +77,7 @@ STILL = (
 def test_two_processes_stop_together(environment, tmp_path):
     arguments = ("--num-gpus", "0", "--num-processes", "2", "--dist-url", "auto", *TINY, *EVERY)
     where = ("OUTPUT_DIR", str(tmp_path))
-    printed = run(environment, command(*arguments, *STILL, *where))
+    printed = run(environment, command(*arguments, *STILL, *where), method="fork")
     assert printed.count("Training stops after 3 iterations, for no evaluation since that") == 1
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["outcome"] == "finished" and record["stopped_early_after"] == 3

@@ -71,7 +71,8 @@ def test_two_machines_train_as_one(environment, alone, tmp_path):
     for rank in range(2):
         place = ("--num-machines", "2", "--machine-rank", str(rank), "--dist-url", url)
         arguments = command(*place, *SAME_DATA, "OUTPUT_DIR", str(tmp_path / "out"), config=CONFIG)
-        machines.append(start_script(environment, arguments, tmp_path / f"printed_{rank}"))
+        printed = tmp_path / f"printed_{rank}"
+        machines.append(start_script(environment, arguments, printed, method="fork"))
     for machine in machines:
         machine.join(timeout=250)
         machine.kill()  # has no effect where it has ended
@@ -97,7 +98,7 @@ def test_two_processes_evaluate_as_one(environment, trained, tmp_path):
     folder, _ = trained
     arguments = ("--num-gpus", "0", "--num-processes", "2", "--dist-url", "auto", "--eval-only")
     weights = ("MODEL.WEIGHTS", str(folder / "model_final.pth"), "OUTPUT_DIR", str(tmp_path))
-    run(environment, command(*arguments, *TINY, *weights))
+    run(environment, command(*arguments, *TINY, *weights), method="fork")
     figures = metrics_of(tmp_path)
     assert figures.keys() >= {"bbox/AP", "bbox/AP90", "localization/pearson_confidence"}
     for name, value in figures.items():

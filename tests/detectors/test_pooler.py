@@ -198,7 +198,8 @@ def test_the_pooler_of_every_head_is_chosen_by_config(small_cfg, make_batch, kin
         *("MODEL.ROI_HEADS.NAME", roi_heads, "MODEL.MASK_ON", "True"),
         *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", str(roi_heads != "BoxLossROIHeads")),
         *("MODEL.ROI_BOX_HEAD.POOLER_TYPE", kind, "MODEL.ROI_MASK_HEAD.POOLER_TYPE", kind),
-        *("MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.RESNETS.NORM", "BN"),
+        *("MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
+        *("MODEL.RPN.POST_NMS_TOPK_TEST", "50", "MODEL.RESNETS.NORM", "BN"),
     )
     model = build_model(cfg).eval()
     poolers = [m for m in model.modules() if isinstance(m, ROIPooler)]

@@ -8,6 +8,7 @@ import torchvision
 from detectron2.modeling import build_model
 from torch import nn
 
+from checkpoint_helpers import nothing_drawn
 from iou_d2 import get_config
 from iou_d2.detectors.multibox_inference import SoftNMS
 from iou_d2.engine.convert import translate_tensors
@@ -57,7 +58,8 @@ def pair():
             for conv, feature in zip(part.module_list, features):
                 conv.weight /= conv(feature).std(dim=None)
                 nn.init.normal_(conv.bias, std=0.5)
-    ours = build_model(get_config("ssd300_VGG16_coco", LIKE_TORCHVISION))
+    with nothing_drawn():
+        ours = build_model(get_config("ssd300_VGG16_coco", LIKE_TORCHVISION))
     copy_weights(peer, ours)
     return peer, ours.eval()
 

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from detectron2.modeling import build_model
 
+from checkpoint_helpers import nothing_drawn
 from iou_d2 import get_config
 from iou_d2.commands import convert
 from iou_d2.engine.convert import recognise, swap_red_and_blue, translate, translate_tensors
@@ -172,7 +173,8 @@ def test_red_and_blue_change_places_in_the_first_convolution(layout):
 def test_a_file_of_torchvision_fills_its_own_config_and_that_of_coco(
     tmp_path, capsys, config, classes
 ):
-    peer = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None)
+    with nothing_drawn():
+        peer = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None)
     scores = peer.head.classification_head.module_list[1]
     with torch.no_grad():
         scores.bias.copy_((torch.arange(6)[:, None] * 1000.0 + torch.arange(91)).flatten())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -25,7 +26,14 @@ def write_place(folder):
     (folder / f"{comm.get_rank()}").write_text(f"{text} {torch.get_num_threads()}")
 
 
+def tell_new_processes_where_modules_are():
+    """The fork server of Python 3.11 is not told sys.path: it would find nothing to load ahead, and
+    each process would load torch for itself."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+
 def launch_machine(rank, folder, url):
+    tell_new_processes_where_modules_are()
     arguments = {"num_processes": 2, "num_machines": 2, "machine_rank": rank, "dist_url": url}
     launch(write_place, (folder,), num_gpus=0, **arguments)
 
@@ -97,6 +105,7 @@ def wait(folder):
 
 def be_refused_and_wait(folder):
     """In a program of its own, whose standard error is a file."""
+    tell_new_processes_where_modules_are()
     os.dup2(os.open(folder / "said", os.O_WRONLY | os.O_CREAT), 2)
     for function in (refuse_all, refuse_second):
         with pytest.raises(SystemExit) as ended:

@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
+from checkpoint_helpers import nothing_drawn
 from iou_d2 import get_config
 from iou_d2.engine import pretrained
 from iou_d2.engine.checkpoint import SafeCheckpointer
@@ -37,7 +38,8 @@ def resnet(depth: int, *overrides: str) -> nn.Module:
         **dict(zip(overrides[::2], overrides[1::2])),
     }
     cfg = get_config("faster_rcnn_R_50_FPN_1x", [part for pair in keys.items() for part in pair])
-    return build_backbone(cfg, IMAGE).eval()
+    with nothing_drawn():
+        return build_backbone(cfg, IMAGE).eval()
 
 
 def resnet_features(peer: nn.Module, images):
@@ -63,11 +65,7 @@ def test_the_resnets_of_torchvision_load(publish, depth, norm):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-5)
 
 
-def test_a_resnet_152_and_a_deformable_resnet_load(publish):
-    peer = publish("resnet152")
-    backbone = resnet(152)
-    load_pretrained(backbone, "torchvision://resnet152")
-    assert torch.equal(backbone.bottom_up.res4[35].conv3.weight, peer.layer3[35].conv3.weight)
+def test_a_deformable_resnet_loads(publish):
     cfg = get_config("vfnet_R_50_FPN_dcn_2x_ms")
     peer = publish("resnet50")
     deformable = build_backbone(cfg, IMAGE)
