@@ -72,6 +72,22 @@ def sorted_rows(found: torch.Tensor) -> torch.Tensor:
     return torch.tensor(sorted([round(x, 3) for x in row] for row in found.tolist()))
 
 
+def nms_by_loops(boxes, ranks, scores, classes, threshold: float) -> list:
+    """NMS of each class by `ranks`: [(index, the best score that it suppresses or its own)]."""
+    left, kept = ranks.argsort(descending=True).tolist(), []
+    while left:
+        best = left[0]
+        suppressed = [
+            i
+            for i in left
+            if classes[i] == classes[best]
+            and (i == best or iou(boxes[i].tolist(), boxes[best].tolist()) > threshold)
+        ]
+        kept.append((best, max(scores[i].item() for i in suppressed)))
+        left = [i for i in left if i not in suppressed]
+    return kept
+
+
 def vote_by_loops(boxes, scores, classes, threshold: float, soft: float | None = None) -> list:
     """RefineDet's box voting in Python floats: [(box, score, class)] by falling score."""
     left = [

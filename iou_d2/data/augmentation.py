@@ -16,6 +16,8 @@ from PIL import Image
 
 from iou_d2.errors import InputError
 
+from .resize import ShortestEdge
+
 # Of Caffe's data layer: brightness in grey levels, hue in OpenCV's units of 2 degrees.
 BRIGHTNESS, HUE = 32.0, 18.0
 CONTRAST = SATURATION = (0.5, 1.5)
@@ -232,10 +234,8 @@ def _square(cfg, is_train: bool) -> T.Augmentation:
 def _shortest_edge(cfg, is_train: bool) -> T.Augmentation:
     node = cfg.INPUT
     if is_train:
-        return T.ResizeShortestEdge(
-            node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING
-        )
-    return T.ResizeShortestEdge(node.MIN_SIZE_TEST, node.MAX_SIZE_TEST, "choice")
+        return ShortestEdge(node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING)
+    return ShortestEdge(node.MIN_SIZE_TEST, node.MAX_SIZE_TEST, "choice")
 
 
 def _flip(cfg, is_train: bool) -> T.Augmentation:

@@ -18,6 +18,7 @@ from iou_d2.errors import InputError
 
 from .augmentation import build_augmentations
 from .images import size_fault, usable_header
+from .resize import for_any_shape
 
 
 class CheckedDatasetMapper(DatasetMapper):
@@ -39,6 +40,7 @@ class CheckedDatasetMapper(DatasetMapper):
         arguments = super().from_config(cfg, is_train)
         if cfg.INPUT.get("AUGMENTATIONS"):  # which a config of Detectron2 alone has not
             arguments["augmentations"] = build_augmentations(cfg, is_train)
+        arguments["augmentations"] = [for_any_shape(x) for x in arguments["augmentations"]]
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -80,9 +82,10 @@ class CheckedDatasetMapper(DatasetMapper):
 
 def truth_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
     """The mapper of test images that keeps their objects, but for crowds, as "instances" of boxes
-    and classes at the size of the network input; an image without annotations has none."""
-    mapper = CheckedDatasetMapper(cfg, is_train=True)
-    mapper.augmentations = CheckedDatasetMapper(cfg, is_train=False).augmentations
+    and classes at the size of the network input; an image without annotations has none. Proposals
+    from files are as many as in a test."""
+    mapper, of_tests = (CheckedDatasetMapper(cfg, is_train=x) for x in (True, False))
+    mapper.augmentations, mapper.proposal_topk = of_tests.augmentations, of_tests.proposal_topk
     mapper.use_instance_mask = mapper.use_keypoint = mapper.recompute_boxes = False
     return functools.partial(_annotated, mapper)
 

@@ -14,6 +14,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from iou_d2.errors import InputError
 from iou_d2.ops.calibration import Calibration, as_predicted
 from iou_d2.ops.refine import Observer, leave_inference_mode, refine_boxes
 
@@ -252,6 +253,10 @@ def build_postprocessor(cfg) -> Postprocessor:
 
 
 def _build_refiner(node) -> Refiner | None:
+    if node.REFINE_STEPS < 0:
+        raise InputError(
+            f"MODEL.IOU_NET.REFINE_STEPS is at least 0, but it is {node.REFINE_STEPS}."
+        )
     ascent = GradientAscent(
         steps=node.REFINE_STEPS,
         step_size=node.REFINE_STEP_SIZE,

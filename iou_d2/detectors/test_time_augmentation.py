@@ -6,6 +6,7 @@ Detectron2's own, GeneralizedRCNNWithTTA, merges R-CNNs alone, after the NMS of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,18 +43,24 @@ class MergeByVoting:
     Args:
         threshold, min_soft_score: see `vote_boxes`.
         max_detections: of an image; negative for all.
+        class_agnostic: boxes of all classes vote together, as one NMS suppresses them.
     """
 
     threshold: float
     max_detections: int
     min_soft_score: float | None = None
+    class_agnostic: bool = False
 
     def __call__(self, readings: Sequence[Reading], view: View, suppress: Suppress) -> Instances:
         by_view = [x.view.within_sizes(suppress(_candidates_in(view, x))) for x in readings]
         found = Instances.cat(by_view)
-        boxes, scores = found.pred_boxes.tensor, found.scores
+        classes = found.pred_classes
         index, boxes, scores = vote_boxes(
-            boxes, scores, found.pred_classes, self.threshold, self.min_soft_score
+            found.pred_boxes.tensor,
+            found.scores,
+            torch.zeros_like(classes) if self.class_agnostic else classes,
+            self.threshold,
+            self.min_soft_score,
         )
         detections = found[index]
         detections.pred_boxes, detections.scores = Boxes(boxes), scores
@@ -126,10 +133,13 @@ def build_merge(cfg) -> Merge:
     node, limit = cfg.TEST.AUG, cfg.TEST.DETECTIONS_PER_IMAGE
     if not 0 <= node.VOTE_THRESH <= 1:
         raise InputError(f"TEST.AUG.VOTE_THRESH lies in [0, 1], but it is {node.VOTE_THRESH}.")
+    is_point_detector = cfg.MODEL.META_ARCHITECTURE == "PointDetector"
+    agnostic = is_point_detector and cfg.MODEL.POINT_DETECTOR.CLASS_AGNOSTIC_NMS
+    vote = functools.partial(MergeByVoting, node.VOTE_THRESH, limit, class_agnostic=agnostic)
     parts = {
         "nms": merge_by_nms,
-        "vote": MergeByVoting(node.VOTE_THRESH, limit),
-        "soft_vote": MergeByVoting(node.VOTE_THRESH, limit, node.SOFT_VOTE_MIN_SCORE),
+        "vote": vote(),
+        "soft_vote": vote(min_soft_score=node.SOFT_VOTE_MIN_SCORE),
     }
     return part_named(parts, node.MERGE, "TEST.AUG.MERGE")
 

@@ -16,6 +16,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from iou_d2.data.resize import ShortestEdge
 from iou_d2.errors import InputError
 
 
@@ -94,7 +95,7 @@ class ViewMaker:
             resized = resize.get_transform(pixels).apply_image(pixels)
             for mirrored in (False, True)[: 1 + self.mirrors]:
                 view = resized[:, ::-1] if mirrored else resized
-                view = torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))
+                view = torch.from_numpy(view.transpose(2, 0, 1).copy())
                 views.append(View(view, size, mirrored, limits))
         width, height = self.plain.get_transform(pixels).apply_coords(
             np.array([[size[1], size[0]]], dtype=float)
@@ -151,8 +152,8 @@ def build_view_maker(cfg) -> ViewMaker:
         resizes = [T.Resize((side, side)) for side in sizes]
         plain = T.Resize((test.SQUARE_SIZE, test.SQUARE_SIZE))
     else:
-        resizes = [T.ResizeShortestEdge(side, node.MAX_SIZE) for side in sizes]
-        plain = T.ResizeShortestEdge(test.MIN_SIZE_TEST, test.MAX_SIZE_TEST)
+        resizes = [ShortestEdge(side, node.MAX_SIZE) for side in sizes]
+        plain = ShortestEdge(test.MIN_SIZE_TEST, test.MAX_SIZE_TEST)
     pairs = [tuple(pair) for pair in limits] or [None] * len(sizes)
     return ViewMaker(resizes, node.FLIP, pairs, plain)
 

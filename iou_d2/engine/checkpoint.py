@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from iou_d2.data.augmentation import build_augmentations
+from iou_d2.data.resize import for_any_shape
 from iou_d2.detectors.test_time_augmentation import with_tta
 from iou_d2.errors import InputError, MissingFileError
 
@@ -251,6 +252,7 @@ def untrained_predictor(cfg: CfgNode) -> DefaultPredictor:
     untrained.MODEL.WEIGHTS = ""
     predictor = DefaultPredictor(untrained)
     as_configured(predictor.model, cfg)
+    predictor.aug = for_any_shape(predictor.aug)
     if cfg.INPUT.get("AUGMENTATIONS"):
         (predictor.aug,) = build_augmentations(cfg, is_train=False)
     return predictor

@@ -170,12 +170,13 @@ def test_a_bad_picture_is_reported_and_the_others_are_drawn(tmp_path, state):
     for name in ("a.png", "c.jpg"):
         cv2.imwrite(str(tmp_path / name), grey)
     good = (tmp_path / "c.jpg").read_bytes()
+    cv2.imwrite(str(tmp_path / "thin.png"), np.full((1, 5000, 3), 90, dtype=np.uint8))
     for name, content in {"d.jfif": good, "e": good, "cut.jpg": good[:300], "f.png": b""}.items():
         (tmp_path / name).write_bytes(content)
     cv2.imwrite(str(tmp_path / "deep.png"), np.full((48, 64), 9000, dtype=np.uint16))
     cv2.imwrite(str(tmp_path / "deep3.png"), np.full((48, 64, 3), 9000, dtype=np.uint16))
     with pytest.raises(SystemExit) as ended:
-        names = ("f.png", "a.png", "cut.jpg", "c.jpg", "deep.png", "deep3.png", "d.jfif", "e")
+        names = "f.png a.png cut.jpg c.jpg deep.png deep3.png thin.png d.jfif e".split()
         detect_in(tmp_path, state, *names)
     faults = ended.value.code.splitlines()
     assert ["f.png", "cut.jpg", "deep.png", "deep3.png"] == [
@@ -183,8 +184,9 @@ def test_a_bad_picture_is_reported_and_the_others_are_drawn(tmp_path, state):
         for fault in faults
     ]
     records = json.loads((tmp_path / "out/detections.json").read_text())
-    assert [r["file"].split("/")[-1] for r in records] == ["a.png", "c.jpg", "d.jfif", "e"]
-    drawn = {"a.png", "c.jpg", "d.png", "e.png", "detections.json"}
+    read = ["a.png", "c.jpg", "thin.png", "d.jfif", "e"]
+    assert [r["file"].split("/")[-1] for r in records] == read
+    drawn = {"a.png", "c.jpg", "thin.png", "d.png", "e.png", "detections.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawn
 
 

@@ -16,6 +16,7 @@ from detectron2.data import (
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from iou_d2 import add_iou_config
 from iou_d2.data.mapper import CheckedDatasetMapper, truth_mapper
 from iou_d2.errors import InputError
 
@@ -165,3 +166,20 @@ def test_test_images_with_their_truth(tmp_path, cfg):
     del image["annotations"]
     none = truth_mapper(cfg)(image)["instances"]
     assert none.gt_boxes.tensor.shape == (0, 4) and none.gt_classes.shape == (0,)
+
+
+def test_a_side_of_a_thin_image_is_a_pixel_at_least(tmp_path, cfg):
+    file = tmp_path / "thin.png"
+    Image.new("RGB", (1200, 2)).save(file)
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 128
+    thin = {"file_name": str(file), "image_id": 1, "height": 2, "width": 1200}
+    assert CheckedDatasetMapper(cfg, is_train=False)(thin)["image"].shape == (3, 1, 128)
+    add_iou_config(cfg)
+    cfg.INPUT.AUGMENTATIONS = ["shortest_edge", "flip"]
+    assert CheckedDatasetMapper(cfg, is_train=False)(thin)["image"].shape == (3, 1, 128)
+
+
+def test_the_truth_of_test_images_comes_with_the_proposals_of_tests(cfg):
+    cfg.MODEL.LOAD_PROPOSALS = True
+    mapper = truth_mapper(cfg).args[0]
+    assert mapper.proposal_topk == cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST

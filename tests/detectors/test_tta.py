@@ -13,8 +13,8 @@ from detectron2.modeling import build_model
 from iou_d2.detectors.dense import rescale_detections
 from iou_d2.detectors.test_time_augmentation import with_tta
 from views_by_hand import (
-    iou,
     mirrored_rows,
+    nms_by_loops,
     nms_rows,
     random_image,
     resized,
@@ -199,21 +199,6 @@ def test_iou_net_ranks_by_the_iou_that_each_view_predicts(build, tmp_path, calib
     torch.testing.assert_close(sorted_rows(result), sorted_rows(expected), rtol=0, atol=2e-3)
 
 
-def nms_by_loops(boxes, ranks, scores, classes, threshold: float) -> list:
-    left, kept = ranks.argsort(descending=True).tolist(), []
-    while left:
-        best = left[0]
-        suppressed = [
-            i
-            for i in left
-            if classes[i] == classes[best]
-            and (i == best or iou(boxes[i].tolist(), boxes[best].tolist()) > threshold)
-        ]
-        kept.append((best, max(scores[i].item() for i in suppressed)))
-        left = [i for i in left if i not in suppressed]
-    return kept
-
-
 @torch.no_grad()
 def test_iou_net_refines_on_the_view_of_the_size_that_was_trained(build):
     cfg, model = build("iou_net")
@@ -281,26 +266,47 @@ def test_a_symmetric_image_has_symmetric_boxes(build):
     torch.testing.assert_close(sorted_rows(found), expected, rtol=0, atol=2e-3)
 
 
+def detections_of_views(model, sizes) -> list:
+    """What is detected in each view alone: boxes in the image, scores and classes."""
+    found = []
+    for view, mirrored in views_of(IMAGE, sizes, mirrors=True):
+        images = model.preprocess_image([{"image": view}])
+        (x,) = model.detect(model.predict(images.tensor), images.image_sizes)
+        boxes = to_image(x.pred_boxes.tensor, view, mirrored, IMAGE)
+        found.append((boxes, x.scores, x.pred_classes))
+    return found
+
+
+def assert_voted(found, voted: list) -> None:
+    expected, result = rows(*map(torch.tensor, zip(*voted)), IMAGE), rows_of(found, IMAGE)
+    assert result.shape == expected.shape
+    torch.testing.assert_close(sorted_rows(result), sorted_rows(expected), rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("merge, soft", [("vote", None), ("soft_vote", 0.01)])
 @torch.no_grad()
 def test_refinedet_votes_with_the_boxes_of_each_size(build, merge, soft):
     limits = [(45.0, 1e5), (0.0, 25.0)]
     cfg, model = build("refinedet", "TEST.AUG.MERGE", merge)
     cfg.TEST.AUG.BOX_SIZES = limits
-    boxes, scores, classes = [], [], []
-    for index, (view, mirrored) in enumerate(views_of(IMAGE, SQUARES, mirrors=True)):
-        images = model.preprocess_image([{"image": view}])
-        (x,) = model.detect(model.predict(images.tensor), images.image_sizes)
-        own = to_image(x.pred_boxes.tensor, view, mirrored, IMAGE)
-        sides = own[:, 2:] - own[:, :2]
+    within = []
+    for index, found in enumerate(detections_of_views(model, SQUARES)):
+        sides = found[0][:, 2:] - found[0][:, :2]
         low, high = limits[index // 2]
         kept = (sides.max(dim=1).values > low) & (sides.min(dim=1).values < high)
         assert 0 < kept.sum() < len(kept)
-        boxes.append(own[kept])
-        scores.append(x.scores[kept])
-        classes.append(x.pred_classes[kept])
-    voted = vote_by_loops(torch.cat(boxes), torch.cat(scores), torch.cat(classes), 0.45, soft)[:60]
-    voted = [torch.tensor(x) for x in zip(*voted)]
-    expected, result = rows(*voted, IMAGE), rows_of(detect(cfg, model), IMAGE)
-    assert result.shape == expected.shape
-    torch.testing.assert_close(sorted_rows(result), sorted_rows(expected), rtol=0, atol=2e-3)
+        within.append([x[kept] for x in found])
+    boxes, scores, classes = map(torch.cat, zip(*within))
+    assert_voted(detect(cfg, model), vote_by_loops(boxes, scores, classes, 0.45, soft)[:60])
+
+
+@torch.no_grad()
+def test_all_classes_vote_together_where_one_nms_is_for_all(build):
+    agnostic = ("MODEL.POINT_DETECTOR.CLASS_AGNOSTIC_NMS", "True", "TEST.AUG.MERGE", "vote")
+    cfg, model = build("atss", *agnostic)
+    boxes, scores, classes = map(torch.cat, zip(*detections_of_views(model, SIZES)))
+    found = detect(cfg, model)
+    assert len(classes.unique()) > 1 and len(found.pred_classes.unique()) > 1
+    none = torch.zeros_like(classes)
+    found.pred_classes = torch.zeros_like(found.pred_classes)
+    assert_voted(found, vote_by_loops(boxes, scores, none, cfg.TEST.AUG.VOTE_THRESH)[:60])

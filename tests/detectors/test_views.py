@@ -116,3 +116,11 @@ def test_whole_values_are_bytes_and_others_stay_what_they_are():
     assert found.dtype == torch.uint8 and torch.equal(found, IMAGE)
     for odd in (IMAGE.float() + 0.5, IMAGE.float() - 300, IMAGE.float() * np.nan):
         assert original_image({"image": odd}, "BGR").dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [(2, 400), (400, 2), (1, 1)])
+def test_views_of_thin_images_have_a_pixel_at_least(size):
+    sides = ("TEST.AUG.MIN_SIZES", "(1, 32)", "TEST.AUG.MAX_SIZE", "64", "TEST.AUG.FLIP", "True")
+    views, _ = maker(*sides)(random_image(*size))
+    assert len(views) == 4 and all(min(view.size) >= 1 for view in views)
+    assert all(view.image.shape == (3, *view.size) for view in views)

@@ -192,3 +192,7 @@ def test_what_has_no_meaning_is_left_out(make_scene, small_cfg):
     )
     with pytest.raises(InputError, match="set MODEL.ROI_HEADS.NAME to BoxLossROIHeads"):
         editor_of(build_model(cfg))
+    without_rpn = ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
+    cfg = small_cfg("configs/quick/faster_rcnn_shapes.yaml", *without_rpn)
+    with pytest.raises(InputError, match="needs an RPN"):
+        editor_of(build_model(cfg))

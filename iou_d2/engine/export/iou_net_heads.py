@@ -56,7 +56,8 @@ class IoUNet:
         if not self.postprocessor.nms.needs_ious:
             return found
         index, boxes, classes, images = self.listed(found)
-        ious = self.predict(pooling.table, boxes, images, classes)
+        predicted = self.predict(pooling.table, boxes, images, classes)
+        ious = self.postprocessor.calibration(predicted)
         return found._replace(fields={"pred_ious": _unlisted(ious, index, found.scores)})
 
     def detect(
@@ -67,8 +68,9 @@ class IoUNet:
         limit = candidates.scores.shape[1] if limit < 0 else limit
         found = best(self.suppress(candidates)._replace(fields={}), limit)
         index, boxes, classes, images = self.listed(found)
-        boxes, ious = self.refine(boxes, classes, images, size, pooling)
-        ious = _unlisted(ious, index, found.scores).clamp(0, 1)
+        boxes, predicted = self.refine(boxes, classes, images, size, pooling)
+        ious = self.postprocessor.calibration(predicted.clamp(0, 1))
+        ious = _unlisted(ious, index, found.scores)
         boxes = torch.stack([_unlisted(x, index, found.scores) for x in boxes.unbind(1)], dim=-1)
         scores = found.scores * ious if self.postprocessor.score_times_iou else found.scores
         # A score of 0 would say that there is none.

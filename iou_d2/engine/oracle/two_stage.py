@@ -86,6 +86,10 @@ class RegionEditor(Editor):
                 "An oracle needs ROI heads of iou_d2: set MODEL.ROI_HEADS.NAME to BoxLossROIHeads, "
                 "BoxLossCascadeROIHeads, BoxLossRes5ROIHeads, or to those of IoU-Net."
             )
+        if detector.proposal_generator is None:
+            raise InputError(
+                "An oracle needs an RPN, but MODEL.PROPOSAL_GENERATOR.NAME is PrecomputedProposals."
+            )
         self.detector = detector
         self.heads = heads = detector.roi_heads
         self.has_quality = hasattr(heads, "iou_branch")
