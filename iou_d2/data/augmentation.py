@@ -135,11 +135,12 @@ class CenterCropTransform(T.CropTransform):
     which Detectron2's mappers leave out."""
 
     def apply_box(self, box: np.ndarray) -> np.ndarray:
-        """(G, 4) boxes of the image -> boxes of the crop, which may reach out of it."""
+        """(G, 4) boxes of the image -> their parts in the crop."""
         box = np.asarray(box, dtype=float).reshape(-1, 4)
         center = (box[:, :2] + box[:, 2:]) / 2 - (self.x0, self.y0)
         inside = ((center > 0) & (center < (self.w, self.h))).all(axis=1)
-        return super().apply_box(box) * inside[:, None]
+        # Clipped here, and not at last by the mapper: an expansion that follows adds a border.
+        return super().apply_box(box).clip(0, (self.w, self.h) * 2) * inside[:, None]
 
 
 class IoUCrop(T.Augmentation):

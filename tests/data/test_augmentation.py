@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
@@ -155,7 +156,7 @@ def test_an_object_stays_where_its_centre_is_in_the_crop():
     crop = CenterCropTransform(10, 5, 20, 10, 60, 40)
     boxes = np.array([[8, 0, 16, 14.0], [0, 0, 19, 20], [25, 0, 45, 20], [12, 6, 13, 7]])
     found = crop.apply_box(boxes)
-    assert found.tolist() == [[-2, -5, 6, 9], [0, 0, 0, 0], [0, 0, 0, 0], [2, 1, 3, 2]]
+    assert found.tolist() == [[0, 0, 6, 9], [0, 0, 0, 0], [0, 0, 0, 0], [2, 1, 3, 2]]
     assert crop.apply_box(np.zeros((0, 4))).shape == (0, 4)
     image = noise()
     assert (crop.apply_image(image) == image[5:15, 10:30]).all()
@@ -249,6 +250,29 @@ def test_boxes_stay_on_their_objects(record):
             assert abs(int(mapped["image"][0, y, x]) - (100 + 50 * int(index))) <= 12
     assert min(seen) < 3 and max(seen) == 3
     assert boxes_of(record).tolist() == [[10, 10, 50, 40], [60, 20, 140, 90], [20, 60, 30, 75]]
+
+
+def test_no_border_that_is_added_after_the_crop_is_in_a_box_or_mask(record):
+    for item in record["annotations"][:3]:
+        x1, y1, x2, y2 = item["bbox"]
+        mask = np.zeros((100, 150), np.uint8, order="F")
+        mask[y1:y2, x1:x2] = 1
+        item["segmentation"] = mask_util.encode(mask)
+    keys = ("INPUT.EXPAND_RATIO", "2.0", "MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", "bitmask")
+    mapper = CheckedDatasetMapper(cfg_of('["iou_crop", "expand", "square"]', *keys), True)
+    looked_at = 0
+    for _ in range(60):
+        mapped = mapper(record)
+        instances = mapped["instances"]
+        for index, box in enumerate(instances.gt_boxes.tensor.round().int().tolist()):
+            x1, y1, x2, y2 = box
+            inner = mapped["image"][0, y1 + 4 : y2 - 4, x1 + 4 : x2 - 4].int()
+            assert (inner - (100 + 50 * int(instances.gt_classes[index]))).abs().le(12).all()
+            looked_at += inner.numel() > 0
+            ys, xs = np.nonzero(instances.gt_masks.tensor[index].numpy())
+            extent = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            np.testing.assert_allclose(extent, box, atol=3)
+    assert looked_at > 50
 
 
 def test_the_mapper_of_tests_resizes_alone(record):
