@@ -19,7 +19,7 @@ def box_xml(*sides: object) -> str:
     return "<bndbox>" + "".join(f"<{t}>{v}</{t}>" for t, v in zip(tags, sides)) + "</bndbox>"
 
 
-def object_xml(name: str, *sides: object, difficult: int = 0, extra: str = STRICT) -> str:
+def object_xml(name: str, *sides: object, difficult: int | str = 0, extra: str = STRICT) -> str:
     return (
         f"<object><name>{name}</name>{extra}<difficult>{difficult}</difficult>"
         f"{box_xml(*sides)}</object>"

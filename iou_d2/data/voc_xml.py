@@ -11,6 +11,7 @@ from typing import NamedTuple
 from iou_d2.errors import InputError
 
 from .cleaning import Box, Findings
+from .coco_values import as_flag
 
 ENCODED = "XML files in another encoding than UTF-8 were read"
 TURNED = "boxes that CVAT turned were replaced by the boxes around them"
@@ -40,7 +41,10 @@ class VocImage(NamedTuple):
 
 
 def parse_xml(xml: Path, findings: Findings) -> ET.Element:
-    """The root of an annotation. Raises InputError with the file's name; entities are refused."""
+    """The root of an annotation, all tags in lower case.
+
+    Raises InputError with the file's name; entities are refused.
+    """
     if xml.stat().st_size > _MOST_BYTES:
         raise InputError(f"{xml} has more than {_MOST_BYTES >> 20} MB, too much for an annotation.")
     text = _decode(xml, findings)
@@ -52,6 +56,8 @@ def parse_xml(xml: Path, findings: Findings) -> ET.Element:
         raise InputError(f"{xml} is not well-formed XML: {error}.") from error
     if root.tag.lower() != "annotation":
         raise InputError(f"{xml} is no VOC annotation: it begins with <{root.tag[:40]}>.")
+    for node in root.iter():  # some tools write <Object>
+        node.tag = node.tag.lower()
     return root
 
 
@@ -84,7 +90,7 @@ def read_image(xml: Path, image_id: str, root: ET.Element, findings: Findings) -
         name = _text(xml, index, obj, "name")
         if obj.find("bndbox") is None:
             raise InputError(f"{xml}: object {index} ({name}) has no bndbox.")
-        difficult = int((obj.findtext("difficult") or "0").strip() == "1")
+        difficult = _difficult(xml, index, obj)
         box = _read_box(xml, index, obj)
         degrees = _rotation(xml, index, obj)
         if degrees:
@@ -114,6 +120,16 @@ def _text(xml: Path, index: int, obj: ET.Element, tag: str) -> str:
     if not text:
         raise InputError(f"{xml}: object {index} has no {tag}.")
     return text
+
+
+def _difficult(xml: Path, index: int, obj: ET.Element) -> int:
+    text = (obj.findtext("difficult") or "").strip()
+    flag = as_flag(text)
+    if flag is None:
+        raise InputError(
+            f"{xml}: object {index} has the difficult '{text[:40]}', which is neither 0 nor 1."
+        )
+    return flag
 
 
 def _side(xml: Path, root: ET.Element, side: str) -> int:

@@ -177,3 +177,31 @@ def test_indices_are_those_of_the_classes_at_loading(folder, tmp_path):
     del metadata.thing_classes
     metadata.thing_classes = ["zebra", "dog", "cat"]
     assert DatasetCatalog.get(name)[0]["annotations"][0]["category_id"] == 2
+
+
+@pytest.mark.parametrize("tag", ["Object", "OBJECT"])
+def test_tags_in_other_case(folder, tmp_path, tag):
+    xml = folder / "Annotations" / "a.xml"
+    xml.write_text(xml.read_text().replace("object>", f"{tag}>").replace("xmin>", "Xmin>"))
+    write_split(folder, "train", "b\na\nc\n")
+    name = register_voc(folder, "train", tmp_path / "clean")
+    assert [len(record["annotations"]) for record in DatasetCatalog.get(name)] == [1, 2, 1]
+    assert precision(name)["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_difficult"), [("true", 1), ("TRUE", 1), ("False", 0), ("", 0)]
+)
+def test_words_for_difficult(folder, tmp_path, text, is_difficult):
+    write_image(folder, "a", object_xml("dog", 1, 1, 30, 20, difficult=text))
+    write_split(folder, "train", "a")
+    name = register_voc(folder, "train", tmp_path / "clean")
+    (copied,) = (tmp_path / "clean").rglob("a.xml")
+    assert f"<difficult>{is_difficult}</difficult>" in copied.read_text()
+    assert len(DatasetCatalog.get(name)[0]["annotations"]) == 1
+
+
+def test_unknown_words_for_difficult_are_refused(folder, tmp_path):
+    write_image(folder, "a", object_xml("dog", 1, 1, 30, 20, difficult="maybe"))
+    with pytest.raises(InputError, match=r"a\.xml: object 1 has the difficult 'maybe'"):
+        register_voc(folder, "train", tmp_path / "clean")
