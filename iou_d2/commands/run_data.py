@@ -42,6 +42,8 @@ def use_datasets(cfg: CfgNode, start: Start, eval_only: bool, resume: bool) -> N
     """Register and check the datasets of `cfg`, give them all the same classes in the same order,
     and store these.
 
+    `resume`: whether `start` is a checkpoint that the run goes on from.
+
     Raises InputError where the data, or they and the classes in `start`, do not go together.
     """
     clean_dir = os.path.join(cfg.OUTPUT_DIR, "datasets")

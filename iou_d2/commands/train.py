@@ -122,8 +122,8 @@ def start_of(cfg: CfgNode, args: argparse.Namespace) -> Start:
     """What a run begins with: the last checkpoint in OUTPUT_DIR where it resumes and there is one,
     or else MODEL.WEIGHTS."""
     weights = cfg.MODEL.WEIGHTS
-    last = Path(cfg.OUTPUT_DIR) / "last_checkpoint"
-    if args.resume and last.is_file():
+    if resumes(cfg, args):
+        last = _last_checkpoint(cfg)
         weights = str(last.with_name(last.read_text(encoding="utf-8").strip()))
     if args.eval_only and not weights:
         raise InputError(
@@ -138,13 +138,23 @@ def start_of(cfg: CfgNode, args: argparse.Namespace) -> Start:
     return Start(weights, read_class_names(path) or [])
 
 
+def resumes(cfg: CfgNode, args: argparse.Namespace) -> bool:
+    """Whether a run goes on from a checkpoint in OUTPUT_DIR: with --resume, where there is one."""
+    return args.resume and _last_checkpoint(cfg).is_file()
+
+
+def _last_checkpoint(cfg: CfgNode) -> Path:
+    """The file that names it."""
+    return Path(cfg.OUTPUT_DIR) / "last_checkpoint"
+
+
 def prepare(cfg: CfgNode, args: argparse.Namespace, start: Start) -> None:
     """Complete the config with the data, and make the loggers and the seed of a run."""
     # Before the data are read, so that what is mended in them stands in log.txt.
     for name in ("fvcore", "detectron2", "iou_d2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     logging.getLogger("detectron2.engine.train_loop").addFilter(leaves_no_traceback)
-    use_datasets(cfg, start, args.eval_only, args.resume)
+    use_datasets(cfg, start, args.eval_only, resumes(cfg, args))
     check_start(cfg, start.weights, args.eval_only)
     if args.eval_only:
         cfg.MODEL.WEIGHTS = start.weights

@@ -42,13 +42,16 @@ def read(path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("names", [["dog", "emu", "cow"], ["emu", "cow"]])
-def test_other_classes_of_the_data(environment, three, tmp_path, names):
-    """As many with other names, or fewer: the rows of those with the same names stay."""
+@pytest.mark.parametrize(
+    ("names", "options"), [(["dog", "emu", "cow"], []), (["emu", "cow"], ["--resume"])]
+)
+def test_other_classes_of_the_data(environment, three, tmp_path, names, options):
+    """As many with other names, or fewer: the rows of those with the same names stay, also with
+    --resume where there is nothing to resume yet."""
     data = write_set(tmp_path / "data", names)
     where = ("MODEL.WEIGHTS", str(three / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "out"))
     pairs = (*KEYS, *where, "SEED", "2")  # other fresh rows than those of the first run
-    run(environment, command("--train", data, *pairs, config=OWN))
+    run(environment, command(*options, "--train", data, *pairs, config=OWN))
     first, second = (read(x / "model_final.pth") for x in (three, tmp_path / "out"))
     known, found = first["class_names"], second["class_names"]
     assert sorted(found) == sorted(names)
