@@ -18,6 +18,7 @@ from detectron2.structures import BoxMode
 
 from iou_d2.errors import InputError
 
+from .bounds import Bounds
 from .cleaning import (
     CLIPPED,
     NO_TRUST,
@@ -54,7 +55,7 @@ def register_voc(folder: Path, split: str | None, clean_dir: Path, trust: Trust 
         folder: absolute path, see voc_layout.py. split: a file of ImageSets/Main without its
             ending or a folder, or None for all annotations of a folder without ImageSets.
         clean_dir: where a mended copy goes. trust: `boxes` takes boxes that look like fractions
-            or of which most stick out of their image.
+            or of which most stick out of their image; `paths` admits files outside of `folder`.
 
     Raises:
         MissingFileError: a folder, the split, an annotation or an image is not there.
@@ -64,9 +65,10 @@ def register_voc(folder: Path, split: str | None, clean_dir: Path, trust: Trust 
     name = f"voc:{folder}" if split is None else f"voc:{folder}:{split}"
     if name in DatasetCatalog:
         return name
-    layout, findings = find_layout(folder), Findings()
-    images, classes = _read_annotations(layout, split, findings)
-    files = _image_files(layout, images)
+    bounds = Bounds(folder, folder, trust)
+    layout, findings = find_layout(folder, bounds), Findings()
+    images, classes = _read_annotations(layout, split, bounds, findings)
+    files = _image_files(layout, images, bounds)
     require_files(folder, "images", files)
     images = _with_sizes(images, files, findings)
     if not trust.boxes:
@@ -94,11 +96,12 @@ def register_voc(folder: Path, split: str | None, clean_dir: Path, trust: Trust 
 
 
 def _read_annotations(
-    layout: VocLayout, split: str | None, findings: Findings
+    layout: VocLayout, split: str | None, bounds: Bounds, findings: Findings
 ) -> tuple[list[VocImage], list[str]]:
     """The images of the split, in its order, and the sorted class names of the whole folder."""
-    xmls = xml_files(layout.annotations)
-    image_ids = read_split(layout, split, list(xmls), findings)
+    xmls = xml_files(layout.annotations, bounds)
+    bounds.require_files(xmls.values())
+    image_ids = read_split(layout, split, list(xmls), bounds, findings)
     listed = [str(xmls.get(i, layout.annotations / f"{i}.xml")) for i in image_ids]
     require_files(layout.folder, "annotations", listed)
     wanted, images, classes = set(image_ids), {}, set()
@@ -118,9 +121,9 @@ def _read_annotations(
     return [images[image_id] for image_id in image_ids], sorted(classes)
 
 
-def _image_files(layout: VocLayout, images: Sequence[VocImage]) -> list[str]:
+def _image_files(layout: VocLayout, images: Sequence[VocImage], bounds: Bounds) -> list[str]:
     """The image of each id, whatever its ending: the only one of that stem, or what XML names."""
-    by_stem = image_files(layout.images)
+    by_stem = image_files(layout.images, bounds)
     by_name: dict[str, list[Path]] = {}
     for path in (path for paths in by_stem.values() for path in paths):
         by_name.setdefault(path.name, []).append(path)
@@ -138,8 +141,9 @@ def _image_files(layout: VocLayout, images: Sequence[VocImage]) -> list[str]:
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise InputError(f"{image.image_id}.xml may mean each of {names} in {layout.images}.")
-        files.append(str(found[0] if found else layout.images / f"{image.image_id}.jpg"))
-    return files
+        files.append(found[0] if found else layout.images / f"{image.image_id}.jpg")
+    bounds.require_files(files)
+    return [str(file) for file in files]
 
 
 def _with_sizes(

@@ -7,7 +7,6 @@ An image's id is its annotation's path below the annotations, without the ending
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from iou_d2.errors import InputError, MissingFileError
 
+from .bounds import Bounds
 from .cleaning import Findings
 
 MENDED = "lines of the split were read without their flag, ending or folder"
@@ -36,7 +36,7 @@ class VocLayout(NamedTuple):
         return self.annotations == self.folder / "Annotations" and self.lists == main
 
 
-def find_layout(folder: Path) -> VocLayout:
+def find_layout(folder: Path, bounds: Bounds) -> VocLayout:
     """Raises MissingFileError where the folder holds neither of the known layouts."""
     if not folder.is_dir():
         raise MissingFileError(f"There is no folder {folder}.")
@@ -45,22 +45,23 @@ def find_layout(folder: Path) -> VocLayout:
     lists = sets and _child(sets, ("main",))
     if annotations is not None and images is not None:
         return VocLayout(folder, annotations, images, lists)
-    if annotations is None and images is None and xml_files(folder):
+    if annotations is None and images is None and xml_files(folder, bounds):
         return VocLayout(folder, folder, folder, lists)
     part = "Annotations" if annotations is None else "JPEGImages"
     raise MissingFileError(f"{folder} is not a Pascal VOC folder: it has no {part}/.")
 
 
-def xml_files(annotations: Path) -> dict[str, Path]:
+def xml_files(annotations: Path, bounds: Bounds) -> dict[str, Path]:
     """Annotations by image id, sorted; hidden files and folders are left out."""
-    files = (path for path in _walk(annotations) if path.suffix.lower() == ".xml")
+    found = bounds.files_below(annotations)
+    files = (path for path in found if path.suffix.lower() == ".xml")
     return {path.relative_to(annotations).with_suffix("").as_posix(): path for path in files}
 
 
-def image_files(images: Path) -> dict[str, list[Path]]:
+def image_files(images: Path, bounds: Bounds) -> dict[str, list[Path]]:
     """All that may be images, by their path below `images` without the ending."""
     found: dict[str, list[Path]] = {}
-    for path in _walk(images):
+    for path in bounds.files_below(images):
         if path.suffix.lower() not in _NO_IMAGES:
             key = path.relative_to(images).with_suffix("").as_posix()
             found.setdefault(key, []).append(path)
@@ -68,7 +69,11 @@ def image_files(images: Path) -> dict[str, list[Path]]:
 
 
 def read_split(
-    layout: VocLayout, split: str | None, known: Sequence[str], findings: Findings
+    layout: VocLayout,
+    split: str | None,
+    known: Sequence[str],
+    bounds: Bounds,
+    findings: Findings,
 ) -> list[str]:
     """The ids of the images of a split, in its order; those of no annotation are told later.
 
@@ -82,6 +87,7 @@ def read_split(
     file = layout.lists / f"{split}.txt"
     if not file.is_file():
         raise MissingFileError(f"There is no split file {file}; {_splits(layout.lists)}")
+    bounds.require(file)
     lines = [line.strip() for line in _read_text(file).splitlines()]
     image_ids, all_known = [], set(known)
     for line in filter(None, lines):
@@ -152,11 +158,3 @@ def _child(folder: Path, names: Sequence[str]) -> Path | None:
     """The subfolder of one of `names` in any case, the first of them first."""
     found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     return next((found[name] for name in names if name in found), None)
-
-
-def _walk(folder: Path) -> list[Path]:
-    paths = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(paths)

@@ -17,6 +17,7 @@ from detectron2.structures import BoxMode
 
 from iou_d2.errors import InputError
 
+from .bounds import Bounds
 from .cleaning import (
     NO_TRUST,
     Box,
@@ -28,7 +29,7 @@ from .cleaning import (
     write_text,
 )
 from .images import read_header
-from .yolo_lists import class_names, label_file, read_yaml, require_inside, split_images
+from .yolo_lists import class_names, label_file, read_yaml, split_images
 
 NO_LABELS = "images without a label file were taken as images without objects"
 POLYGON = "polygons were replaced by the boxes around them"
@@ -56,15 +57,15 @@ def register_yolo(yaml_file: Path, split: str, clean_dir: Path, trust: Trust = N
         return name
     data, findings = read_yaml(yaml_file), Findings()
     classes = class_names(yaml_file, data)
-    images = split_images(yaml_file, data, split, trust)
+    bounds = Bounds(yaml_file, yaml_file.parent, trust)
+    images = split_images(yaml_file, data, split, bounds)
     require_files(yaml_file, "images", [str(image) for image in images])
     labels = [label_file(image) for image in images]
     if not any(label.is_file() for label in labels):
         raise InputError(f"{yaml_file}: '{split}' has no label file, the first: {labels[0]}.")
+    bounds.require_files(labels)
     records = []
     for index, (image, label) in enumerate(zip(images, labels), start=1):
-        if label.is_symlink():
-            require_inside(yaml_file, label, trust)
         header = read_header(image)
         objects = _read_labels(label, len(classes), "kpt_shape" in data, findings)
         records.append(

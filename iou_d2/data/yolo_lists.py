@@ -14,7 +14,7 @@ import yaml
 
 from iou_d2.errors import InputError, MissingFileError
 
-from .cleaning import Trust
+from .bounds import Bounds
 
 _MOST_BYTES = 2**20
 _IMAGES = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -61,8 +61,11 @@ def class_names(file: Path, data: dict[str, Any]) -> list[str]:
     return names
 
 
-def split_images(file: Path, data: dict[str, Any], split: str, trust: Trust) -> list[Path]:
-    """The images of a split, sorted within each folder. Raises InputError where there are none."""
+def split_images(file: Path, data: dict[str, Any], split: str, bounds: Bounds) -> list[Path]:
+    """The images of a split, sorted within each folder.
+
+    Raises InputError where there are none, or one is outside of `bounds`.
+    """
     entries = data.get(split)
     if not entries:
         there = ", ".join(key for key in ("train", "val", "test") if data.get(key))
@@ -71,7 +74,7 @@ def split_images(file: Path, data: dict[str, Any], split: str, trust: Trust) -> 
     for entry in entries if isinstance(entries, list) else [entries]:
         if not isinstance(entry, str) or "\0" in entry:
             raise InputError(f"{file}: '{split}' must be a path or a list of paths.")
-        images += _images_of(file, _find(file, data, entry, trust), trust)
+        images += _images_of(file, _find(file, data, entry, bounds), bounds)
     if not images:
         raise InputError(f"{file}: '{split}' holds no image.")
     twice = len(images) - len(set(images))
@@ -90,16 +93,7 @@ def label_file(image: Path) -> Path:
     return Path(*parts, f"{image.stem}.txt")
 
 
-def require_inside(file: Path, path: Path, trust: Trust) -> None:
-    """Raise InputError where `path`, links followed, leaves the folder of data.yaml `file`."""
-    if not trust.paths and not path.resolve().is_relative_to(file.parent.resolve()):
-        raise InputError(
-            f"{file} leads to {path}, which is outside of its folder. "
-            "Set DATASETS.TRUST_PATHS True if you trust the file."
-        )
-
-
-def _find(file: Path, data: dict[str, Any], entry: str, trust: Trust) -> Path:
+def _find(file: Path, data: dict[str, Any], entry: str, bounds: Bounds) -> Path:
     """An entry below `path:`, or below data.yaml.
 
     Roboflow writes ../train/images for a folder beside data.yaml: that one goes first.
@@ -117,21 +111,19 @@ def _find(file: Path, data: dict[str, Any], entry: str, trust: Trust) -> Path:
     if not found:
         tried = ", ".join(dict.fromkeys(os.path.normpath(path) for path in candidates))
         raise MissingFileError(f"{file} leads to nothing with '{entry[:200]}'; tried: {tried}.")
-    require_inside(file, found[0], trust)
+    bounds.require(found[0])
     return found[0]
 
 
-def _images_of(file: Path, source: Path, trust: Trust) -> list[Path]:
+def _images_of(file: Path, source: Path, bounds: Bounds) -> list[Path]:
     if source.is_dir():
-        found = [Path(parent, name) for parent, _, names in os.walk(source) for name in names]
-        images = sorted(path for path in found if path.suffix.lower() in _IMAGES)
+        found = bounds.files_below(source)
+        images = [path for path in found if path.suffix.lower() in _IMAGES]
     elif source.suffix.lower() == ".txt":
         images = _listed(file, source)
     else:
         raise InputError(f"{file} leads to {source}, which is no folder and no list (.txt).")
-    for image in images:
-        if source.is_file() or image.is_symlink():
-            require_inside(file, image, trust)
+    bounds.require_files(images)
     return images
 
 

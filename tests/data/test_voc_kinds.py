@@ -149,6 +149,38 @@ def test_one_folder_a_split(tmp_path):
         register_voc(tmp_path / "loose", None, tmp_path / "clean")
 
 
+def test_linked_folders_are_read(tmp_path):
+    write_image(tmp_path / "strict", "a", object_xml("dog", 1, 1, 30, 20))
+    folder = tmp_path / "loose"
+    (folder / ".pool").mkdir(parents=True)
+    (folder / "train").mkdir()
+    for part, ending in (("Annotations", "xml"), ("JPEGImages", "jpg")):
+        file = tmp_path / "strict" / part / f"a.{ending}"
+        (folder / ".pool" / f"b.{ending}").write_bytes(file.read_bytes())
+        file.rename(folder / "train" / file.name)
+    (folder / "train" / "more").symlink_to(folder / ".pool")
+    (folder / ".pool" / "circle").symlink_to(folder)
+    name = register_voc(folder, "train", tmp_path / "clean")
+    ids = [record["image_id"] for record in DatasetCatalog.get(name)]
+    assert ids == ["train/a", "train/more/b"] and precision(name)["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *("Annotations", "JPEGImages", "ImageSets", "ImageSets/Main/train.txt"),
+        *("Annotations/a.xml", "JPEGImages/a.jpg"),
+    ],
+)
+def test_links_to_outside_need_trust(folder, tmp_path, part):
+    (folder / part).rename(tmp_path / "outside")
+    (folder / part).symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match=r"outside.*outside of its folder.*DATASETS\.TRUST_PATHS"):
+        register_voc(folder, "train", tmp_path / "clean")
+    name = register_voc(folder, "train", tmp_path / "clean", Trust(paths=True))
+    assert len(DatasetCatalog.get(name)) == 2
+
+
 def test_no_box_left_is_an_error(folder, tmp_path):
     write_image(folder, "a", object_xml("dog", 30, 20, 1, 1))
     write_split(folder, "train", "a")

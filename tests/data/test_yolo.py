@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -132,6 +134,35 @@ def test_paths_outside_need_trust(folder, tmp_path):
     with pytest.raises(InputError, match=r"outside of its folder.*DATASETS\.TRUST_PATHS"):
         register(folder)
     assert len(boxes(register(folder, Trust(paths=True)))) == 2
+
+
+def test_images_and_labels_below_linked_folders_are_read_once(folder):
+    for part, name, content in (("images", "c.jpg", None), ("labels", "c.txt", "1 .5 .5 .25 .5")):
+        (folder / "pool" / part).mkdir(parents=True)
+        file = folder / "pool" / part / name
+        file.write_text(content) if content else Image.new("RGB", (WIDTH, HEIGHT)).save(file)
+        (folder / part / "train" / "more").symlink_to(folder / "pool" / part)
+    (folder / "images" / "train" / "once_more").symlink_to(folder / "pool" / "images")
+    (folder / "pool" / "images" / "circle").symlink_to(folder / "images")
+    (folder / "images" / "train" / "circle").symlink_to("..", target_is_directory=True)
+    (folder / "images" / "train" / "itself").symlink_to(".", target_is_directory=True)
+    name = register(folder)
+    files = [Path(record["file_name"]) for record in DatasetCatalog.get(name)]
+    assert [file.name for file in files] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert boxes(name) == [[[30, 10, 50, 30]], [], [[30, 10, 50, 30]]]
+
+
+@pytest.mark.parametrize("part", ["images", "labels", "images/train/more", "labels/train"])
+def test_linked_folders_outside_need_trust(folder, tmp_path, part):
+    if part.endswith("more"):
+        (folder / "images" / "train" / "more").mkdir()
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images" / "train" / "more" / "c.jpg")
+    (folder / part).rename(tmp_path / "outside")
+    (folder / part).symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match=r"outside.*outside of its folder.*DATASETS\.TRUST_PATHS"):
+        register(folder)
+    found = boxes(register(folder, Trust(paths=True)))
+    assert [[30, 10, 50, 30]] in found and len(found) == (3 if part.endswith("more") else 2)
 
 
 def test_missing_split_and_labels(folder):
