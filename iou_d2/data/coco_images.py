@@ -23,41 +23,65 @@ SIZES = "sizes of images that were not given were read from the files"
 _PREFIXES = ("instances_", "person_keypoints_", "captions_", "annotations_")
 
 
-def image_folders(json_file: Path) -> list[Path]:
-    """Folders in which the images of `json_file` are looked for, in this order.
+def image_folders(json_file: Path) -> list[list[Path]]:
+    """Folders in which the images of `json_file` are looked for: groups in this order.
 
-    `images/` beside it, its own folder (Roboflow), a folder named as the split (CVAT, COCO), and
+    Beside it a folder named as the split (CVAT, COCO), `images/`, its own folder (Roboflow); then
     the same beside the folder of the annotations.
     """
     split = json_file.stem
     for prefix in _PREFIXES:
         split = split.removeprefix(prefix)
     here, above = json_file.parent, json_file.parent.parent
-    named = [here / "images" / split, here / split]
-    beside = [above / "images", above / "images" / split, above / split, above / split / "images"]
-    return [here / "images", here, *named, *beside, above]
+    return [
+        [here / "images" / split, here / split],
+        [here / "images"],
+        [here],
+        [above / "images" / split, above / split, above / split / "images"],
+        [above / "images", above],
+    ]
 
 
 def find_image_folder(json_file: Path, images: Sequence[dict]) -> Path | None:
-    """The first of `image_folders` that has the first image; None if it is nowhere."""
+    """The folder in the first group of `image_folders` that has the first image; None if it is
+    nowhere.
+
+    Raises InputError where two folders of that group have another first image each.
+    """
     first = images[0]["file_name"]
-    folders = image_folders(json_file)
     with _listings():
         for names in (_names(first), [_bare(first)]):
-            for folder in folders:
-                for name in names:
-                    path = folder / name
-                    if os.path.isfile(path) and _is_inside(path, folder):
-                        return folder
+            for folders in image_folders(json_file):
+                found = _holding(folders, names)
+                if len(found) > 1:
+                    one, other, *_ = found.values()
+                    raise InputError(
+                        f"The images of {json_file} may be those in {one} or in {other}, for both "
+                        f"hold {shortened(names[-1])}: name the folder, as in "
+                        f"coco:{json_file}:{other}."
+                    )
+                if found:
+                    return next(iter(found.values()))
     return None
 
 
+def _holding(folders: Sequence[Path], names: Sequence[str]) -> dict[str, Path]:
+    """The first folder of each file, links followed, that has one of `names`."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for name in names:
+            path = folder / name
+            if os.path.isfile(path) and _is_inside(path, folder):
+                found.setdefault(os.path.realpath(path), folder)
+    return found
+
+
 def no_image_folder(json_file: Path, images: Sequence[dict]) -> MissingFileError:
-    first, second, *_ = image_folders(json_file)
+    here = json_file.parent
     return MissingFileError(
         f"The first image of {json_file}, {shortened(images[0]['file_name'])}, is neither in "
-        f"{first} nor in {second}, nor where COCO and CVAT put it: name the image folder, as in "
-        f"coco:{json_file}:IMAGE_FOLDER."
+        f"{here / 'images'} nor in {here}, nor where COCO and CVAT put it: name the "
+        f"image folder, as in coco:{json_file}:IMAGE_FOLDER."
     )
 
 
