@@ -13,7 +13,7 @@ from tabulate import tabulate
 from iou_d2 import get_config
 from iou_d2.config_files import config_names
 from iou_d2.data import statistics
-from iou_d2.data.classes import difference
+from iou_d2.data.classes import difference, with_used_groups
 from iou_d2.data.coverage import Matching, Resize, SquareResize, matching_of, resize_of, resized
 from iou_d2.data.statistics import Objects
 from iou_d2.errors import InputError
@@ -138,18 +138,22 @@ def _compare(first: DataSet, second: DataSet) -> str:
 
 
 def _class_difference(first: DataSet, second: DataSet) -> str:
-    if first.classes == second.classes:
+    sets = (first, second)
+    classes = with_used_groups(
+        [found.classes for found in sets], [found.findings.groups for found in sets]
+    )
+    if classes[0] == classes[1]:
         return "the same classes."
-    if sorted(first.classes) == sorted(second.classes):
+    if sorted(classes[0]) == sorted(classes[1]):
         return "the same classes in another order; they are matched by name."
     text = (
-        f"other classes: {difference(first.classes, second.classes)}. Training on both needs "
+        f"other classes: {difference(*classes)}. Training on both needs "
         "DATASETS.TRUST_CLASSES True, which takes all classes together."
     )
-    if not set(first.classes) & set(second.classes):
+    if not set(classes[0]) & set(classes[1]):
         return f"{text} Neither can test a model of the other."
-    for model, test in ((first, second), (second, first)):
-        unknown = [name for name in test.classes if name not in model.classes]
+    for (model, known), (test, named) in itertools.permutations(zip(sets, classes)):
+        unknown = [name for name in named if name not in known]
         if unknown:
             text += (
                 f"\nA model of {model.name} does not know {_some(unknown)}: {test.name} tests it "

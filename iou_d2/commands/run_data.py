@@ -127,7 +127,8 @@ def classes_of_run(
         if cfg.MODEL.CLASS_NAMES:
             return list(cfg.MODEL.CLASS_NAMES), "MODEL.CLASS_NAMES"
         return classes_of(cfg.DATASETS.TEST[0]), cfg.DATASETS.TEST[0]
-    classes = training_classes(cfg.DATASETS.TRAIN, join=cfg.DATASETS.TRUST_CLASSES)
+    join, tests = cfg.DATASETS.TRUST_CLASSES, cfg.DATASETS.TEST
+    classes = training_classes(cfg.DATASETS.TRAIN, join, tests)
     if sorted(known) == sorted(classes):
         return known, weights
     if known and resume:

@@ -29,20 +29,29 @@ def classes_of(name: str) -> list[str]:
     return list(classes)
 
 
-def training_classes(names: Sequence[str], join: bool = False) -> list[str]:
+def training_classes(
+    names: Sequence[str], join: bool = False, tests: Sequence[str] = ()
+) -> list[str]:
     """The class names of several training sets, in the order of the first.
+
+    A group that was dropped from some as unused is a class where another set, of `tests` too, has
+    it as one.
 
     Args:
         names: registered datasets. join: whether sets may have unlike classes, which then are
             taken together. What one set does not name is background there.
+        tests: the test sets of the run.
 
     Raises InputError for no dataset, and where two have other classes.
     """
     if not names:
         raise InputError("DATASETS.TRAIN is empty: name the data to train on with --train.")
-    joined = classes_of(names[0])
+    sets = list(dict.fromkeys([*names, *tests]))
+    dropped = [getattr(MetadataCatalog.get(name).get("findings"), "groups", []) for name in sets]
+    classes_by_name = dict(zip(sets, with_used_groups(list(map(classes_of, sets)), dropped)))
+    joined = classes_by_name[names[0]]
     for name in names[1:]:
-        classes = classes_of(name)
+        classes = classes_by_name[name]
         if sorted(classes) != sorted(joined) and not join:
             raise InputError(
                 f"The classes of '{names[0]}' and '{name}' differ: {difference(joined, classes)}. "
@@ -51,6 +60,18 @@ def training_classes(names: Sequence[str], join: bool = False) -> list[str]:
             )
         joined += [c for c in classes if c not in joined]
     return joined
+
+
+def with_used_groups(
+    classes: Sequence[Sequence[str]], groups: Sequence[Sequence[str]]
+) -> list[list[str]]:
+    """The class names of several sets, each with those of its dropped `groups` that are classes of
+    another set."""
+    named = {name for own in classes for name in own}
+    return [
+        [*own, *(name for name in dropped if name in named.difference(own))]
+        for own, dropped in zip(classes, groups)
+    ]
 
 
 def match_classes(

@@ -38,11 +38,16 @@ NO_TRUST = Trust()
 
 
 class Findings:
-    """What was mended in one dataset: how often each kind, and the first record of it."""
+    """What was mended in one dataset: how often each kind, and the first record of it.
+
+    Attributes:
+        groups: the names of all categories that were dropped as groups.
+    """
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
         self.first: dict[str, str] = {}
+        self.groups: list[str] = []
 
     def add(self, kind: str, record: str) -> None:
         self.count[kind] += 1

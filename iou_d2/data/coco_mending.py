@@ -71,7 +71,7 @@ def mend_categories(
     """Categories with ids and different names, without unused groups (as Roboflow writes one).
 
     A group is named as supercategory by another category, belongs to none itself and has no
-    annotation.
+    annotation. What was dropped stands in `findings.groups`, for other files may use it.
     """
     mended = []
     for index, category in enumerate(mend_ids(file, "categories", categories, findings)):
@@ -91,6 +91,7 @@ def mend_categories(
         for index, category in groups:
             place = where("categories", index, category)
             findings.add(GROUP, f"{place} {category['name']!r}")
+            findings.groups.append(category["name"])
         kept = [pair for pair in kept if pair not in groups]
     _require_different_names(file, kept)
     return [category for _, category in kept]

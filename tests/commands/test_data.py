@@ -166,6 +166,18 @@ def test_sets_are_compared_by_their_classes(tmp_path, check, second, sentences):
     assert "are in coco:" in out and "Do not train on what you test on." in out
 
 
+def test_a_group_that_only_one_set_uses_is_a_class_of_both(tmp_path, check):
+    data = two_images()
+    data["categories"] = [
+        {"id": 9, "name": "dog", "supercategory": "none"},
+        {"id": 5, "name": "cat", "supercategory": "dog"},
+    ]
+    names = [name_of(tmp_path / "one", data)]
+    data["annotations"] = data["annotations"][:1]  # a cat
+    names.append(name_of(tmp_path / "two", data))
+    assert f"{names[0]} and {names[1]} have the same classes." in check(*names)[1]
+
+
 def test_the_same_set_twice_is_read_once(tmp_path, check):
     name = name_of(tmp_path, two_images())
     status, out = check(name, f"{name}:{tmp_path / 'images'}")

@@ -26,8 +26,9 @@ def own_catalogs(monkeypatch):
         monkeypatch.setattr(catalog, "data", dict(catalog.data))
 
 
-def coco(folder: Path, categories: dict[int, str], **fields) -> str:
-    """A registered set with one object of each category, in the order of the categories."""
+def coco(folder: Path, categories: dict[int, str], group: dict | None = None, **fields) -> str:
+    """A registered set with one object of each category, in the order of the categories; `group`
+    is one more, without an object."""
     (folder / "images").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(folder / "images" / "a.png")
     annotations = [
@@ -39,6 +40,9 @@ def coco(folder: Path, categories: dict[int, str], **fields) -> str:
         "annotations": [{"area": 400, "iscrowd": 0, **a} for a in annotations],
         "categories": [{"id": i, "name": name} for i, name in categories.items()],
     }
+    if group is not None:
+        data["categories"] = [c | {"supercategory": group["name"]} for c in data["categories"]]
+        data["categories"].append(group)
     (folder / "a.json").write_text(json.dumps(data))
     return register_dataset(f"coco:{folder}/a.json", folder / "clean")
 
@@ -95,6 +99,23 @@ def test_training_sets_with_other_classes_name_both_and_the_difference(tmp_path,
 def test_unlike_training_sets_are_joined_where_asked(tmp_path):
     names = [coco(tmp_path / "a", {1: "cat"}), coco(tmp_path / "b", {1: "cow", 2: "cat"})]
     assert training_classes(names, join=True) == ["cat", "cow"]
+
+
+VEHICLE = {"id": 9, "name": "vehicle", "supercategory": "none"}
+
+
+def test_an_unused_group_is_a_class_where_another_set_uses_it(tmp_path):
+    cars = coco(tmp_path / "a", {1: "car"}, group=VEHICLE)
+    both = coco(tmp_path / "b", {9: "vehicle", 1: "car"})
+    assert classes_of(cars) == training_classes([cars]) == ["car"]
+    assert training_classes([cars, both]) == training_classes([cars], tests=[both])
+    assert training_classes([cars, both]) == ["car", "vehicle"]
+    assert training_classes([both, cars]) == ["car", "vehicle"]
+    for name in (cars, both):
+        match_classes(name, ["vehicle", "car"], "DATASETS.TRAIN")
+    assert names_in(cars) == ["car"] and names_in(both) == ["vehicle", "car"]
+    with pytest.raises(InputError, match="differ: only in the second: boat"):
+        training_classes([cars, coco(tmp_path / "c", {1: "car", 2: "boat"}, group=VEHICLE)])
 
 
 def test_a_set_may_lack_classes_of_the_model(tmp_path):
