@@ -15,7 +15,6 @@ from iou_d2.config import set_class_names
 from iou_d2.data.classes import (
     OWN,
     classes_of,
-    has_segmentations,
     match_classes,
     require_objects,
     training_classes,
@@ -25,7 +24,7 @@ from iou_d2.data.coco_records import records_of
 from iou_d2.data.images import check_images
 from iou_d2.data.register import register_dataset
 from iou_d2.data.shapes import ensure_shapes
-from iou_d2.engine.config_checks import require_no_masks
+from iou_d2.engine.annotation_checks import check_key_points, check_masks
 from iou_d2.engine.proposals import check_proposals
 from iou_d2.errors import InputError
 from iou_d2.evaluation.coco import file_stem
@@ -63,6 +62,8 @@ def use_datasets(cfg: CfgNode, start: Start, eval_only: bool, resume: bool) -> N
     for name in used:
         ensure_shapes(name)
     require_measurable(cfg, eval_only)
+    if not eval_only:
+        check_key_points(cfg)
     check_own_data(cfg, used, clean_dir, eval_only)
     check_proposals(cfg, ["TEST"] if eval_only else ["TRAIN", "TEST"])
 
@@ -147,7 +148,8 @@ def check_own_data(cfg: CfgNode, names: Sequence[str], clean_dir: str, eval_only
     own = [name for name in names if name.startswith(OWN)]
     if not eval_only and set(cfg.DATASETS.TRAIN) <= set(own):
         require_objects(cfg.DATASETS.TRAIN)
-        require_no_masks(cfg, has_masks=any(map(has_segmentations, cfg.DATASETS.TRAIN)))
+    if not eval_only:
+        check_masks(cfg, [name for name in own if name in cfg.DATASETS.TRAIN])
     for name in own:
         cache = Path(clean_dir) / f"{file_stem(name)}.images_checked"
         check_images(records_of(name), cache, name)

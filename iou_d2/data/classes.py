@@ -12,7 +12,7 @@ from detectron2.data import MetadataCatalog
 
 from iou_d2.errors import InputError
 
-from .coco_records import LazyRecords, records_of
+from .coco_records import records_of
 
 # The readers of iou_d2, which follow the metadata. Detectron2's own have their order in code.
 OWN = ("coco:", "voc:", "yolo:")
@@ -126,14 +126,6 @@ def require_objects(names: Sequence[str]) -> None:
         f"There is not one object to learn in the {images} images of {', '.join(names)}: all are "
         "crowds, were dropped because they have no area or lie outside, or there are none."
     )
-
-
-def has_segmentations(name: str) -> bool:
-    """Whether an object of a registered dataset has a mask."""
-    records = records_of(name)
-    if isinstance(records, LazyRecords):
-        return records.has_segmentations
-    return any(a.get("segmentation") for record in records for a in record.get("annotations", ()))
 
 
 def difference(first: Sequence[str], second: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from detectron2.structures import BoxMode
 from .json_file import no_garbage_collection
 from .packed_list import PackedArray, PackedList
 
+NO_MASK, POLYGONS, RLE = "no mask", "polygons", "RLE"
 # As in `load_coco_json`.
 _KEYS = ("iscrowd", "bbox", "keypoints", "category_id")
 
@@ -24,7 +25,8 @@ class PackedRecords:
     """The images of a mended COCO dict and their objects, about a fifth as large as Python's dicts.
 
     Attributes:
-        has_segmentations: whether an object has a mask.
+        first_by_mask: the kinds of masks that objects have, crowds left out, each with the first
+            object of it in words.
     """
 
     def __init__(self, data: dict[str, Any], image_folder: Path) -> None:
@@ -33,7 +35,7 @@ class PackedRecords:
         index = {image["id"]: i for i, image in enumerate(images)}
         annotations = data.get("annotations", [])
         image_of, category_of, crowds = array("q"), array("q"), array("b")
-        self.has_segmentations = False
+        self.first_by_mask: dict[str, str] = {}
 
         def objects() -> Iterator[dict[str, Any]]:
             is_packed = isinstance(annotations, PackedList)
@@ -42,7 +44,11 @@ class PackedRecords:
                 category_of.append(annotation["category_id"])
                 crowds.append(annotation["iscrowd"])
                 packed = _object(annotation)
-                self.has_segmentations |= bool(packed.get("segmentation"))
+                kind = mask_kind(packed)
+                if kind not in self.first_by_mask and not annotation["iscrowd"]:
+                    file_name = images[image_of[-1]]["file_name"]
+                    where = f"annotation {annotation['id']} of the image {file_name}"
+                    self.first_by_mask[kind] = where
                 yield packed
 
         with no_garbage_collection():
@@ -103,7 +109,7 @@ class LazyRecords(Sequence):
         """`chosen` are the indices of the records; None takes all."""
         self._packed, self._class_index = packed, class_index
         self._chosen = range(len(packed)) if chosen is None else np.array(chosen, dtype=np.int64)
-        self.has_segmentations = packed.has_segmentations
+        self.first_by_mask = packed.first_by_mask
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -131,6 +137,14 @@ def records_of(name: str) -> Sequence[dict[str, Any]]:
     if packed is None:
         return DatasetCatalog.get(name)
     return LazyRecords(packed, metadata.thing_dataset_id_to_contiguous_id)
+
+
+def mask_kind(item: dict[str, Any]) -> str:
+    """What one of Detectron2's dicts of an object has: NO_MASK, POLYGONS or RLE."""
+    mask = item.get("segmentation")
+    if not mask:
+        return NO_MASK
+    return RLE if isinstance(mask, dict) else POLYGONS
 
 
 def _object(annotation: dict) -> dict[str, Any]:

@@ -119,15 +119,6 @@ def require_predicted_ious(cfg: CfgNode, what: str) -> None:
         )
 
 
-def require_no_masks(cfg: CfgNode, has_masks: bool) -> None:
-    """Raise an InputError where MODEL.MASK_ON wants masks that the training data do not have."""
-    if cfg.MODEL.MASK_ON and not has_masks:
-        raise InputError(
-            "MODEL.MASK_ON is True, but objects of DATASETS.TRAIN have no segmentation, only "
-            "boxes: set MODEL.MASK_ON False."
-        )
-
-
 def _check_parts(cfg: CfgNode) -> None:
     architecture = cfg.MODEL.META_ARCHITECTURE
     _registered(META_ARCH_REGISTRY, architecture, "MODEL.META_ARCHITECTURE")

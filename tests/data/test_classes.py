@@ -11,7 +11,6 @@ from PIL import Image
 
 from iou_d2.data.classes import (
     classes_of,
-    has_segmentations,
     match_classes,
     require_objects,
     training_classes,
@@ -164,9 +163,3 @@ def test_crowds_are_nothing_to_learn(tmp_path):
     with pytest.raises(InputError, match="not one object to learn in the 1 images of coco:"):
         require_objects([crowds])
     require_objects([crowds, coco(tmp_path / "b", {1: "cat"})])
-
-
-def test_masks_are_seen(tmp_path):
-    square = [[1, 1, 21, 1, 21, 21, 1, 21]]
-    assert has_segmentations(coco(tmp_path / "a", {1: "cat"}, segmentation=square))
-    assert not has_segmentations(coco(tmp_path / "b", {1: "cat"}))

@@ -4,7 +4,7 @@ import pytest
 
 from iou_d2 import get_config
 from iou_d2.config_files import config_names
-from iou_d2.engine.config_checks import check_config, check_training, require_no_masks
+from iou_d2.engine.config_checks import check_config, check_training
 from iou_d2.errors import InputError
 
 DATA = ("DATASETS.TRAIN", "('shapes_train',)")
@@ -136,10 +136,3 @@ def test_processes_share_the_batch(monkeypatch):
     cfg.SOLVER.IMS_PER_BATCH = 4
     with pytest.raises(InputError, match="multiple of 3"):
         check_training(cfg)
-
-
-def test_masks_need_segmentations():
-    cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.MASK_ON", "True"])
-    require_no_masks(cfg, has_masks=True)
-    with pytest.raises(InputError, match="MODEL.MASK_ON"):
-        require_no_masks(cfg, has_masks=False)
