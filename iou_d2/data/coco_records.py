@@ -73,11 +73,11 @@ class PackedRecords:
         Args:
             class_index: the class of each category id; objects of others are left out.
         """
-        file_name, height, width, image_id = self._images[index]
+        _, height, width, image_id = self._images[index]
         start, end = self._starts[index : index + 2].tolist()
         objects = map(self._objects.__getitem__, self._order[start:end].tolist())
         record = {
-            "file_name": os.path.join(self._folder, file_name),
+            "file_name": self.file_name(index),
             "height": height,
             "width": width,
             "image_id": image_id,
@@ -87,6 +87,10 @@ class PackedRecords:
             item["category_id"] = class_index[item["category_id"]]
             item["bbox_mode"] = BoxMode.XYWH_ABS
         return record
+
+    def file_name(self, index: int) -> str:
+        """The path of an image."""
+        return os.path.join(self._folder, self._images[index][0])
 
     def count_objects(self, class_index: dict[int, int]) -> tuple[np.ndarray, dict[int, int]]:
         """Objects that are no crowds: (N,) those of each image, and those of each class."""
@@ -118,6 +122,10 @@ class LazyRecords(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self._packed.record(int(self._chosen[index]), self._class_index)
+
+    def file_names(self) -> Iterator[str]:
+        """Those of the records, without making these."""
+        return (self._packed.file_name(int(index)) for index in self._chosen)
 
     def with_objects(self) -> LazyRecords:
         """The records that have an object that is no crowd."""

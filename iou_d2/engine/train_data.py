@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from detectron2.config import CfgNode
@@ -27,9 +29,11 @@ class ResumableSampler(TrainingSampler):
         start: images of all processes together that are left out at the beginning.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, digest: str):
+        """`digest`: what tells the images from others, see `digest_of`."""
         super().__init__(size, seed=comm.shared_random_seed())
         self.start = 0
+        self._digest = digest
 
     def __iter__(self) -> Iterator[int]:
         first = self.start + self._rank
@@ -37,7 +41,8 @@ class ResumableSampler(TrainingSampler):
 
     def state_dict(self, images: int) -> dict:
         """What it takes to go on after `images` more than the first `start` ones."""
-        return {"seed": self._seed, "images": self.start + images, "size": self._size}
+        images += self.start
+        return {"seed": self._seed, "images": images, "size": self._size, "digest": self._digest}
 
     def load_state_dict(self, state: dict | None) -> None:
         """Go on where `state` says; with a warning from the beginning, where that cannot be."""
@@ -51,7 +56,24 @@ class ResumableSampler(TrainingSampler):
                 "a new pass begins."
             )
             return
+        # Older checkpoints have the number alone.
+        if state.get("digest", self._digest) != self._digest:
+            logger.warning(
+                "The checkpoint had other training images, or these elsewhere or in another order: "
+                "a new pass begins."
+            )
+            return
         self._seed, self.start = state["seed"], state["images"]
+
+
+def digest_of(names: Sequence[str], dataset: Sequence[dict]) -> str:
+    """SHA-256 of the names of the training sets and of the files of their images, in order."""
+    digest = hashlib.sha256()
+    is_lazy = isinstance(dataset, LazyRecords)
+    files = dataset.file_names() if is_lazy else (record["file_name"] for record in dataset)
+    for name in itertools.chain(names, files):
+        digest.update(os.fsencode(name) + b"\0")  # which no name holds
+    return digest.hexdigest()
 
 
 class TrainData:
@@ -67,7 +89,10 @@ class TrainData:
         self.cfg = cfg
         self._dataset = self._read()
         is_default = cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler"
-        self.sampler = ResumableSampler(len(self._dataset)) if is_default else None
+        self.sampler = None
+        if is_default:
+            digest = digest_of(cfg.DATASETS.TRAIN, self._dataset)
+            self.sampler = ResumableSampler(len(self._dataset), digest)
 
     def __iter__(self) -> Iterator[list[dict]]:
         yield from self._loader()
