@@ -219,7 +219,8 @@ def _expand(cfg, is_train: bool) -> T.Augmentation:
 
 def _iou_crop(cfg, is_train: bool) -> T.Augmentation:
     sizes = list(cfg.INPUT.IOU_CROP_SIZES)
-    if len(sizes) != 2 or not 0 < sizes[0] <= sizes[1] <= 1:
+    are_numbers = all(isinstance(size, (int, float)) for size in sizes)
+    if len(sizes) != 2 or not are_numbers or not 0 < sizes[0] <= sizes[1] <= 1:
         raise InputError(
             f"INPUT.IOU_CROP_SIZES is two rising sides over 0 and up to 1, but it is {sizes}."
         )
@@ -267,7 +268,7 @@ def build_augmentations(cfg, is_train: bool) -> list[T.Augmentation]:
             augmentation cannot take.
     """
     names = list(cfg.INPUT.AUGMENTATIONS)
-    unknown = [name for name in names if name not in AUGMENTATIONS]
+    unknown = [name for name in names if name not in list(AUGMENTATIONS)]
     if unknown:
         raise InputError(
             f"INPUT.AUGMENTATIONS takes names from {', '.join(AUGMENTATIONS)}, but it has "

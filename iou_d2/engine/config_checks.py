@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,11 +15,14 @@ from detectron2.modeling import (
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
 from detectron2.utils import comm
 
+from iou_d2.data.augmentation import build_augmentations
 from iou_d2.detectors.dense import part_named
 from iou_d2.detectors.test_time_augmentation import build_merge
 from iou_d2.detectors.views import build_view_maker
 from iou_d2.errors import InputError
 
+from .annotation_checks import require_shapely
+from .config_values import at_least, check_choices, is_finite, value_of
 from .precision import MEMORY_FORMATS, PRECISIONS
 from .wandb_writer import check_wandb
 
@@ -45,11 +47,16 @@ def check_config(cfg: CfgNode, augments: bool = False) -> None:
     part_named(MEMORY_FORMATS, cfg.MODEL.MEMORY_FORMAT, "MODEL.MEMORY_FORMAT")
     if cfg.MODEL.CALIBRATION:
         require_predicted_ious(cfg, "MODEL.CALIBRATION")
-    _at_least(cfg, "MODEL.RETINANET.NUM_CLASSES", 1)
-    _at_least(cfg, "MODEL.ROI_HEADS.NUM_CLASSES", 1)
+    at_least(cfg, "MODEL.RETINANET.NUM_CLASSES", 1)
+    at_least(cfg, "MODEL.ROI_HEADS.NUM_CLASSES", 1)
     for key in ("INPUT.MIN_SIZE_TEST", "DATALOADER.NUM_WORKERS"):
-        _at_least(cfg, key, 0)
-    _at_least(cfg, "INPUT.MAX_SIZE_TEST", 1)
+        at_least(cfg, key, 0)
+    at_least(cfg, "INPUT.MAX_SIZE_TEST", 1)
+    if cfg.SEED + comm.get_world_size() > 2**32:  # each process adds its rank
+        raise InputError(
+            f"SEED is under {2**32 - comm.get_world_size() + 1}, or negative for another one each "
+            f"time, but it is {cfg.SEED}."
+        )
     if cfg.TEST.AUG.ENABLED and not augments:
         raise InputError(
             "TEST.AUG.ENABLED is True, but only `iou-d2 train`, `eval` and `detect` augment test "
@@ -69,27 +76,33 @@ def check_training(cfg: CfgNode) -> None:
     check_datasets(cfg, "DATASETS.TRAIN")
     if not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty: name the data to train on with --train.")
+    check_choices(cfg)
     _check_solver(cfg)
     _check_fine_tuning(cfg)
+    _check_training_images(cfg)
     check_wandb(cfg)
-    if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
-        raise InputError(
-            f"SOLVER.OPTIMIZER is 'SGD' or 'AdamW', but it is {cfg.SOLVER.OPTIMIZER!r}."
-        )
+
+
+def _check_training_images(cfg: CfgNode) -> None:
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     sizes = (sizes,) if isinstance(sizes, int) else sizes
-    if not sizes or min(sizes) < 1:
+    if not sizes or not all(is_finite(size) and size >= 1 for size in sizes):
         raise InputError(f"INPUT.MIN_SIZE_TRAIN is {sizes}, but sides have at least 1 pixel.")
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
         raise InputError(
             f"INPUT.MIN_SIZE_TRAIN is {tuple(sizes)}, but with MIN_SIZE_TRAIN_SAMPLING 'range' it "
             "is the shortest and the longest side."
         )
+    at_least(cfg, "INPUT.MAX_SIZE_TRAIN", 1)
+    if cfg.INPUT.AUGMENTATIONS:
+        build_augmentations(cfg, is_train=True)
+    if cfg.INPUT.MASK_FORMAT == "polygon":
+        require_shapely(cfg)
 
 
 def check_datasets(cfg: CfgNode, key: str) -> None:
     """Check that DATASETS.TRAIN or DATASETS.TEST is a tuple of names, and not one name."""
-    value = _value(cfg, key)
+    value = value_of(cfg, key)
     if isinstance(value, str):
         option = "--train" if key.endswith("TRAIN") else "--test"
         raise InputError(
@@ -171,8 +184,8 @@ def _check_images(cfg: CfgNode) -> None:
             "as three equal channels."
         )
     for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
-        values = _value(cfg, key)
-        if len(values) != 3 or not all(_is_finite(value) for value in values):
+        values = value_of(cfg, key)
+        if len(values) != 3 or not all(is_finite(value) for value in values):
             raise InputError(f"{key} is three numbers, one a channel, but it is {list(values)}.")
     if min(cfg.MODEL.PIXEL_STD) <= 0:
         raise InputError(f"MODEL.PIXEL_STD is over 0, but it is {list(cfg.MODEL.PIXEL_STD)}.")
@@ -191,23 +204,23 @@ def _check_device(name: str) -> None:
 
 
 def _check_solver(cfg: CfgNode) -> None:
-    _at_least(cfg, "SOLVER.IMS_PER_BATCH", 1)
+    at_least(cfg, "SOLVER.IMS_PER_BATCH", 1)
     processes = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % processes:
         raise InputError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes "
             f"cannot share: make it a multiple of {processes}."
         )
-    _at_least(cfg, "SOLVER.MAX_ITER", 1)
-    _at_least(cfg, "SOLVER.CHECKPOINT_PERIOD", 1)
+    at_least(cfg, "SOLVER.MAX_ITER", 1)
+    at_least(cfg, "SOLVER.CHECKPOINT_PERIOD", 1)
     for name in ("WARMUP_ITERS", "WARMUP_FACTOR", "GAMMA", "MOMENTUM", "WEIGHT_DECAY"):
-        _at_least(cfg, f"SOLVER.{name}", 0)
-    _at_least(cfg, "TEST.EVAL_PERIOD", 0)
-    _at_least(cfg, "VIS_PERIOD", 0)
-    if not (_is_finite(cfg.SOLVER.BASE_LR) and cfg.SOLVER.BASE_LR > 0):
+        at_least(cfg, f"SOLVER.{name}", 0)
+    at_least(cfg, "TEST.EVAL_PERIOD", 0)
+    at_least(cfg, "VIS_PERIOD", 0)
+    if not (is_finite(cfg.SOLVER.BASE_LR) and cfg.SOLVER.BASE_LR > 0):
         raise InputError(f"SOLVER.BASE_LR is over 0 and finite, but it is {cfg.SOLVER.BASE_LR}.")
     steps = list(cfg.SOLVER.STEPS)
-    if steps != sorted(steps) or any(step < 0 for step in steps):
+    if not all(is_finite(step) and step >= 0 for step in steps) or steps != sorted(steps):
         raise InputError(f"SOLVER.STEPS are rising iterations, but they are {tuple(steps)}.")
 
 
@@ -220,14 +233,14 @@ def _check_fine_tuning(cfg: CfgNode) -> None:
             raise InputError(f"SOLVER.FREEZE holds {name!r}, which is no name of parameters.")
     _check_lr_factors(cfg.SOLVER.LR_FACTORS)
     decay = cfg.SOLVER.EMA_DECAY
-    if not (_is_finite(decay) and 0 <= decay < 1):
+    if not (is_finite(decay) and 0 <= decay < 1):
         raise InputError(f"SOLVER.EMA_DECAY is at least 0 and under 1, but it is {decay}.")
     if decay and cfg.TEST.PRECISE_BN.ENABLED:
         raise InputError(
             f"SOLVER.EMA_DECAY is {decay} and TEST.PRECISE_BN.ENABLED is True, but precise "
             "statistics are those of the weights in training, not of their average: switch one off."
         )
-    _at_least(cfg, "SOLVER.PATIENCE", 0)
+    at_least(cfg, "SOLVER.PATIENCE", 0)
     if cfg.SOLVER.PATIENCE and not (cfg.TEST.EVAL_PERIOD and cfg.DATASETS.TEST):
         raise InputError(
             f"SOLVER.PATIENCE is {cfg.SOLVER.PATIENCE}, but nothing is evaluated while training: "
@@ -246,7 +259,7 @@ def _check_lr_factors(pairs: list) -> None:
         name, factor = pair
         if not isinstance(name, str) or not name:
             raise InputError(f"SOLVER.LR_FACTORS holds {name!r}, which is no name of parameters.")
-        if isinstance(factor, bool) or not _is_finite(factor) or factor <= 0:
+        if isinstance(factor, bool) or not is_finite(factor) or factor <= 0:
             raise InputError(
                 f"SOLVER.LR_FACTORS has {factor!r} for {name!r}, but factors are over 0 and "
                 "finite; SOLVER.FREEZE names what is not to learn."
@@ -254,23 +267,3 @@ def _check_lr_factors(pairs: list) -> None:
         names.append(name)
     if len(set(names)) < len(names):
         raise InputError(f"SOLVER.LR_FACTORS has one of the names {', '.join(names)} twice.")
-
-
-def _at_least(cfg: CfgNode, key: str, low: float) -> None:
-    value = _value(cfg, key)
-    if not _is_finite(value) or value < low:
-        raise InputError(f"{key} is at least {low}, but it is {value}.")
-
-
-def _is_finite(value: object) -> bool:
-    try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:  # an int that no float can hold
-        return False
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    node: Any = cfg
-    for part in key.split("."):
-        node = node[part]
-    return node

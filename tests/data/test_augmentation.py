@@ -204,6 +204,8 @@ def test_names_become_augmentations_in_their_order():
         (ALL, ("INPUT.CROP.ENABLED", "True"), "INPUT.CROP.ENABLED is True"),
         (ALL, ("INPUT.EXPAND_RATIO", "0.5"), "EXPAND_RATIO is at least 1"),
         (ALL, ("INPUT.IOU_CROP_SIZES", "[1.0, 0.3]"), "IOU_CROP_SIZES is two rising"),
+        (ALL, ("INPUT.IOU_CROP_SIZES", "['a', 'b']"), "IOU_CROP_SIZES is two rising"),
+        ('["square", ["flip"]]', (), r"takes names from distort, .*\['flip'\]"),
         (ALL, ("INPUT.SQUARE_SIZE", "0"), "SQUARE_SIZE is at least 1"),
     ],
 )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from iou_d2 import get_config
@@ -63,6 +65,16 @@ def test_what_augments_test_images_checks_how():
         ("SOLVER.OPTIMIZER", "Adam"),
         ("TEST.EVAL_PERIOD", "-1"),
         ("INPUT.MIN_SIZE_TRAIN", "()"),
+        ("INPUT.MIN_SIZE_TRAIN", "('a',)"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "foo"),
+        ("INPUT.MAX_SIZE_TRAIN", "0"),
+        ("INPUT.RANDOM_FLIP", "both"),
+        ("INPUT.AUGMENTATIONS", '["shortest_edge", ["flip"]]'),
+        ("DATALOADER.SAMPLER_TRAIN", "foo"),
+        ("SOLVER.STEPS", "(1.5, 'a')"),
+        ("SOLVER.LR_SCHEDULER_NAME", "foo"),
+        ("SOLVER.WARMUP_METHOD", "foo"),
+        ("SEED", "3000000000000"),
     ],
 )
 def test_what_no_training_can_follow_is_named(key, value):
@@ -112,6 +124,48 @@ def test_what_no_fine_tuning_can_follow_is_named(key, value):
     with pytest.raises(InputError, match=f"SOLVER.{key}") as error:
         check_training(cfg)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, switch",
+    [
+        ("INPUT.CROP.TYPE", "foo", "INPUT.CROP.ENABLED"),
+        ("INPUT.MASK_FORMAT", "foo", "MODEL.MASK_ON"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "foo", "SOLVER.CLIP_GRADIENTS.ENABLED"),
+    ],
+)
+def test_what_nobody_reads_is_not_checked(key, value, switch):
+    pairs = ["MODEL.DEVICE", "cpu", *DATA, key, value, switch]
+    check_training(get_config("quick/faster_rcnn_shapes", [*pairs, "False"]))
+    with pytest.raises(InputError, match=f"{key} is one of .*, but it is '{value}'"):
+        check_training(get_config("quick/faster_rcnn_shapes", [*pairs, "True"]))
+
+
+@pytest.mark.parametrize(
+    "key, values",
+    [
+        ("INPUT.RANDOM_FLIP", ("none", "vertical", "horizontal")),
+        ("INPUT.CROP.TYPE", ("relative", "relative_range", "absolute", "absolute_range")),
+        ("DATALOADER.SAMPLER_TRAIN", ("TrainingSampler", "RepeatFactorTrainingSampler")),
+        ("SOLVER.LR_SCHEDULER_NAME", ("WarmupMultiStepLR", "WarmupCosineLR")),
+        ("SOLVER.WARMUP_METHOD", ("linear", "constant")),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("value", "norm")),
+        ("SEED", ("-1", "0", "4294967295")),
+    ],
+)
+def test_what_detectron2_takes_is_taken(key, values):
+    switches = ["INPUT.CROP.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.ENABLED", "True"]
+    for value in values:
+        pairs = ["MODEL.DEVICE", "cpu", *DATA, *switches, key, value]
+        check_training(get_config("quick/faster_rcnn_shapes", pairs))
+
+
+def test_a_crop_of_polygons_without_shapely_is_refused_before_the_data_are_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shapely", None)
+    pairs = ["MODEL.DEVICE", "cpu", *DATA, "MODEL.MASK_ON", "True", "INPUT.CROP.ENABLED", "True"]
+    with pytest.raises(InputError, match="INPUT.CROP.ENABLED is True, .*pip install shapely"):
+        check_training(get_config("quick/faster_rcnn_shapes", pairs))
+    check_training(get_config("quick/faster_rcnn_shapes", [*pairs, "INPUT.MASK_FORMAT", "bitmask"]))
 
 
 def test_precise_statistics_are_not_those_of_an_average():
