@@ -30,6 +30,13 @@ from .wandb_writer import check_wandb
 _WITH_PROPOSALS = ("GeneralizedRCNN", "ProposalNetwork", "StandaloneIoUNet", "PanopticFPN")
 _WITH_IOU_BRANCH = ("IoUNetROIHeads", "IoUNetCascadeROIHeads", "IoUNetRes5ROIHeads")
 _WITH_ROI_HEADS = ("GeneralizedRCNN", "StandaloneIoUNet", "PanopticFPN")
+_NUMBERS_OF_CANDIDATES = (
+    "MODEL.RETINANET.TOPK_CANDIDATES_TEST",
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
+    "MODEL.RPN.PRE_NMS_TOPK_TEST",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+    "MODEL.RPN.POST_NMS_TOPK_TEST",
+)
 # Detectron2's word for no generator of proposals.
 _PRECOMPUTED = "PrecomputedProposals"
 
@@ -51,6 +58,8 @@ def check_config(cfg: CfgNode, augments: bool = False) -> None:
     at_least(cfg, "MODEL.ROI_HEADS.NUM_CLASSES", 1)
     for key in ("INPUT.MIN_SIZE_TEST", "DATALOADER.NUM_WORKERS"):
         at_least(cfg, key, 0)
+    for key in _NUMBERS_OF_CANDIDATES:
+        at_least(cfg, key, 1)
     at_least(cfg, "INPUT.MAX_SIZE_TEST", 1)
     if cfg.SEED + comm.get_world_size() > 2**32:  # each process adds its rank
         raise InputError(
@@ -145,7 +154,16 @@ def _check_parts(cfg: CfgNode) -> None:
         else:
             _registered(PROPOSAL_GENERATOR_REGISTRY, name, "MODEL.PROPOSAL_GENERATOR.NAME")
     if architecture in _WITH_ROI_HEADS:
-        _registered(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME, "MODEL.ROI_HEADS.NAME")
+        _check_roi_heads(cfg.MODEL.ROI_HEADS)
+
+
+def _check_roi_heads(node: CfgNode) -> None:
+    _registered(ROI_HEADS_REGISTRY, node.NAME, "MODEL.ROI_HEADS.NAME")
+    if node.NAME in _WITH_IOU_BRANCH and node.MIN_SIZE_TEST > 0:
+        raise InputError(
+            f"MODEL.ROI_HEADS.MIN_SIZE_TEST is {node.MIN_SIZE_TEST}, but {node.NAME} leaves no box "
+            "out for its size: set it to 0."
+        )
 
 
 def _check_precomputed(cfg: CfgNode) -> None:

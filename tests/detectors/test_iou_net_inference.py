@@ -7,10 +7,12 @@ import torch
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 
+from iou_d2 import get_config
 from iou_d2.detectors.iou_net_inference import (
     GradientAscent,
     IteratedRegression,
     Postprocessor,
+    build_postprocessor,
     select_boxes,
 )
 from iou_d2.detectors.iou_net_nms import (
@@ -20,6 +22,7 @@ from iou_d2.detectors.iou_net_nms import (
     rank_by_iou,
     rank_by_product,
 )
+from iou_d2.errors import InputError
 
 SIZES = [(80, 120), (100, 60)]
 
@@ -263,3 +266,10 @@ def test_images_without_a_candidate(settings):
     for x in run(*empty, **settings):
         assert isinstance(x, Instances) and len(x) == 0
         assert x.pred_boxes.tensor.shape == (0, 4) and x.pred_ious.shape == (0,)
+
+
+@pytest.mark.parametrize("by", ["ascent", "regression"])
+def test_fewer_steps_than_none_are_refused(by):
+    steps = ["MODEL.IOU_NET.REFINE_BY", by, "MODEL.IOU_NET.REFINE_STEPS", "-1"]
+    with pytest.raises(InputError, match="MODEL.IOU_NET.REFINE_STEPS is at least 0, but it is -1"):
+        build_postprocessor(get_config("quick/iou_net_shapes", steps))

@@ -32,12 +32,22 @@ def test_every_config_of_ours_passes(name):
         ("MODEL.DEVICE", "mps"),
         ("MODEL.ROI_HEADS.NUM_CLASSES", "0"),
         ("INPUT.MIN_SIZE_TEST", "-1"),
+        ("MODEL.RETINANET.TOPK_CANDIDATES_TEST", "-1"),
+        ("MODEL.RPN.PRE_NMS_TOPK_TEST", "0"),
+        ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "0"),
     ],
 )
 def test_what_no_model_can_follow_is_named(key, value):
     cfg = get_config("quick/faster_rcnn_shapes", ["MODEL.DEVICE", "cpu", key, value])
     with pytest.raises(InputError, match=key):
         check_config(cfg)
+
+
+def test_iou_net_leaves_no_box_out_for_its_size():
+    pairs = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.MIN_SIZE_TEST", "2.0"]
+    check_config(get_config("quick/faster_rcnn_shapes", pairs))
+    with pytest.raises(InputError, match="MIN_SIZE_TEST is 2.0, but IoUNetROIHeads"):
+        check_config(get_config("quick/iou_net_shapes", pairs))
 
 
 def test_what_augments_test_images_checks_how():
