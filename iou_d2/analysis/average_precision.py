@@ -47,6 +47,7 @@ def coco_precision_recall(
         ground_truth: COCO dataset: "images", "categories", "annotations". An annotation without
             "iscrowd" is no crowd; without "area" its area is that of its box.
         results: COCO detections. May be empty: the precision of every class with objects is then 0.
+            An "area" in them is not read.
         image_ids: images to count on; None for all.
         max_dets: detections of an image and class that count, best first.
         backend: "pycocotools", "faster", or None for the faster one where it is installed.
@@ -71,7 +72,8 @@ def coco_precision_recall(
     # Both packages print their progress.
     with contextlib.redirect_stdout(io.StringIO()):
         truth = index(coco_class, ground_truth, ground_truth["annotations"], number)
-        detections = index(coco_class, ground_truth, results, number)
+        measured = [{k: v for k, v in result.items() if k != "area"} for result in results]
+        detections = index(coco_class, ground_truth, measured, number)
         evaluation = eval_class(truth, detections, kind)
         evaluation.params.maxDets = [max_dets]
         if image_ids is not None:

@@ -15,13 +15,15 @@ from pycocotools import mask
 from .records import check_ids
 
 FALSE, FOUND, IGNORED = 0, 1, 2
+_LARGEST_AREA = 1e5**2  # of boxes that COCO counts, in pixels
 
 
 class Matches(NamedTuple):
     """What became of each detection at each IoU threshold.
 
     Attributes:
-        outcome: (T, D) FOUND an object, FALSE, or IGNORED because it lies in a crowd.
+        outcome: (T, D) FOUND an object, FALSE, or IGNORED because it lies in a crowd or has no area
+            that COCO counts.
         found: (T, D) index of the annotation that it found, -1 for none.
     """
 
@@ -35,8 +37,9 @@ def match_detections(
     """Match all detections with the objects of their class and image.
 
     An object is found once: the detections of a class in an image, best first, take of the objects
-    still free the one with the highest IoU, of at least the threshold. The others are false, but
-    for those of which at least that share lies in a crowd, which do not count.
+    still free the one with the highest IoU, of at least the threshold, and of equal ones the last.
+    The others are false, but for those of which at least that share lies in a crowd, and those of
+    an area below 0 or above 1e10 pixels, which do not count.
 
     Args:
         ground_truth, results: COCO dataset and COCO detections, see `make_records`.
@@ -61,7 +64,14 @@ def match_detections(
         iou = box_iou([results[row] for row in of_key], [annotations[i] for i in indices], crowd)
         outcome[:, of_key], place = _match(iou, np.array(crowd, dtype=bool), thresholds)
         found[:, of_key] = np.where(place >= 0, indices[place], -1)
+    outcome[(outcome == FALSE) & _has_odd_area(results)] = IGNORED
     return Matches(outcome, found)
+
+
+def _has_odd_area(results: list[dict]) -> np.ndarray:
+    """(D,) bool: outside of the range that COCO calls "all"."""
+    areas = np.array([result["bbox"][2] * result["bbox"][3] for result in results], np.float64)
+    return (areas < 0) | (areas > _LARGEST_AREA)
 
 
 def best_of_each_image(results: list[dict], max_dets: int) -> list[dict]:
@@ -93,13 +103,13 @@ def _match(
     """IoUs (D, G) of detections, best first, and which (G,) are crowds -> outcomes (T, D), and the
     column of the object that each found, -1 for none."""
     free = np.tile(~crowd, (len(thresholds), 1))  # (T, G)
-    steps = np.arange(len(thresholds))
+    steps, last = np.arange(len(thresholds)), len(crowd) - 1
     outcome = np.full((len(thresholds), len(iou)), FALSE, dtype=np.int8)
     place = np.full(outcome.shape, -1)
     # The others reach no threshold, and they are most.
     for row in np.flatnonzero(iou.max(axis=1) >= thresholds.min()).tolist():
         candidates = np.where(free, iou[row], -1)
-        best = candidates.argmax(axis=1)
+        best = last - candidates[:, ::-1].argmax(axis=1)  # of equal IoUs the last one
         finds = candidates[steps, best] >= thresholds
         free[steps[finds], best[finds]] = False
         in_crowd = iou[row, crowd].max(initial=-1) >= thresholds

@@ -103,8 +103,18 @@ def read_results(path: str | os.PathLike[str], truth: dict[str, Any]) -> list[di
             raise InputError(
                 f'{path}: only {count} of {len(detections)} detections have the key "{key}".'
             )
+    _warn_of_negative_sides(path, detections)
     _warn_of_odd_boxes(path, detections, truth)
     return detections
+
+
+def _warn_of_negative_sides(path: Path, detections: list[dict]) -> None:
+    count = sum(min(detection["bbox"][2:]) < 0 for detection in detections)
+    if count:
+        logging.getLogger(__name__).warning(
+            f"{path}: {count} of {len(detections)} boxes have a negative width or height, and find "
+            "nothing."
+        )
 
 
 def _warn_of_odd_boxes(path: Path, detections: list[dict], truth: dict[str, Any]) -> None:

@@ -168,6 +168,16 @@ def test_area_and_iscrowd_may_be_missing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("area", [3, None, "x"])
+def test_the_area_that_a_results_file_gives_is_not_read(backend, area):
+    """COCO.loadRes takes that of the box."""
+    truth, results = make_random_coco(seed=2, images=10, classes=2)
+    expected = coco_precision(truth, results, backend=backend)
+    given = [{**result, "area": area} for result in results]
+    np.testing.assert_array_equal(coco_precision(truth, given, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_find_or_nothing_found(backend):
     truth, results = make_random_coco(seed=3, images=6, classes=2)
     table = summarize_ap(coco_precision(truth, [], backend=backend), names(truth))

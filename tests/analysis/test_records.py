@@ -172,6 +172,7 @@ def test_missing_file_is_named(tmp_path):
         ([[20, 20, 50, 50], [30, 30, 60, 60], [5, 40, 60, 60]], "look like corners"),
         ([[0.1, 0.1, 0.5, 0.5]] * 3, "look like fractions"),
         ([[20, 20, 30, 30], [5, 5, 60, 60], [0, 0, 1, 1]], None),
+        ([[20, 20, 30, -3], [5, 5, 60, 60]], "1 of 2 boxes have a negative width or height"),
     ],
 )
 def test_results_that_are_hardly_xywh_in_pixels_are_read_with_a_warning(

@@ -150,6 +150,16 @@ def test_masks_count_as_pycocotools_counts_them(tmp_path, backend):
     assert 5 < masks["AP"] < 95 and abs(masks["AP"] - boxes["AP"]) > 0.5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_area_of_a_detection_is_that_of_its_mask(backend):
+    truth, found = scene()
+    results = results_of(found)
+    expected = coco_precision(truth, results, backend=backend, kind="segm")
+    given = [{**result, "area": 3} for result in results]
+    actual = coco_precision(truth, given, backend=backend, kind="segm")
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_a_missing_mask_is_told():
     truth, found = scene()
     truth["annotations"][3]["segmentation"] = [[1.0, 2.0, 3.0, 4.0]]
