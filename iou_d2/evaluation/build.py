@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     DatasetEvaluator,
     DatasetEvaluators,
     PascalVOCDetectionEvaluator,
 )
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from iou_d2.errors import InputError
 
@@ -27,11 +29,19 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
 
     def __init__(self, dataset_name: str):
         super().__init__(dataset_name)
-        records = DatasetCatalog.get(dataset_name)
-        present = {a["category_id"] for r in records for a in r.get("annotations", ())}
+        present = self._names_of_objects()
+        indices = [index for index, name in enumerate(self._class_names) if name in present]
         # Class index of the model -> the number that the parent gives to a class that is there.
-        self._number = {index: number for number, index in enumerate(sorted(present))}
-        self._class_names = [self._class_names[index] for index in self._number]
+        self._number = {index: number for number, index in enumerate(indices)}
+        self._class_names = [self._class_names[index] for index in indices]
+
+    def _names_of_objects(self) -> set[str]:
+        """Classes of the objects that count. Records do not say which are difficult, so that these
+        are read from the files that the parent reads too, which keeps them in memory."""
+        with PathManager.open(self._image_set_path) as file:
+            files = [self._anno_file_template.format(line.strip()) for line in file]
+        objects = [found for file in files for found in parse_rec(file)]
+        return {found["name"] for found in objects if not found["difficult"]}
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """{"voc": {metric: value}} on the main process, None on the others."""

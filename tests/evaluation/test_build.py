@@ -13,7 +13,7 @@ from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 
 from iou_d2.evaluation import COCOLocalizationEvaluator, build_evaluator
-from iou_d2.evaluation.build import results_folder
+from iou_d2.evaluation.build import VOCEvaluator, results_folder
 
 
 @pytest.fixture
@@ -76,6 +76,7 @@ def test_other_kinds_are_refused(cfg, toy, kind):
         build_evaluator(cfg, "toy")
 
 
+CLASSES = ["cat", "dog"]
 OBJECTS = {  # image: [(class, difficult, 1-based inclusive box)]
     "000001": [("cat", 0, (11, 11, 50, 50)), ("dog", 0, (61, 1, 100, 40))],
     "000002": [("cat", 1, (1, 1, 40, 40))],
@@ -84,17 +85,33 @@ OBJECTS = {  # image: [(class, difficult, 1-based inclusive box)]
 
 
 @pytest.fixture
-def voc(tmp_path):
-    """A registered VOC folder in the layout of the devkit."""
-    root = tmp_path / "VOC"
+def voc_of(tmp_path):
+    """Registers a VOC folder in the layout of the devkit, with some of the images."""
+
+    def register(*images, year=2012):
+        register_pascal_voc("toy_voc", str(written(tmp_path / "VOC", images)), "val", year, CLASSES)
+        MetadataCatalog.get("toy_voc").evaluator_type = "pascal_voc"
+        return "toy_voc"
+
+    yield register
+    DatasetCatalog.remove("toy_voc")
+    MetadataCatalog.remove("toy_voc")
+
+
+@pytest.fixture
+def voc(voc_of):
+    return voc_of(*OBJECTS)
+
+
+def written(root, images):
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / folder).mkdir(parents=True)
-    (root / "ImageSets" / "Main" / "val.txt").write_text("\n".join(OBJECTS))
-    for name, objects in OBJECTS.items():
+    (root / "ImageSets" / "Main" / "val.txt").write_text("\n".join(images))
+    for name in images:
         tree = ET.Element("annotation")
         size = ET.SubElement(tree, "size")
         ET.SubElement(size, "width").text = ET.SubElement(size, "height").text = "100"
-        for kind, difficult, box in objects:
+        for kind, difficult, box in OBJECTS[name]:
             obj = ET.SubElement(tree, "object")
             fields = {"name": kind, "pose": "Left", "truncated": 0, "difficult": difficult}
             for field, value in fields.items():
@@ -103,11 +120,7 @@ def voc(tmp_path):
             for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box):
                 ET.SubElement(bndbox, side).text = str(value)
         ET.ElementTree(tree).write(root / "Annotations" / f"{name}.xml")
-    register_pascal_voc("toy_voc", str(root), "val", 2012, ["cat", "dog"])
-    MetadataCatalog.get("toy_voc").evaluator_type = "pascal_voc"
-    yield "toy_voc"
-    DatasetCatalog.remove("toy_voc")
-    MetadataCatalog.remove("toy_voc")
+    return root
 
 
 def find(image, objects):
@@ -171,13 +184,23 @@ def test_voc_counts_the_classes_that_have_objects(cfg, voc):
     assert results["bbox"]["AP"] == pytest.approx(mean)
 
 
-def test_voc_without_objects_has_no_ap(cfg, voc):
-    records = [{**record, "annotations": []} for record in DatasetCatalog.get(voc)]
-    DatasetCatalog.remove(voc)
-    DatasetCatalog.register(voc, lambda: records)
-    evaluator = build_evaluator(cfg, voc)
+@pytest.mark.parametrize("year", [2007, 2012])
+@pytest.mark.parametrize("sees_the_cat", [True, False])
+def test_voc_leaves_out_a_class_whose_objects_are_all_difficult(voc_of, year, sees_the_cat):
+    evaluator = VOCEvaluator(voc_of("000002", "000003", year=year))
     evaluator.reset()
-    evaluator.process(*find("000001", [(1, 0.9, (11, 11, 50, 50))]))
+    evaluator.process(*find("000002", [(0, 0.9, (1, 1, 40, 40))] if sees_the_cat else []))
+    evaluator.process(*find("000003", [(1, 0.7, (21, 21, 80, 60))]))
+    results = evaluator.evaluate()
+    assert results["voc"] == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})
+
+
+@pytest.mark.parametrize("images", [(), ("000002",)])
+def test_voc_without_objects_that_count_has_no_ap(voc_of, images):
+    evaluator = VOCEvaluator(voc_of(*images))
+    evaluator.reset()
+    for image in images:
+        evaluator.process(*find(image, [(1, 0.9, (11, 11, 50, 50))]))
     results = evaluator.evaluate()
     assert all(math.isnan(results["voc"][metric]) for metric in ("AP", "AP50", "AP75"))
 
