@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -53,7 +53,9 @@ def _scatter_panel(axes, true_iou: np.ndarray, values: np.ndarray, min_iou: floa
     edges = np.linspace(min_iou, 1, 21)
     means = binned_mean(true_iou, values, edges)
     axes.plot((edges[:-1] + edges[1:]) / 2, means, color="black", marker=".", label="mean")
-    axes.set(xlabel="true IoU", xlim=(min_iou, 1), ylim=(0, 1.02))
+    finite = values[np.isfinite(values)]
+    low, high = finite.min(initial=0), finite.max(initial=1)  # a score may lie outside of [0, 1]
+    axes.set(xlabel="true IoU", xlim=(min_iou, 1), ylim=(low, high + 0.02 * (high - low)))
     axes.legend(loc="lower right")
 
 
@@ -105,11 +107,23 @@ def plot_panels(
 
 
 def _draw_curves(axes, curves: Curves, marker: str) -> None:
-    for name, (x, y) in curves.items():
-        axes.plot(x, y, label=name, marker=marker)
+    drawn = [axes.plot(x, y, marker=marker)[0] for x, y in curves.values()]
     axes.grid(alpha=0.3)
-    if curves:
-        axes.legend()
+    _add_legend(axes, drawn, list(curves))
+
+
+def _add_legend(axes, drawn: Sequence, names: Sequence[str]) -> None:
+    """What was drawn, by names as they are: matplotlib leaves out one that begins with "_"."""
+    if not names:
+        return
+    legend = axes.legend(drawn, [str(number) for number in range(len(names))])
+    for text, name in zip(legend.get_texts(), names):
+        text.set_text(_plain(name))
+
+
+def _plain(text: str) -> str:
+    """Without the formulas that matplotlib reads between dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def plot_bars(
@@ -129,17 +143,17 @@ def plot_bars(
     figure = Figure(figsize=(2 + 1.1 * len(groups), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(len(names), 1)
+    drawn = []
     for number, name in enumerate(names):
         heights = [bars.get(name, np.nan) for bars in groups.values()]
         x = np.arange(len(groups)) + (number - (len(names) - 1) / 2) * width
-        drawn = axes.bar(x, heights, width, label=name)
+        drawn.append(axes.bar(x, heights, width))
         labels = ["" if np.isnan(height) else f"{height:.1f}" for height in heights]
-        axes.bar_label(drawn, labels, fontsize=8)
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    axes.set_xticks(range(len(groups)), list(groups), rotation=20)
+        axes.bar_label(drawn[-1], labels, fontsize=8)
+    axes.set(xlabel=x_label, ylabel=y_label, title=_plain(title))
+    axes.set_xticks(range(len(groups)), [_plain(name) for name in groups], rotation=20)
     axes.margins(y=0.1)
-    if names:
-        axes.legend()
+    _add_legend(axes, drawn, names)
     return save(figure, path)
 
 

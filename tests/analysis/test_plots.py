@@ -6,7 +6,14 @@ import re
 import numpy as np
 import pytest
 
-from iou_d2.analysis import make_records, plot_ap_by_iou, plot_bars, plot_score_vs_iou
+from iou_d2.analysis import (
+    make_records,
+    plot_ap_by_iou,
+    plot_bars,
+    plot_curves,
+    plot_panels,
+    plot_score_vs_iou,
+)
 from iou_d2.commands import analyze as analyze
 from iou_d2.errors import InputError, MissingFileError
 
@@ -61,6 +68,38 @@ def test_plots_of_nothing_and_of_many(tmp_path):
     assert 10_000 < len(figure.axes[0].collections[0].get_offsets()) <= 20_000
     plot_ap_by_iou(np.arange(10) / 20 + 0.5, np.full(10, np.nan), tmp_path / "nan.png")
     assert (tmp_path / "none.png").exists() and (tmp_path / "nan.png").exists()
+
+
+def test_scores_outside_of_0_to_1_are_in_the_picture(tmp_path):
+    inside = plot_score_vs_iou(make_records(*planted()), tmp_path / "scatter.png")
+    assert inside.axes[1].get_ylim() == (0, 1.02)
+    truth, results = planted(lambda iou: 9 * iou - 6)
+    figure = plot_score_vs_iou(make_records(truth, results), tmp_path / "scatter.png")
+    scores = figure.axes[1].collections[0].get_offsets()[:, 1]
+    low, high = figure.axes[1].get_ylim()
+    assert scores.max() == 3 and low <= scores.min() < 0 and 3 < high < 3.2
+
+
+NAMES = ["plain", "_under", "lr$a_$", r"lr$\q$", "a$b"]
+
+
+@pytest.mark.parametrize("draw", ["curves", "panels", "bars"])
+def test_a_legend_shows_names_as_they_are(tmp_path, draw):
+    curves = {name: (np.arange(2), np.arange(2)) for name in NAMES}
+    path = tmp_path / "a.png"
+    if draw == "curves":
+        figure = plot_curves(curves, path, x_label="x", y_label="y")
+    elif draw == "panels":
+        figure = plot_panels({"y": curves}, path, x_label="x")
+    else:
+        bars = dict.fromkeys(NAMES, 1.0)
+        figure = plot_bars(dict.fromkeys(NAMES, bars), path, y_label="y", title=NAMES[-2])
+    shown = figure.axes[0].get_legend().get_texts()
+    if draw == "bars":
+        shown = [*shown, *figure.axes[0].get_xticklabels()]
+    # What is drawn: matplotlib takes dollars with a backslash for plain ones.
+    words = [text._preprocess_math(text.get_text()) for text in shown]
+    assert words == [(name, False) for name in NAMES] * (2 if draw == "bars" else 1)
 
 
 def test_bars_have_their_values_and_gaps(tmp_path):
