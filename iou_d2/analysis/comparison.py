@@ -5,11 +5,27 @@ Shapes: D detections, E evaluations. Pure functions.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from .matching import FOUND, IGNORED, match_detections
+
+
+def same_truth(one: dict, other: dict) -> bool:
+    """Whether two COCO datasets have the same images and the same objects, in any order. Categories
+    without objects do not count."""
+
+    def objects(truth: dict) -> list:
+        return sorted(
+            (str(a["image_id"]), str(a["category_id"]), list(a["bbox"]), a.get("iscrowd", 0))
+            for a in truth["annotations"]
+        )
+
+    images = [sorted(str(image["id"]) for image in truth["images"]) for truth in (one, other)]
+    return images[0] == images[1] and objects(one) == objects(other)
 
 
 def recall_by_false_positives(
@@ -38,10 +54,22 @@ def recall_by_false_positives(
     return np.cumsum(~found), recall
 
 
+def is_iteration(value: Any) -> bool:
+    """Whether a value of a JSON file is a whole number, of a size that iterations have."""
+    return type(value) in (int, float) and abs(value) < 2**53 and value == int(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number that a float holds, NaN and infinity included."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+
+
 def metric_by_iteration(
     lines: Iterable[dict], metric: str, max_iter: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """A metric from the lines of a metrics.json: (E,) iterations done, rising, and (E,) values.
+
+    Takes lines of which `is_iteration` and `is_number` hold where they have the two keys.
 
     Detectron2 counts iterations from 0 while it trains, and logs what comes after the last one as
     `max_iter`. A run that was resumed may have logged an iteration twice: the last value counts.

@@ -15,17 +15,29 @@ from detectron2.data import MetadataCatalog
 
 from iou_d2 import get_config
 from iou_d2.analysis import metric_by_iteration
+from iou_d2.analysis.comparison import is_iteration, is_number
 from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
 from iou_d2.commands.finished_runs import read_metrics
 from iou_d2.commands.run_data import use_test_set
+from iou_d2.data.coco_values import short
 from iou_d2.data.json_file import parse_json
 from iou_d2.errors import InputError, MissingFileError
-from iou_d2.evaluation.coco import file_stem, restrict_classes
+from iou_d2.evaluation.coco import file_stem, restrict_to_known
 from iou_d2.report import Curve, Expected, Subject
 
 _PARTS = ("run.json", "evaluation.json", "config.yaml", "metrics.json", "inference")
 _RESULTS = "coco_instances_results.json"
 _LARGEST_NUMBER_OF_LOSSES = 12
+_NONE = type(None)
+# What a run writes into its record under keys that the page reads; each may be null too.
+_KINDS = {
+    "train": list,
+    "test": list,
+    "overrides": list,
+    "devices": list,
+    "versions": dict,
+    "results": dict,
+}
 # Of Detectron2's inference_on_dataset: "(0.196431 s / img per device, on 1 devices)".
 _INFERENCE = re.compile(r"inference pure compute time: .*\(([\d.e-]+) s / (\w+) per device")
 
@@ -47,7 +59,7 @@ def subject_of_run(run: Path, name: str, command: str) -> Subject:
     notes: list[str] = []
     record, is_evaluation = _record(run, notes)
     cfg = _config(run, is_evaluation, notes)
-    lines = _or_note(lambda: read_metrics(run), notes, [])
+    lines = _logged(run, notes)
     test = {} if cfg is None else _or_note(lambda: _test_set(run, cfg, notes), notes, {})
     if record.get("outcome") not in (None, "finished"):
         notes.append(f"The run ended with {record['outcome']}")
@@ -56,7 +68,7 @@ def subject_of_run(run: Path, name: str, command: str) -> Subject:
     return Subject(
         name=name,
         facts=_facts(run, record, cfg),
-        recorded=_recorded(record),
+        recorded=record.get("results") or {},
         expected=_expected(cfg, notes),
         losses=_losses(lines, cfg),
         ap=_curve(lines, "bbox/AP", cfg),
@@ -83,17 +95,39 @@ def _record(run: Path, notes: list[str]) -> tuple[dict, bool]:
         if (run / name).is_file():
             record = _or_note(lambda path=run / name: parse_json(path)[0], notes, None)
             if isinstance(record, dict):
+                record = _without_odd_values(record, run / name, notes)
                 found.append((record, name == "evaluation.json"))
     if not found:
         return {}, False
     return max(found, key=lambda pair: (bool(pair[0].get("results")), str(pair[0].get("start"))))
 
 
-def _recorded(record: dict) -> dict[str, float | None]:
-    results = record.get("results")
-    if not isinstance(results, dict):
-        return {}
-    return {k: v for k, v in results.items() if v is None or isinstance(v, (int, float))}
+def _without_odd_values(record: dict, path: Path, notes: list[str]) -> dict:
+    """What is as a run writes it; the notes say what is left out."""
+    odd = [key for key, kind in _KINDS.items() if not isinstance(record.get(key), (kind, _NONE))]
+    notes += [f"{path} has {key} {short(record[key])}, which is left out." for key in odd]
+    record = {key: value for key, value in record.items() if key not in odd}
+    results = record.get("results") or {}
+    odd = [key for key, value in results.items() if not (value is None or is_number(value))]
+    notes += [f"{path} has {key} {short(results[key])}, which is no number." for key in odd]
+    return {**record, "results": {key: results[key] for key in results if key not in odd}}
+
+
+def _logged(run: Path, notes: list[str]) -> list[dict]:
+    """The lines of metrics.json but for those with numbers that mean nothing."""
+    lines = _or_note(lambda: read_metrics(run), notes, [])
+    plain = [
+        line
+        for line in lines
+        if is_iteration(line.get("iteration", 0))
+        and all(is_number(value) for value in line.values() if isinstance(value, int))
+    ]
+    if len(plain) < len(lines):
+        notes.append(
+            f"{len(lines) - len(plain)} lines of {run / 'metrics.json'} are left out: they have an "
+            "iteration that is no whole number, or a number that is too large."
+        )
+    return plain
 
 
 def _config(run: Path, is_evaluation: bool, notes: list[str]) -> CfgNode | None:
@@ -115,9 +149,7 @@ def _test_set(run: Path, cfg: CfgNode, notes: list[str]) -> dict:
     file = metadata.get("json_file") or folder / f"{file_stem(name)}_coco_format.json"
     truth = read_ground_truth(file)
     require_annotations(file, truth)
-    mapping = metadata.get("thing_dataset_id_to_contiguous_id")
-    if mapping is not None:
-        truth = restrict_classes(truth, set(mapping))
+    truth = restrict_to_known(truth, name)
     if not (folder / _RESULTS).is_file():
         raise MissingFileError(f"{folder} holds no {_RESULTS}: the run has not been evaluated.")
     return {
@@ -131,13 +163,13 @@ def _test_set(run: Path, cfg: CfgNode, notes: list[str]) -> dict:
 def _facts(run: Path, record: dict, cfg: CfgNode | None) -> dict[str, str]:
     facts = {
         "config": record.get("config"),
-        "trained on": ", ".join(record.get("train") or ()),
-        "tested on": ", ".join(record.get("test") or ()),
+        "trained on": ", ".join(map(str, record.get("train") or ())),
+        "tested on": ", ".join(map(str, record.get("test") or ())),
         "classes": _class_names(cfg),
         "schedule": cfg
         and f"{cfg.SOLVER.MAX_ITER:,} iterations of {cfg.SOLVER.IMS_PER_BATCH} images",
         "seed": record.get("seed"),
-        "devices": ", ".join(record.get("devices") or ()),
+        "devices": ", ".join(map(str, record.get("devices") or ())),
         "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items()),
         "commit": record.get("commit"),
         "began": record.get("start"),
@@ -172,9 +204,7 @@ def _losses(lines: Sequence[dict], cfg: CfgNode | None) -> dict[str, Curve]:
 def _curve(lines: Sequence[dict], key: str, cfg: CfgNode | None) -> Curve:
     max_iter = cfg.SOLVER.MAX_ITER if cfg else math.inf
     plain = [
-        line
-        for line in lines
-        if all(isinstance(line.get(k), (int, float)) for k in ("iteration", key))
+        line for line in lines if is_iteration(line.get("iteration")) and is_number(line.get(key))
     ]
     return Curve(*metric_by_iteration(plain, key, max_iter))
 
@@ -182,7 +212,7 @@ def _curve(lines: Sequence[dict], key: str, cfg: CfgNode | None) -> Curve:
 def _speed(run: Path, lines: Sequence[dict], record: dict) -> dict[str, str]:
     speed = {}
     for key, label in (("time", "training"), ("data_time", "of it waiting for data")):
-        values = [line[key] for line in lines if isinstance(line.get(key), (int, float))]
+        values = [line[key] for line in lines if is_number(line.get(key))]
         if values:
             speed[label] = f"{median(values):.3g} s an iteration (median)"
     log = run / "log.txt"
@@ -191,7 +221,7 @@ def _speed(run: Path, lines: Sequence[dict], record: dict) -> dict[str, str]:
         seconds, what = found[-1]
         unit = {"img": "image", "iter": "iteration"}.get(what, what)
         speed["inference"] = f"{float(seconds):.3g} s an {unit}"
-    if isinstance(record.get("seconds"), (int, float)):
+    if is_number(record.get("seconds")):
         speed["all of it"] = f"{record['seconds']:,.0f} s"
     return speed
 

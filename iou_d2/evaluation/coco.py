@@ -216,6 +216,12 @@ def restrict_classes(truth: dict, category_ids: set) -> dict:
     }
 
 
+def restrict_to_known(truth: dict, dataset_name: str) -> dict:
+    """`truth` of a registered dataset without the classes that its model does not know."""
+    mapping = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id")
+    return truth if mapping is None else restrict_classes(truth, set(mapping))
+
+
 def file_stem(dataset_name: str) -> str:
     """The name as a file may have it: names of a user's own data hold paths. No two are alike."""
     plain = re.sub(r"[^\w.-]+", "_", dataset_name, flags=re.ASCII)

@@ -121,7 +121,8 @@ def scores(shown: Sequence[Shown], charts: Charts) -> str:
         table(head, rows, "Calibration", "numbers"),
         intro="A score is calibrated where of the detections with 0.7, 70 % find an object at IoU "
         "0.5; a predicted IoU, where their mean IoU is 0.7. The expected error is the mean "
-        "distance from that, over ten bins weighted by their detections; r (Pearson) and ρ "
+        "distance from that, over ten bins weighted by their detections, those that count for AP: "
+        "the best of each image and class, without what lies in crowds; r (Pearson) and ρ "
         "(Spearman) say how well detections that overlap an object are ranked by their IoU.",
     )
 

@@ -117,7 +117,7 @@ def _card(
     seen = {measures.errors.found[row] for row in rows if measures.errors.found[row] >= 0}
     return {
         "name": str(image["file_name"]),
-        "size": [round(side * scale, 1) for side in sides],
+        "size": [max(1.0, round(side * scale, 1)) for side in sides],
         "picture": picture,
         "why": why,
         "quality": fact.quality,

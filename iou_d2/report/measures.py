@@ -19,6 +19,7 @@ from iou_d2.analysis.average_precision import (
     summarize_ap,
 )
 from iou_d2.analysis.calibration import Reliability, reliability
+from iou_d2.analysis.comparison import same_truth
 from iou_d2.analysis.confusion import best_f1_score, confusion_matrix
 from iou_d2.analysis.curves import localization_table
 from iou_d2.analysis.errors_of_detections import (
@@ -35,8 +36,9 @@ from iou_d2.analysis.records import Records, make_records
 from .subject import Subject
 
 PRECISION_AT = (0.5, 0.75, 0.9)  # IoU thresholds of the curves of precision against recall
-# Areas in pixels from which on COCO calls an object medium, and large.
-_MEDIUM, _LARGE = 32**2, 96**2
+# Areas in pixels up to which COCO calls an object small, and medium. One of just such an area
+# belongs to the next range as well.
+_SMALL, _MEDIUM = 32**2, 96**2
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Measures:
         truth, results: what is counted; `results` are the best of each image and class.
         class_names: (K,). class_place: category id -> place among them.
         objects: (K,) how many there are of each class.
-        sizes: "small", "medium", "large" -> how many objects.
+        sizes: "small", "medium", "large" -> how many objects, as COCO counts them.
         table: the AP table, in percent. by_iou, recall: (T,) in percent.
         precision: IoU threshold -> (R,) in percent.
         records, correlations: detections beside the truth.
@@ -115,9 +117,9 @@ def measure(subject: Subject) -> Measures | None:
 def _sizes(objects: list[dict]) -> dict[str, int]:
     areas = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in objects], np.float64)
     return {
-        "small": int((areas < _MEDIUM).sum()),
-        "medium": int(((areas >= _MEDIUM) & (areas < _LARGE)).sum()),
-        "large": int((areas >= _LARGE).sum()),
+        "small": int((areas <= _SMALL).sum()),
+        "medium": int(((areas >= _SMALL) & (areas <= _MEDIUM)).sum()),
+        "large": int((areas >= _MEDIUM).sum()),
     }
 
 
@@ -147,19 +149,16 @@ def compare(measures: Sequence[Measures | None], draws: int) -> list[dict[str, D
     first = measures[0] if measures else None
     tests: list[dict[str, Difference] | None] = [None]
     for other in measures[1:]:
-        if first is None or other is None or not _same_truth(first.truth, other.truth):
+        if first is None or other is None or not same_truth(first.truth, other.truth):
             tests.append(None)
         else:
-            tests.append(paired_bootstrap(first.truth, first.results, other.results, draws))
+            truth = _with_classes_of(other.truth, first.truth)
+            tests.append(paired_bootstrap(truth, first.results, other.results, draws))
     return tests
 
 
-def _same_truth(one: dict, other: dict) -> bool:
-    def objects(truth: dict) -> list:
-        return sorted(
-            (str(a["image_id"]), str(a["category_id"]), list(a["bbox"]), a.get("iscrowd", 0))
-            for a in truth["annotations"]
-        )
-
-    images = [sorted(str(image["id"]) for image in truth["images"]) for truth in (one, other)]
-    return images[0] == images[1] and objects(one) == objects(other)
+def _with_classes_of(other: dict, truth: dict) -> dict:
+    """`truth` with the categories too that `other` alone has, which are without objects."""
+    known = {category["id"] for category in truth["categories"]}
+    more = [category for category in other["categories"] if category["id"] not in known]
+    return {**truth, "categories": [*truth["categories"], *more]}

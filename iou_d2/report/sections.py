@@ -172,7 +172,7 @@ def _metrics(
         table(head, rows, "Metrics", "numbers"),
         _paired(subjects, measures, tests),
         intro="Average precision of boxes as COCO defines it. APs, APm and APl are of objects "
-        "under 32² pixels, under 96² and larger.",
+        "up to 32² pixels, up to 96² and larger.",
     )
 
 

@@ -188,7 +188,12 @@ def test_a_folder_that_is_no_run_is_named(main, has, tmp_path):
     assert "run" in sentence(main, run, *output)
 
 
-@pytest.mark.parametrize("line", ["", "{", "[1]", "null", '{"bbox/AP": "x"}', "[" * 100_000])
+TOO_LARGE = json.dumps({f"bbox/{key}": 10**400 for key in table.AP_KEYS})
+
+
+@pytest.mark.parametrize(
+    "line", ["", "{", "[1]", "null", '{"bbox/AP": "x"}', "[" * 100_000, TOO_LARGE]
+)
 def test_metrics_that_cannot_be_read_are_named(line, tmp_path):
     (tmp_path / "config.yaml").write_text("SEED: 1")
     (tmp_path / "metrics.json").write_text(line)

@@ -110,6 +110,48 @@ def test_a_run_that_was_cut_off_and_one_whose_data_moved(tmp_path, files):
     assert "gone.json" in text and "99.0" in text
 
 
+def test_odd_values_of_a_run_become_notes(tmp_path, files):
+    record = {
+        "train": "coco:x",
+        "devices": 3,
+        "versions": ["a"],
+        "overrides": "SEED 3",
+        "seconds": 10**400,
+        "results": {"bbox/AP": 10**400, "bbox/AP50": "x", "bbox/AP75": 12.5},
+    }
+    run = make_run(tmp_path / "run", files, record)
+    with (run / "metrics.json").open("a") as file:
+        for iteration in ("40.5", "NaN", "Infinity", "1e30", '"x"'):
+            file.write(f'\n{{"iteration": {iteration}, "total_loss": 9.5, "bbox/AP": 9.5}}')
+        file.write(f'\n{{"iteration": 42, "time": 1{"0" * 400}}}')
+    text, data = written([run], tmp_path / "report.html")
+    for words in (
+        "run.json has train &#x27;coco:x&#x27;, which is left out.",
+        "run.json has devices 3, which is left out.",
+        "run.json has versions [&#x27;a&#x27;], which is left out.",
+        "run.json has overrides &#x27;SEED 3&#x27;, which is left out.",
+        "run.json has bbox/AP 1000",
+        "run.json has bbox/AP50 &#x27;x&#x27;, which is no number.",
+        "6 lines of",
+    ):
+        assert words in text, words
+    charts = {chart["title"]: chart for chart in data["charts"]}
+    assert charts["AP on the test set"]["series"][0]["points"] == [[21, 3.25], [40, 7.75]]
+
+
+def test_a_test_set_with_one_more_class_without_objects_is_the_same(tmp_path, files):
+    truth = json.loads((files / "gt.json").read_text())
+    truth["categories"].append({"id": 77, "name": "nothing"})
+    (tmp_path / "gt.json").write_text(json.dumps(truth))
+    (tmp_path / "images").symlink_to(files / "images")
+    results = json.loads((files / "results.json").read_text())
+    results.append({**results[0], "category_id": 77})
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    runs = [make_run(tmp_path / "one", files), make_run(tmp_path / "two", tmp_path)]
+    text, _ = written(runs, tmp_path / "report.html")
+    assert "95 % interval" in text and "is not on the same images" not in text
+
+
 def test_runs_stand_side_by_side(tmp_path, files):
     runs = [make_run(tmp_path / name, files) for name in ("one", "two")]
     text, data = written(runs, tmp_path / "report.html")

@@ -128,6 +128,35 @@ def test_the_quality_of_an_image_by_hand():
     assert choose(facts, measures, 20) == {"best": [0], "worst": [0], "wrong": [0]}
 
 
+def test_objects_on_the_edge_of_two_sizes_are_of_both():
+    """As COCO counts APs, APm and APl of them."""
+    truth = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 400, "height": 400}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 1, "bbox": [0, 0, side, side]} for side in (32, 96, 97)
+        ],
+    }
+    results = [{**annotation, "score": 0.9} for annotation in truth["annotations"]]
+    measures = measure(Subject("x", truth, results))
+    assert measures.sizes == {"small": 1, "medium": 2, "large": 2}
+    alone = {**truth, "annotations": truth["annotations"][:1]}
+    table = measure(Subject("x", alone, results)).table
+    assert table["APs"] == table["APm"] == pytest.approx(100) and math.isnan(table["APl"])
+
+
+def test_a_thin_image_has_a_height():
+    truth = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100_000, "height": 10}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [10, 1, 30, 5]}],
+    }
+    results = [{**truth["annotations"][0], "score": 0.9}]
+    (gallery,) = read(Subject("x", truth, results)).data["galleries"]
+    width, height = gallery["images"][0]["size"]
+    assert width > 100 and height >= 1
+
+
 def test_names_are_harmless():
     evil = '</script><script>alert(1)</script><img src=x onerror="alert(2)">&\udc80'
     subject = make_subject(name=evil, notes=[evil], commands=[evil], facts={evil: evil})
