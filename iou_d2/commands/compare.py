@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,18 @@ from detectron2.evaluation import inference_on_dataset
 from tabulate import tabulate
 
 from iou_d2.analysis import metric_by_iteration, plot_curves, recall_by_false_positives
+from iou_d2.analysis.comparison import is_iteration, is_number, same_truth
 from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
 from iou_d2.commands.finished_runs import file_of, read_metrics, read_run_config, trained_config
 from iou_d2.commands.output import make_folder
 from iou_d2.commands.parsers.compare import parse_args
 from iou_d2.commands.run_data import use_test_set
 from iou_d2.commands.trained import load_trained
+from iou_d2.data.coco_values import short
 from iou_d2.data.mapper import CheckedDatasetMapper
 from iou_d2.errors import InputError
 from iou_d2.evaluation import build_evaluator, coco_precision, summarize_ap
+from iou_d2.evaluation.coco import file_stem, restrict_to_known
 
 RESULTS = "coco_instances_results.json"
 FALSE_POSITIVES = (10, 30, 100, 300, 1000)
@@ -44,7 +48,7 @@ def read_truth(cfg: CfgNode) -> dict:
         raise InputError(f"The test set {cfg.DATASETS.TEST[0]} has no COCO JSON.")
     truth = read_ground_truth(path)
     require_annotations(path, truth)
-    return truth
+    return restrict_to_known(truth, cfg.DATASETS.TEST[0])
 
 
 def average_precision(truth: dict, results: list[dict]) -> float:
@@ -82,19 +86,45 @@ def _is_up_to_date(results: Path, settings: Path, cfg: CfgNode) -> bool:
     return results.stat().st_mtime >= Path(cfg.MODEL.WEIGHTS).stat().st_mtime
 
 
-def recall_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    results = file_of(run, f"inference/{RESULTS}")
-    truth = read_truth(with_test_set(read_run_config(run), run))
-    return recall_by_false_positives(truth, read_results(results, truth))
+def recall_curves(runs: dict[str, Path]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By name; warns of runs on another test set than the first one's."""
+    curves, of_first = {}, None
+    for name, run in runs.items():
+        truth, results = truth_and_results(run)
+        curves[name] = recall_by_false_positives(truth, results)
+        of_first = of_first or truth
+        if not same_truth(of_first, truth):
+            logging.getLogger(__name__).warning(
+                f"{run} is not on the same images and objects as the first run: their curves do "
+                "not compare."
+            )
+    return curves
+
+
+def truth_and_results(run: Path) -> tuple[dict, list[dict]]:
+    """Of the first test set of a run."""
+    cfg = read_run_config(run)
+    several = len(cfg.DATASETS.TEST) > 1
+    cfg = with_test_set(cfg, run)
+    folder = f"inference/{file_stem(cfg.DATASETS.TEST[0])}" if several else "inference"
+    results = file_of(run, f"{folder}/{RESULTS}")
+    truth = read_truth(cfg)
+    return truth, read_results(results, truth)
 
 
 def iteration_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    max_iter = read_run_config(run).SOLVER.MAX_ITER
+    """AP on the first test set, whose name is logged too where there are several."""
+    cfg = read_run_config(run)
+    several = len(cfg.DATASETS.TEST) > 1
+    metric = f"{cfg.DATASETS.TEST[0]}/bbox/AP" if several else "bbox/AP"
     lines = read_metrics(run)
     for line in lines:
-        if not all(isinstance(line.get(key, 0), (int, float)) for key in ("iteration", "bbox/AP")):
-            raise InputError(f"{run / 'metrics.json'} has a line that is no number: {line}.")
-    return metric_by_iteration(lines, "bbox/AP", max_iter)
+        if not (is_iteration(line.get("iteration", 0)) and is_number(line.get(metric, 0))):
+            raise InputError(
+                f"{run / 'metrics.json'} has a line whose iteration is no whole number, or whose "
+                f"{metric} is none: {short(line)}."
+            )
+    return metric_by_iteration(lines, metric, cfg.SOLVER.MAX_ITER)
 
 
 def side_curve(run: Path, sides: list[int], trust: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         names = [str(run) for run in args.runs]
 
-    curves = dict(zip(names, map(recall_curve, args.runs)))
+    curves = recall_curves(dict(zip(names, args.runs)))
     plot_curves(
         curves,
         args.output / "recall_by_false_positives.png",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from iou_d2.commands import compare as compare_runs
 from iou_d2.config import set_class_names
 from iou_d2.data.shapes import ShapesSpec, write_shapes
 from iou_d2.errors import InputError
+from iou_d2.evaluation.coco import file_stem
 
 CONFIG = "configs/quick/unitbox_shapes.yaml"
 
@@ -72,6 +75,67 @@ def test_curves_and_tables(runs, tmp_path, capsys):
     header, *rows = table(printed, "AP at side")
     assert header[1:] == ["32", "96"] and [row[0] for row in rows] == ["first", "second"]
     assert all(0 <= float(value) < 50 for row in rows for value in row[1:])
+
+
+def copied(run, to, overrides):
+    """A run with other settings, which has no weights."""
+    (to / "inference").mkdir(parents=True)
+    cfg = get_config(run / "config.yaml", overrides)
+    (to / "config.yaml").write_text(cfg.dump())
+    for name in ("metrics.json", f"inference/{compare_runs.RESULTS}"):
+        shutil.copy(run / name, to / name)
+    return to
+
+
+def test_classes_that_the_model_does_not_know_do_not_count(runs):
+    cfg = get_config(runs[0] / "config.yaml")
+    cfg.DATASETS.TRUST_CLASSES = True
+    truth = compare_runs.read_truth(compare_runs.with_test_set(cfg.clone(), runs[0]))
+    known = truth["categories"][0]
+    set_class_names(cfg, [known["name"]])
+    truth = compare_runs.read_truth(compare_runs.with_test_set(cfg, runs[0]))
+    assert truth["categories"] == [known]
+    assert {annotation["category_id"] for annotation in truth["annotations"]} == {known["id"]}
+
+
+def test_of_several_test_sets_the_first_one_is_compared(runs, tmp_path, capsys):
+    cfg = get_config(runs[0] / "config.yaml")
+    (first,) = cfg.DATASETS.TEST
+    run = copied(runs[0], tmp_path / "run", ["DATASETS.TEST", f"('{first}', 'coco:other.json')"])
+    folder = run / "inference" / file_stem(first)
+    folder.mkdir()
+    (run / "inference" / compare_runs.RESULTS).rename(folder / compare_runs.RESULTS)
+    lines = [{"iteration": 99, f"{first}/bbox/AP": 10, "coco:other.json/bbox/AP": 99}]
+    (run / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    compare_runs.main([str(run), "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert table(printed, "recall at false positives")[1:] == [["run", *["1"] * 5]]
+    assert table(printed, "AP at iteration") == [["AP at iteration", "100"], ["run", "10"]]
+
+
+def test_runs_on_other_objects_are_warned_of(runs, tmp_path, monkeypatch):
+    said = []
+    logger = logging.getLogger("iou_d2.commands.compare")
+    monkeypatch.setattr(logger, "warning", said.append)
+    compare_runs.main([*map(str, runs), "--output", str(tmp_path / "out")])
+    assert said == []
+    (first,) = get_config(runs[0] / "config.yaml").DATASETS.TEST
+    _, path, images = first.split(":")
+    truth = json.loads(Path(path).read_text())
+    truth["annotations"][0]["bbox"][2] -= 1
+    (tmp_path / "other.json").write_text(json.dumps(truth))
+    data = f"('coco:{tmp_path}/other.json:{images}',)"
+    run = copied(runs[1], tmp_path / "run", ["DATASETS.TEST", data])
+    compare_runs.main([str(runs[0]), str(run), "--output", str(tmp_path / "out")])
+    assert len(said) == 1 and f"{run} is not on the same images and objects" in said[0]
+
+
+@pytest.mark.parametrize("iteration", ["9.5", "NaN", "1e400", '"x"'])
+def test_an_iteration_that_is_no_whole_number_is_named(runs, tmp_path, iteration):
+    run = copied(runs[0], tmp_path / "run", [])
+    (run / "metrics.json").write_text(f'{{"iteration": {iteration}, "bbox/AP": 10.0}}')
+    with pytest.raises(InputError, match=r"metrics\.json has a line whose iteration is no whole"):
+        compare_runs.main([str(run), "--output", str(tmp_path)])
 
 
 def test_results_at_a_side_are_those_of_the_resized_images_and_kept(runs, tmp_path, monkeypatch):
