@@ -86,7 +86,8 @@ def earlier_records(path: Path) -> list[dict]:
         return []
     if not isinstance(last, dict):
         return []
-    return [*last.pop("earlier", []), last]
+    earlier = last.pop("earlier", [])
+    return [*earlier, last] if isinstance(earlier, list) else [last]
 
 
 def config_name(config_file: str) -> str:

@@ -74,16 +74,18 @@ def _by_seed(plan: Plan, table: str, dataset: str, row: str) -> dict[int, dict]:
 
 def gain(records: Mapping[int, Mapping], baseline: Mapping[int, Mapping]) -> str:
     """By how much the AP of a row is over that of its baseline with the same seed: the mean and the
-    standard deviation over the seeds that both have. Empty for the baseline itself."""
+    standard deviation over the seeds that both have. Empty for the baseline itself, a dash
+    where one has no AP."""
     if records == baseline:
         return ""
-    ap = "bbox/AP"
-    gains = [
-        record["results"][ap] - baseline[seed]["results"][ap]
-        for seed, record in records.items()
-        if seed in baseline
-    ]
+    gains = [_gain(record, baseline[seed]) for seed, record in records.items() if seed in baseline]
     return spread(gains, 1, "+") if gains else "-"
+
+
+def _gain(record: Mapping, baseline: Mapping) -> float | None:
+    """None where one of them has no AP, as on a set without objects."""
+    ap, before = (one["results"]["bbox/AP"] for one in (record, baseline))
+    return None if ap is None or before is None else ap - before
 
 
 def records_of(name: str, plan: Plan) -> list[dict]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from iou_d2.data.cleaning import write_text
+from iou_d2.data.json_file import parse_json
 from iou_d2.errors import InputError, MissingFileError
 
 from .plan import MODEL, Plan, Run
 
 # Of run.json. Paths of the machine stand in its overrides and sets, which the plan has.
 KEPT = ("devices", "versions", "commit", "start", "seconds", "results")
+# What a record is made from.
+NEEDED = {*KEPT, "config", "seed", "overrides", "outcome"}
 # Keys that say where and on what a run runs, but not what it computes.
 ASIDE = {"OUTPUT_DIR", "SEED", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"}
 # What a training and an evaluation say of themselves, in the folder that they leave.
@@ -63,12 +67,13 @@ def keep(plan: Plan, run: Run, folder: Path) -> Path:
 
     Raises:
         MissingFileError: `folder` holds no run.json, or no evaluation.json of an evaluation.
-        InputError: it has not finished, or is of other settings than the plan's.
+        InputError: the file is damaged, or the run has not finished or is of other settings than
+            the plan's.
     """
     source = folder / (FILE_OF_EVALUATION if run.is_evaluation else FILE)
     if not source.is_file():
         raise MissingFileError(f"{folder} holds no {source.name}: it is no run.")
-    record = json.loads(source.read_text(encoding="utf-8"))
+    record = _read(source)
     if record["outcome"] != "finished" or not record["results"]:
         raise InputError(f"{source}: the run has not finished ({record['outcome']}).")
     words = record["overrides"]
@@ -94,14 +99,38 @@ def keep(plan: Plan, run: Run, folder: Path) -> Path:
 
 def agrees(plan: Plan, run: Run, folder: Path) -> bool:
     """Whether `folder` holds the training that the record of `run` is of, by its results; also
-    where there is no record."""
+    where there is no record, but not where what the folder says of itself is damaged."""
     record, source = kept(plan, run), folder / FILE
     if record is None:
         return True
-    if not source.is_file():
+    try:
+        return _rounded(_read(source)["results"]) == record["results"]
+    except InputError:
         return False
-    return _rounded(json.loads(source.read_text(encoding="utf-8"))["results"]) == record["results"]
 
 
-def _rounded(results: dict[str, float | None]) -> dict[str, float | None]:
+def _read(source: Path) -> dict:
+    """What a run says of itself, with all that is taken from it.
+
+    Raises InputError: the file is not there, or is damaged.
+    """
+    record, _ = parse_json(source)
+    if not _is_whole(record):
+        raise InputError(f"{source} is no record of a run, or a damaged one: train anew.")
+    return record
+
+
+def _is_whole(record: Any) -> bool:
+    if not isinstance(record, dict) or not NEEDED <= record.keys():
+        return False
+    results = {} if record["results"] is None else record["results"]
+    if not (isinstance(results, dict) and isinstance(record["overrides"], list)):
+        return False
+    numbers = (record["seconds"], *results.values())
+    return all(x is None or isinstance(x, (int, float)) for x in numbers)
+
+
+def _rounded(results: dict[str, float | None] | None) -> dict[str, float | None] | None:
+    if results is None:
+        return None
     return {name: None if x is None else round(x, 4) for name, x in results.items()}

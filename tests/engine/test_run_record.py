@@ -80,6 +80,13 @@ def test_a_damaged_record_is_no_reason_to_stop(tmp_path, record, text):
     assert read(tmp_path / "run.json")["earlier"] == []
 
 
+def test_what_is_no_list_of_earlier_records_is_left_out(tmp_path, record):
+    (tmp_path / "run.json").write_text('{"seed": 1, "earlier": 3}')
+    with recorded(record, tmp_path / "run.json", keep_earlier=True):
+        pass
+    assert read(tmp_path / "run.json")["earlier"] == [{"seed": 1}]
+
+
 def test_config_names(tmp_path):
     assert config_name(str(config_folder() / "quick/vfnet_shapes.yaml")) == "quick/vfnet_shapes"
     assert config_name(str(tmp_path / "own.yaml")) == str(tmp_path / "own.yaml")

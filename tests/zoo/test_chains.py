@@ -169,6 +169,17 @@ def test_tables_have_the_gain_over_a_baseline_seed_by_seed(chain, tmp_path):
     assert [row[1] for row in rows[2:]] == ["41.5 ± 2.1", "43.5 ± 3.5", "39.5"]
 
 
+@pytest.mark.parametrize("aps", [(40.0, None), (None, 41.0), (None, None)])
+def test_there_is_no_gain_without_an_ap(chain, tmp_path, aps):
+    for row, ap in zip(("detector", "branch"), aps):
+        run = chain.run("chain", "cells", row, 1)
+        results = {"bbox/AP": ap, "bbox/AP75": 1.0, "localization/pearson_confidence": 0.5}
+        keep(chain, run, finished(tmp_path / run.name, run, seconds=60.0, results=results))
+    page = with_tables("<!-- runs: chain -->\n<!-- end of runs -->", chain)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()[1:-1]]
+    assert rows[3][0] == "Branch" and rows[3][-1] == "-"
+
+
 def test_the_model_zoo_says_how_each_is_made(chain, tmp_path):
     detector, *_ = runs_of(chain)
     keep(chain, detector, finished(tmp_path / "out", detector))

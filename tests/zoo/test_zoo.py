@@ -11,7 +11,7 @@ import pytest
 from iou_d2 import get_config
 from iou_d2.commands.parsers.zoo import PAGES
 from iou_d2.errors import InputError
-from iou_d2.zoo import keep, kept, model_zoo, path_of, read_plan, with_tables
+from iou_d2.zoo import agrees, keep, kept, model_zoo, path_of, read_plan, with_tables
 from zoo_runs import PLAN, finished
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +64,44 @@ def test_a_run_of_other_settings_is_not_kept(plan, tmp_path, changes):
     with pytest.raises(InputError):
         keep(plan, run, finished(tmp_path / "out", run, **changes))
     assert kept(plan, run) is None
+
+
+UNFINISHED = {"outcome": None, "results": None, "seconds": None}
+DAMAGED = {
+    "cut": '{"outcome": "fini',
+    "empty": "",
+    "nothing": "{}",
+    "a list": "[]",
+    "text": '{"results": "x"}',
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_record_of_a_run_is_named_and_agrees_with_nothing(plan, tmp_path, text):
+    run = plan.run("losses", "cells", "plain", 1)
+    folder = finished(tmp_path / "out", run)
+    keep(plan, run, folder)
+    assert agrees(plan, run, folder)
+    (folder / "run.json").write_text(text)
+    assert not agrees(plan, run, folder)
+    with pytest.raises(InputError, match=r"run\.json"):
+        keep(plan, run, folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"results": ["x"]}, {"results": {"bbox/AP": "x"}}, {"overrides": 3}]
+)
+def test_a_run_whose_values_are_odd_is_not_kept(plan, tmp_path, changes):
+    run = plan.run("losses", "cells", "plain", 1)
+    with pytest.raises(InputError, match=r"run\.json is no record of a run, or a damaged one"):
+        keep(plan, run, finished(tmp_path / "out", run, **changes))
+
+
+def test_an_unfinished_run_agrees_with_no_record(plan, tmp_path):
+    run = plan.run("losses", "cells", "plain", 1)
+    keep(plan, run, finished(tmp_path / "out", run))
+    assert not agrees(plan, run, finished(tmp_path / "out", run, **UNFINISHED))
 
 
 def test_a_record_that_the_plan_has_left_behind_is_told(plan, tmp_path):
