@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
+from iou_d2.engine.class_rows import ClassRows, ModelClasses
 from iou_d2.engine.convert import (
     PixelFormat,
     backbone_prefix,
     pixel_format_of_mmdet,
     swap_red_and_blue,
     translate,
+    translate_tensors,
 )
+from iou_d2.engine.convert.coco_classes import count_classes, keep_used_classes, names_of_rows
+from iou_d2.errors import InputError
 
 # Written by hand from mmdetection 3.3.0 and Detectron2 0.5, and the names that this package gives.
 VFNET = {
@@ -144,6 +150,52 @@ def test_swapping_red_and_blue():
     with pytest.raises(ValueError, match="no first convolution"):
         swap_red_and_blue({"x": weight})
     assert backbone_prefix(["stemless", "a.stem.conv1.weight"]) == "a."
+
+
+@pytest.mark.parametrize("shape", [(), (64,), (64, 1, 7, 7)])
+def test_red_and_blue_of_another_shape_are_told(shape):
+    words = re.escape(f"conv1.weight has no 3 input channels: its shape is {shape}.")
+    with pytest.raises(InputError, match=words):
+        swap_red_and_blue({"conv1.weight": torch.zeros(shape)})
+
+
+def test_a_mean_that_is_no_list_of_numbers_is_told():
+    with pytest.raises(InputError, match=r"has mean=\[1.2.3\], which is no list of numbers"):
+        pixel_format_of_mmdet("img_norm_cfg = dict(mean=[1.2.3], std=[1, 1, 1], to_rgb=False)")
+
+
+RCNN = ("roi_heads.box_predictor.cls_score.bias", "roi_heads.box_predictor.bbox_pred.bias")
+RETINANET = (
+    "head.regression_head.bbox_reg.weight",
+    "head.classification_head.conv.0.0.bias",
+    "head.classification_head.cls_logits.bias",
+)
+FCOS_HEAD = "proposal_generator.fcos_head"
+FCOS = (f"{FCOS_HEAD}.scales.0.scale", f"{FCOS_HEAD}.ctrness.bias")
+# Layout, names, and the shapes of their tensors -> of which tensor and shape the sentence is.
+ODD_SHAPES = {
+    "classes of an R-CNN": ("torchvision", RCNN, [(), (8,)], RCNN[0], ()),
+    "boxes of an R-CNN": ("torchvision", RCNN, [(3,), ()], RCNN[1], ()),
+    "anchors of a RetinaNet": ("torchvision", RETINANET, [(), (3,), (9,)], RETINANET[0], ()),
+    "classes of a RetinaNet": ("torchvision", RETINANET, [(36, 1), (3,), ()], RETINANET[2], ()),
+    "a scale of AdelaiDet": ("adelaidet", FCOS, [(5,), (1,)], FCOS[0], (5,)),
+}
+
+
+@pytest.mark.parametrize("case", ODD_SHAPES.values(), ids=ODD_SHAPES)
+def test_a_tensor_of_another_shape_than_its_name_is_told(case):
+    layout, names, shapes, name, shape = case
+    tensors = {name: torch.zeros(shape) for name, shape in zip(names, shapes)}
+    with pytest.raises(InputError, match=re.escape(name) + ".*" + re.escape(str(shape))):
+        translate_tensors(tensors, layout, "detectron2")
+
+
+def test_rows_of_classes_of_another_shape_stay_for_the_comparison_with_the_model():
+    classes = ModelClasses([], {"a": ClassRows(), "b": ClassRows()})
+    odd = {"a": torch.zeros(()), "b": torch.zeros(91, 2)}
+    assert count_classes(odd, classes) == 91
+    kept = keep_used_classes(odd, names_of_rows(91), classes)
+    assert kept["a"] is odd["a"] and kept["b"].shape == (80, 2)
 
 
 def test_pixels_of_mmdetection_configs():

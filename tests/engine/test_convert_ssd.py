@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torchvision
@@ -11,6 +13,7 @@ from checkpoint_helpers import nothing_drawn
 from iou_d2 import get_config
 from iou_d2.commands import convert
 from iou_d2.engine.convert import recognise, swap_red_and_blue, translate, translate_tensors
+from iou_d2.errors import InputError
 
 # Written by hand from the projects' own code.
 NAMES = {
@@ -118,6 +121,24 @@ def test_the_background_moves_from_the_first_to_the_last_class(layout, classes):
     back = translate_tensors(ours, "detectron2", layout).tensors
     for name, value in tensors.items():
         assert torch.equal(back[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "words"),
+    [
+        (None, (84, 1), "without loc.0.weight, which tells how many"),
+        ((16, 1), (85, 1), "loc.0.weight is of shape (16, 1), four rows .* of shape (85, 1)"),
+        ((), (), "loc.0.weight is of shape ()"),
+        ((2, 1), (84, 1), "loc.0.weight is of shape (2, 1)"),
+    ],
+)
+def test_scores_that_do_not_fit_their_boxes_are_told(boxes, scores, words):
+    tensors = {"L2Norm.weight": torch.zeros(4), "conf.0.weight": torch.zeros(scores)}
+    if boxes is not None:
+        tensors["loc.0.weight"] = torch.zeros(boxes)
+    pattern = ".*".join(re.escape(part) for part in words.split(".*"))
+    with pytest.raises(InputError, match=pattern):
+        translate_tensors(tensors, "amdegroot", "detectron2")
 
 
 def test_mmdetection_has_the_background_where_detectron2_has_it():

@@ -28,9 +28,10 @@ def names_of_rows(count: int) -> list[str]:
 
 
 def count_classes(tensors: Mapping[str, Tensor], classes: ModelClasses) -> int | None:
-    """How many classes `tensors` know, by the first of them that has rows of classes."""
+    """How many classes `tensors` know, by the first of them that has rows of classes; None where
+    none has."""
     for name, rows in classes.rows.items():
-        if name in tensors:
+        if name in tensors and tensors[name].dim():
             return (len(tensors[name]) // rows.groups - rows.background) // rows.per_class
     return None
 
@@ -38,12 +39,13 @@ def count_classes(tensors: Mapping[str, Tensor], classes: ModelClasses) -> int |
 def keep_used_classes(
     tensors: Mapping[str, Tensor], names: list[str], classes: ModelClasses
 ) -> dict[str, Tensor]:
-    """`tensors`, whose classes are `names`, with the rows of COCO's 80 classes alone."""
+    """`tensors`, whose classes are `names`, with the rows of COCO's 80 classes alone. Those of
+    other numbers of rows stay as they are."""
     places = {new: names.index(name) for new, name in enumerate(COCO_NAMES)}
     kept = dict(tensors)
     for name, rows in classes.rows.items():
-        if name in tensors:
-            old = tensors[name]
+        old = tensors.get(name)
+        if old is not None and old.shape[:1] == (rows.count(len(names)),):
             fresh = old.new_zeros(rows.count(len(places)), *old.shape[1:])
             kept[name] = rows.moved(old, fresh, places)
     return kept

@@ -26,8 +26,12 @@ def swap_red_and_blue(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     name = next((name for name in tensors if FIRST_CONV.fullmatch(name)), None)
     if name is None:
         raise InputError("Red and blue cannot be swapped, for there is no first convolution.")
-    if tensors[name].shape[1] != 3:
-        raise InputError(f"Red and blue cannot be swapped, for {name} has no 3 input channels.")
+    shape = tuple(tensors[name].shape)
+    if shape[1:2] != (3,):
+        raise InputError(
+            f"Red and blue cannot be swapped, for {name} has no 3 input channels: its shape is "
+            f"{shape}."
+        )
     return {**tensors, name: tensors[name].flip(1)}
 
 
@@ -52,7 +56,9 @@ DETECTRON2_PIXELS = PixelFormat("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0
 
 def pixel_format_of_mmdet(config: str, otherwise: PixelFormat | None = None) -> PixelFormat:
     """Read off the text of an mmdetection config; what it does not say is as `otherwise`, or as in
-    torchvision."""
+    torchvision.
+
+    Raises an InputError where a mean or a deviation in it is no list of numbers."""
     found = otherwise or PixelFormat()
     order = re.search(r"to_rgb\s*=\s*(True|False)", config)
     if order:
@@ -60,9 +66,17 @@ def pixel_format_of_mmdet(config: str, otherwise: PixelFormat | None = None) -> 
     for name in ("mean", "std"):
         values = re.search(rf"\b{name}\s*=\s*[\[(]([-+.,\deE\s]*)[\])]", config)
         if values:
-            numbers = tuple(float(x) for x in values[1].split(",") if x.strip())
-            found = found._replace(**{name: numbers})
+            found = found._replace(**{name: _numbers(values[0], values[1])})
     return found._replace(stride_in_1x1=bool(re.search(r"\bstyle\s*=\s*['\"]caffe", config)))
+
+
+def _numbers(words: str, listed: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(x) for x in listed.split(",") if x.strip())
+    except ValueError as error:
+        raise InputError(
+            f"The mmdetection config in the file has {words}, which is no list of numbers."
+        ) from error
 
 
 def has_linear_p7(config: str) -> bool:

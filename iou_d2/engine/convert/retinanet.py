@@ -35,11 +35,12 @@ def _ratios_and_sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
             "The order of anchors cannot be changed, for there is no convolution of their boxes: "
             f"none of {', '.join(_BOX_CONVS)}."
         )
-    anchors = len(tensors[name]) // 4
+    shape = tuple(tensors[name].shape)
+    anchors = shape[0] // 4 if shape else 0
     if anchors not in _RATIOS_AND_SIZES:
         raise InputError(
-            f"{name} is for {anchors} anchors a cell. Their order cannot be changed, for it is not "
-            f"known how many sizes and ratios they have; 9 are 3 of both."
+            f"{name} is for {anchors} anchors a cell, by its shape {shape}. Their order cannot be "
+            "changed, for it is not known how many sizes and ratios they have; 9 are 3 of both."
         )
     return _RATIOS_AND_SIZES[anchors]
 

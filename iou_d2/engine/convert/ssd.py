@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from iou_d2.errors import InputError
+
 from .layouts import PixelFormat
 from .network import Network
 from .rows import Change, Row
@@ -125,18 +127,30 @@ def _background_moves(their_boxes: str, our_boxes: str) -> Change:
     has."""
 
     def to_ours(tensor: Tensor, all_tensors: Mapping[str, Tensor]) -> Tensor:
-        return _by_box(tensor, all_tensors[their_boxes]).roll(-1, dims=1).flatten(0, 1)
+        return _by_box(tensor, their_boxes, all_tensors).roll(-1, dims=1).flatten(0, 1)
 
     def to_theirs(tensor: Tensor, all_tensors: Mapping[str, Tensor]) -> Tensor:
-        return _by_box(tensor, all_tensors[our_boxes]).roll(1, dims=1).flatten(0, 1)
+        return _by_box(tensor, our_boxes, all_tensors).roll(1, dims=1).flatten(0, 1)
 
     told = "the background class is the last one in Detectron2 and the first one elsewhere"
     return Change(to_ours, to_theirs, told)
 
 
-def _by_box(scores: Tensor, boxes: Tensor) -> Tensor:
-    """Scores (AC, ...) and box deltas (4A, ...) of a cell -> scores (A, C, ...)."""
-    return scores.reshape(len(boxes) // 4, -1, *scores.shape[1:])
+def _by_box(scores: Tensor, boxes: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Scores (AC, ...) of a cell -> (A, C, ...), as many as the box deltas `boxes` (4A, ...)."""
+    if boxes not in tensors:
+        raise InputError(
+            f"The classes of SSD cannot be put into order without {boxes}, which tells how many "
+            "boxes a cell has: is the file whole?"
+        )
+    shape = tuple(tensors[boxes].shape)
+    count = shape[0] // 4 if shape else 0
+    if not count or not scores.dim() or len(scores) % count:
+        raise InputError(
+            f"{boxes} is of shape {shape}, four rows for each box of a cell, but the scores beside "
+            f"it are of shape {tuple(scores.shape)}, not as many rows for each box."
+        )
+    return scores.reshape(count, -1, *scores.shape[1:])
 
 
 SSD = Network(

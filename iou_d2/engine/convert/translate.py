@@ -26,7 +26,7 @@ from .resnet import (
     torchvision_fpn_rows,
 )
 from .retinanet import RETINANET, RETINANET_WITH_NORM
-from .rows import Change, Match, Row, find_rows, has_name
+from .rows import Change, Match, Rewrite, Row, find_rows, has_name
 from .ssd import SSD
 from .vfnet import VFNET
 
@@ -90,16 +90,26 @@ def translate_tensors(tensors: Mapping[str, Tensor], source: str, target: str) -
     for name, step in steps.items():
         hub[step.hub] = tensors[name]
         if step.to_ours:
-            hub[step.hub] = step.to_ours.to_ours(tensors[name], tensors)
+            hub[step.hub] = _changed(step.to_ours.to_ours, name, tensors)
             told.append(step.to_ours.told)
     translated = {}
     for step in steps.values():
         translated[step.name] = hub[step.hub]
         if step.to_theirs:
-            translated[step.name] = step.to_theirs.to_theirs(hub[step.hub], hub)
+            translated[step.name] = _changed(step.to_theirs.to_theirs, step.hub, hub)
             told.append(step.to_theirs.told)
     names = {name: step.name for name, step in steps.items()}
     return Translated(translated, names, list(dict.fromkeys(filter(None, told))))
+
+
+def _changed(rewrite: Rewrite, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    try:
+        return rewrite(tensors[name], tensors)
+    except (IndexError, RuntimeError, TypeError) as error:  # what torch says of another shape
+        raise InputError(
+            f"{name} is of shape {tuple(tensors[name].shape)}, which does not fit its name: is the "
+            "file of another network?"
+        ) from error
 
 
 def recognise(names: Collection[str], layout: str) -> Network | None:
