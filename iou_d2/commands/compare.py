@@ -122,7 +122,7 @@ def iteration_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
         if not (is_iteration(line.get("iteration", 0)) and is_number(line.get(metric, 0))):
             raise InputError(
                 f"{run / 'metrics.json'} has a line whose iteration is no whole number, or whose "
-                f"{metric} is none: {short(line)}."
+                f"{metric} is no number: {short(line)}."
             )
     return metric_by_iteration(lines, metric, cfg.SOLVER.MAX_ITER)
 

@@ -120,7 +120,7 @@ def _logged(run: Path, notes: list[str]) -> list[dict]:
         line
         for line in lines
         if is_iteration(line.get("iteration", 0))
-        and all(is_number(value) for value in line.values() if isinstance(value, int))
+        and all(is_number(value) for value in line.values() if type(value) is int)
     ]
     if len(plain) < len(lines):
         notes.append(
