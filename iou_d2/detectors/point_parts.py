@@ -87,16 +87,22 @@ def build_class_loss(cfg) -> ClassLoss:
 
 def build_assigner(cfg) -> Assigner:
     """The assigner that MODEL.POINT_DETECTOR.ASSIGNER names."""
-    node = cfg.MODEL.POINT_DETECTOR
     builders = {"atss": _build_atss, "fcos": _build_fcos}
-    return part_named(builders, node.ASSIGNER, "MODEL.POINT_DETECTOR.ASSIGNER")(node)
+    name = cfg.MODEL.POINT_DETECTOR.ASSIGNER
+    return part_named(builders, name, "MODEL.POINT_DETECTOR.ASSIGNER")(cfg)
 
 
-def _build_atss(node) -> ATSSAssigner:
-    return ATSSAssigner(anchor_scale=node.ANCHOR_SCALE)
+def _build_atss(cfg) -> ATSSAssigner:
+    return ATSSAssigner(anchor_scale=cfg.MODEL.POINT_DETECTOR.ANCHOR_SCALE)
 
 
-def _build_fcos(node) -> FCOSAssigner:
+def _build_fcos(cfg) -> FCOSAssigner:
+    node, levels = cfg.MODEL.POINT_DETECTOR, len(cfg.MODEL.RETINANET.IN_FEATURES)
+    if len(node.MAX_DISTANCES) != levels:
+        raise InputError(
+            f"MODEL.POINT_DETECTOR.MAX_DISTANCES has {len(node.MAX_DISTANCES)} entries for "
+            f"{levels} levels."
+        )
     lowest = [-1, *node.MAX_DISTANCES[:-1]]
     highest = [*node.MAX_DISTANCES[:-1], 1e8]
     if node.OPEN_RANGES:

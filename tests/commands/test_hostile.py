@@ -163,6 +163,11 @@ def test_numbers_that_mean_nothing(name, folder):
     assert "--max-dets" in sentence(analyze.main, *dets, "--max-dets", name)
 
 
+def test_a_threshold_that_is_no_number(folder):
+    options = [*arguments_of(draw.main, folder), "--threshold", "nan"]
+    assert "--threshold" in sentence(draw.main, *options)
+
+
 def test_no_detections_and_no_objects_are_no_error(folder):
     write(folder / "results.json", [])
     analyze.main([str(x) for x in arguments_of(analyze.main, folder)])

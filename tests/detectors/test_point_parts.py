@@ -29,6 +29,7 @@ def build(small_cfg):
         ("fcos", "BOX_CODEC", "linear", "one of exp, relu, deltas, but it is 'linear'"),
         ("fcos", "QUALITY_TOWER", "cls", "'box' or 'class', but it is 'cls'"),
         ("fcos", "DISTANCE_UNITS", "[64, 128]", "has 2 entries for 5 levels"),
+        ("fcos", "MAX_DISTANCES", "[20, 40, 80]", "has 3 entries for 5 levels"),
     ],
 )
 def test_wrong_settings_are_named(build, name, key, value, sentence):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from iou_d2.errors import InputError
@@ -25,4 +26,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.number < 1:
         raise InputError(f"--number is at least 1, but it is {args.number}.")
+    if math.isnan(args.threshold):
+        raise InputError("--threshold is the lowest score drawn, but it is no number.")
     return args
