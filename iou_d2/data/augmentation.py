@@ -16,7 +16,7 @@ from PIL import Image
 
 from iou_d2.errors import InputError
 
-from .resize import ShortestEdge
+from .resize import ResizeShortestEdge
 
 # Of Caffe's data layer: brightness in grey levels, hue in OpenCV's units of 2 degrees.
 BRIGHTNESS, HUE = 32.0, 18.0
@@ -236,8 +236,10 @@ def _square(cfg, is_train: bool) -> T.Augmentation:
 def _shortest_edge(cfg, is_train: bool) -> T.Augmentation:
     node = cfg.INPUT
     if is_train:
-        return ShortestEdge(node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING)
-    return ShortestEdge(node.MIN_SIZE_TEST, node.MAX_SIZE_TEST, "choice")
+        return ResizeShortestEdge(
+            node.MIN_SIZE_TRAIN, node.MAX_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING
+        )
+    return ResizeShortestEdge(node.MIN_SIZE_TEST, node.MAX_SIZE_TEST, "choice")
 
 
 def _flip(cfg, is_train: bool) -> T.Augmentation:

@@ -16,7 +16,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from iou_d2.data.resize import ShortestEdge
+from iou_d2.data.resize import ResizeShortestEdge
 from iou_d2.errors import InputError
 
 
@@ -152,8 +152,8 @@ def build_view_maker(cfg) -> ViewMaker:
         resizes = [T.Resize((side, side)) for side in sizes]
         plain = T.Resize((test.SQUARE_SIZE, test.SQUARE_SIZE))
     else:
-        resizes = [ShortestEdge(side, node.MAX_SIZE) for side in sizes]
-        plain = ShortestEdge(test.MIN_SIZE_TEST, test.MAX_SIZE_TEST)
+        resizes = [ResizeShortestEdge(side, node.MAX_SIZE) for side in sizes]
+        plain = ResizeShortestEdge(test.MIN_SIZE_TEST, test.MAX_SIZE_TEST)
     pairs = [tuple(pair) for pair in limits] or [None] * len(sizes)
     return ViewMaker(resizes, node.FLIP, pairs, plain)
 
