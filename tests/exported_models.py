@@ -28,8 +28,11 @@ SMALL_TWO_STAGE = (
     *("MODEL.ROI_MASK_HEAD.CONV_DIM", "8", "MODEL.ROI_MASK_HEAD.NUM_CONV", "1"),
     *("MODEL.RPN.PRE_NMS_TOPK_TEST", "60", "MODEL.RPN.POST_NMS_TOPK_TEST", "50"),
 )
-# Of four levels of features two for the boxes: writing a file takes seconds for each.
-TWO_LEVELS = ("MODEL.ROI_HEADS.IN_FEATURES", "['p3', 'p4']")
+# Of five levels of features two: writing a file takes seconds for each.
+TWO_LEVELS = (
+    *("MODEL.ROI_HEADS.IN_FEATURES", "['p3', 'p4']", "MODEL.RPN.IN_FEATURES", "['p3', 'p4']"),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", "[[24], [48]]"),
+)
 # For configs/faster_rcnn_R_50_C4_1x.yaml, whose random weights let features grow by thousands.
 SMALL_C4 = (
     *("MODEL.PIXEL_STD", "[20000.0, 20000.0, 20000.0]"),

@@ -18,6 +18,7 @@ FLOORS = {
     "errors": (set(), set()),
     "field_names": (set(), set()),
     "choices": (set(), set()),
+    "resize": (set(), {"detectron2"}),
     "ops": (set(), {"torch", "torchvision", "fvcore"}),
     "layers": ({"ops", "_C"}, {"torch", "torchvision", "detectron2"}),
     "backbones": ({"ops", "layers"}, DETECTION),
@@ -51,7 +52,7 @@ ROOF = (
     "commands",
 )
 # The cellar imports nothing of the house, and everything may import from it.
-CELLAR = {"errors", "field_names", "choices"}
+CELLAR = {"errors", "field_names", "choices", "resize"}
 
 
 def imports_of(path: Path) -> set[str]:

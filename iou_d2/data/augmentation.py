@@ -15,8 +15,7 @@ from detectron2.data import transforms as T
 from PIL import Image
 
 from iou_d2.errors import InputError
-
-from .resize import ResizeShortestEdge
+from iou_d2.resize import ResizeShortestEdge
 
 # Of Caffe's data layer: brightness in grey levels, hue in OpenCV's units of 2 degrees.
 BRIGHTNESS, HUE = 32.0, 18.0

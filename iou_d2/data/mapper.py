@@ -15,10 +15,10 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 
 from iou_d2.errors import InputError
+from iou_d2.resize import for_any_shape
 
 from .augmentation import build_augmentations
 from .images import size_fault, usable_header
-from .resize import for_any_shape
 
 
 class CheckedDatasetMapper(DatasetMapper):

@@ -16,8 +16,8 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from iou_d2.data.resize import ResizeShortestEdge
 from iou_d2.errors import InputError
+from iou_d2.resize import ResizeShortestEdge
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from iou_d2.data.augmentation import build_augmentations
-from iou_d2.data.resize import for_any_shape
 from iou_d2.detectors.test_time_augmentation import with_tta
 from iou_d2.errors import InputError, MissingFileError
+from iou_d2.resize import for_any_shape
 
 from .build import as_configured
 from .class_rows import ModelClasses, match_rows

@@ -298,7 +298,7 @@ def test_an_opset_that_onnx_runtime_has_not_is_refused(tmp_path):
 
 def test_a_program_of_torch_export_detects_what_the_model_detects(tmp_path):
     few = ("MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "10")
-    cfg, model = small_two_stage(FASTER, *MASKS, *few)
+    cfg, model = small_two_stage(FASTER, *MASKS, *few, *TWO_LEVELS)
     spec = InputSpec((128, 128), 1)
     options = {"format": "pt2", "spec": spec}
     found, _ = agreement_of(tmp_path / "model", cfg, model, [(1, 128, 128)], **options)
