@@ -269,7 +269,8 @@ def build_augmentations(cfg, is_train: bool) -> list[T.Augmentation]:
             augmentation cannot take.
     """
     names = list(cfg.INPUT.AUGMENTATIONS)
-    unknown = [name for name in names if name not in list(AUGMENTATIONS)]
+    known = list(AUGMENTATIONS)  # in which also a list can be looked for
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise InputError(
             f"INPUT.AUGMENTATIONS takes names from {', '.join(AUGMENTATIONS)}, but it has "

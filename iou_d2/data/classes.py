@@ -69,7 +69,7 @@ def with_used_groups(
     another set."""
     named = {name for own in classes for name in own}
     return [
-        [*own, *(name for name in dropped if name in named.difference(own))]
+        [*own, *(name for name in dropped if name in named and name not in own)]
         for own, dropped in zip(classes, groups)
     ]
 

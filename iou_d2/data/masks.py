@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 from .coco_records import LazyRecords, mask_kind, records_of
 
 
@@ -14,10 +11,6 @@ def first_by_mask(name: str) -> dict[str, str]:
     records = records_of(name)
     if isinstance(records, LazyRecords):
         return records.first_by_mask
-    return _first_by_mask(records)
-
-
-def _first_by_mask(records: Iterable[dict[str, Any]]) -> dict[str, str]:
     first: dict[str, str] = {}
     for record in records:
         for number, item in enumerate(record.get("annotations", ()), start=1):
