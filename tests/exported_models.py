@@ -28,10 +28,16 @@ SMALL_TWO_STAGE = (
     *("MODEL.ROI_MASK_HEAD.CONV_DIM", "8", "MODEL.ROI_MASK_HEAD.NUM_CONV", "1"),
     *("MODEL.RPN.PRE_NMS_TOPK_TEST", "60", "MODEL.RPN.POST_NMS_TOPK_TEST", "50"),
 )
-# Of five levels of features two: writing a file takes seconds for each.
+# Of four or five levels of features two: writing a file takes time for each.
 TWO_LEVELS = (
     *("MODEL.ROI_HEADS.IN_FEATURES", "['p3', 'p4']", "MODEL.RPN.IN_FEATURES", "['p3', 'p4']"),
     *("MODEL.ANCHOR_GENERATOR.SIZES", "[[24], [48]]"),
+)
+TWO_DENSE_LEVELS = (
+    *("MODEL.RETINANET.IN_FEATURES", "['p3', 'p5']"),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", "[[12, 15, 19], [48, 60, 76]]"),
+    *("MODEL.POINT_DETECTOR.MAX_DISTANCES", "[24, 96]"),
+    *("MODEL.POINT_DETECTOR.DISTANCE_UNITS", "[24, 96]"),
 )
 # For configs/faster_rcnn_R_50_C4_1x.yaml, whose random weights let features grow by thousands.
 SMALL_C4 = (

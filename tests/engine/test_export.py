@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from exported_models import agreement_at, noise, small_model, write_model
+from exported_models import TWO_DENSE_LEVELS, agreement_at, noise, small_model, write_model
 from iou_d2 import get_config
 from iou_d2.detectors.dense import DenseNMS
 from iou_d2.engine.export import build_graph
@@ -71,7 +71,10 @@ def test_torch_export_detects_what_the_model_detects(tmp_path):
 
 @pytest.mark.parametrize("name", ["retinanet", "unitbox"])
 def test_without_a_detection_all_is_padding(tmp_path, name):
-    cfg, model = small_model(config_of(name), "MODEL.RETINANET.SCORE_THRESH_TEST", "0.9999")
+    levels = TWO_DENSE_LEVELS if name == "retinanet" else ()
+    cfg, model = small_model(
+        config_of(name), *levels, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.9999"
+    )
     path = tmp_path / "model.onnx"
     graph = write_model(cfg, model, path)
     outputs = dict(zip(graph.names, load(path, "onnx")(noise(2, 70, 90))))
@@ -85,14 +88,13 @@ def test_the_limit_of_detections_is_that_of_the_config(tmp_path, limit):
     cfg, model = small_model(
         config_of("atss"),
         *("TEST.DETECTIONS_PER_IMAGE", limit, "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "50"),
-        *("MODEL.POINT_DETECTOR.CLASS_AGNOSTIC_NMS", "True"),
+        *("MODEL.POINT_DETECTOR.CLASS_AGNOSTIC_NMS", "True", *TWO_DENSE_LEVELS),
     )
     path = tmp_path / "model.onnx"
     graph = write_model(cfg, model, path)
     run = load(path, "onnx")
     assert agreement_at(SHAPES[:2], run, graph, cfg).holds()
-    levels = len(cfg.MODEL.RETINANET.IN_FEATURES)
-    length = 7 if limit == "7" else 50 * levels
+    length = 7 if limit == "7" else 50 * 2
     assert run(noise(1, 64, 64))[graph.names.index("scores")].shape == (1, length)
 
 
@@ -105,7 +107,7 @@ def test_the_limit_of_detections_is_that_of_the_config(tmp_path, limit):
     ],
 )
 def test_the_inference_of_other_codes_is_exported_too(tmp_path, name, key, value):
-    cfg, model = small_model(config_of(name), key, value)
+    cfg, model = small_model(config_of(name), key, value, *TWO_DENSE_LEVELS)
     path = tmp_path / "model.onnx"
     graph = write_model(cfg, model, path)
     found = agreement_at(SHAPES[:2], load(path, "onnx"), graph, cfg)
@@ -114,7 +116,8 @@ def test_the_inference_of_other_codes_is_exported_too(tmp_path, name, key, value
 
 @pytest.mark.parametrize("name", ["iou_retinanet", "vfnet", "unitbox"])
 def test_candidates_are_those_that_nms_is_given(tmp_path, monkeypatch, name):
-    cfg, model = small_model(config_of(name), "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "20")
+    levels = () if name == "unitbox" else TWO_DENSE_LEVELS
+    cfg, model = small_model(config_of(name), *levels, "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "20")
     path, seen, suppress = tmp_path / "model.onnx", [], DenseNMS.__call__
     graph = write_model(cfg, model, path, outputs="candidates")
     images = noise(1, 97, 131)
@@ -134,7 +137,7 @@ def test_candidates_are_those_that_nms_is_given(tmp_path, monkeypatch, name):
 
 
 def test_raw_outputs_are_all_points_with_all_classes(tmp_path):
-    cfg, model = small_model(config_of("iou_retinanet"))
+    cfg, model = small_model(config_of("iou_retinanet"), *TWO_DENSE_LEVELS)
     path = tmp_path / "model.onnx"
     graph = write_model(cfg, model, path, outputs="raw")
     images = noise(2, 97, 131)
@@ -165,13 +168,15 @@ def test_every_opset_is_written_and_runs(tmp_path, opset):
 
 @pytest.mark.parametrize(("opset", "kind"), [(17, "GridSample"), (19, "DeformConv")])
 def test_deformable_convolutions_are_the_operator_that_is_asked_for(tmp_path, opset, kind):
-    cfg, model = small_model(config_of("vfnet"), "MODEL.POINT_DETECTOR.DEFORMABLE_TOWER", "True")
+    cfg, model = small_model(
+        config_of("vfnet"), *TWO_DENSE_LEVELS, "MODEL.POINT_DETECTOR.DEFORMABLE_TOWER", "True"
+    )
     path = tmp_path / "model.onnx"
     graph = write_model(cfg, model, path, opset=opset, deform_conv=kind)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     other = {"GridSample": "DeformConv", "DeformConv": "GridSample"}[kind]
     # Two stars and two towers a level.
-    assert kinds.count(kind) == 4 * len(cfg.MODEL.RETINANET.IN_FEATURES)
+    assert kinds.count(kind) == 4 * 2
     assert other not in kinds
     found = agreement_at(SHAPES[:2], load(path, "onnx"), graph, cfg)
     assert found.pairs > 80 and found.holds()

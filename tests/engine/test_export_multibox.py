@@ -73,8 +73,10 @@ def test_levels_that_are_too_small_are_padded_as_in_the_model():
     torch.manual_seed(0)
     backbone = SSDVGG16(SSD300, ["conv4_3", "conv9_2"]).eval()
     with torch.no_grad():
-        traced = torch.jit.trace(backbone, torch.rand(1, 3, 300, 310), strict=False)
-        for size in ((64, 65), (9, 7), (120, 320)):
+        traced = torch.jit.trace(
+            backbone, torch.rand(1, 3, 300, 310), strict=False, check_trace=False
+        )
+        for size in ((64, 65), (9, 7), (300, 20)):
             images = torch.rand(2, 3, *size)
             expected, found = backbone(images), traced(images)
             torch.testing.assert_close(found["conv9_2"], expected["conv9_2"])

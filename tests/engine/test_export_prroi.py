@@ -13,7 +13,7 @@ from iou_d2.engine.export.prroi_graph import (
 )
 from iou_d2.layers import prroi_pool
 
-SCALES, BINS = (1 / 4, 1 / 8), (3, 2)
+SCALES, BINS = (1 / 4, 1 / 8), 3
 NAMES = ["fine", "coarse", "boxes", "image", "level", "upstream"]
 
 
@@ -39,7 +39,7 @@ def example(images, count, height, width, dtype=torch.float32):
         boxes,
         torch.randint(-1, images, (count,)),
         torch.randint(2, (count,)),
-        torch.randn(count, 3, *BINS, dtype=dtype),
+        torch.randn(count, 3, BINS, BINS, dtype=dtype),
     )
 
 
@@ -74,7 +74,7 @@ def by_operator(fine, coarse, boxes, image, level, upstream, aligned=True):
         if 0 <= image[index] < len(fine):
             roi = torch.cat([image[index, None].double(), boxes[index]])[None]
             scale = SCALES[level[index]]
-            pooled[index] = prroi_pool(maps[level[index]], roi, BINS, scale, aligned)[0]
+            pooled[index] = prroi_pool(maps[level[index]], roi, (BINS, BINS), scale, aligned)[0]
     (gradient,) = torch.autograd.grad((pooled * upstream).sum(), boxes)
     return pooled.detach(), gradient, pooled.detach()
 
@@ -146,7 +146,7 @@ def test_graphs_give_the_same_at_any_size(exported, shape):
     torch.manual_seed(3)
     inputs = example(*shape)
     expected = PoolAndGradient()(*inputs)
-    assert expected[0].shape == (shape[1], 3, *BINS) and expected[1].shape == (shape[1], 4)
+    assert expected[0].shape == (shape[1], 3, BINS, BINS) and expected[1].shape == (shape[1], 4)
     assert_same(traced(*inputs), expected)
     named = {name: value.numpy() for name, value in zip(NAMES, inputs)}
     assert_same(session.run(None, named), expected, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
@@ -32,13 +31,13 @@ def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Where there are fewer, 0 and the index 0 stand for the others. `topk` alone would bake the M of
     the example into a graph.
     """
-    scores = F.pad(scores, (0, count))
+    scores = torch.cat([scores, scores.new_zeros(scores.shape[0], count)], dim=1)
     best, index = scores.topk(count, dim=1)
     if not torch.onnx.is_in_onnx_export():  # ONNX's TopK settles ties itself, and torch's does not
         index = index.sort(dim=1).values
         best, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)
         index = index.gather(1, order)
-    return best, torch.where(best > 0, index, torch.zeros_like(index))
+    return best, torch.where(best > 0, index, 0)
 
 
 def best(candidates: Candidates, count: int) -> Candidates:
@@ -48,11 +47,11 @@ def best(candidates: Candidates, count: int) -> Candidates:
     there = scores > 0
     boxes = candidates.boxes.gather(1, index[..., None].expand(-1, -1, 4))
     return Candidates(
-        torch.where(there[..., None], boxes, torch.zeros_like(boxes)),
+        torch.where(there[..., None], boxes, 0.0),
         scores,
         torch.where(there, candidates.classes.gather(1, index), -1),
         {
-            name: torch.where(there, value.gather(1, index), torch.zeros_like(scores))
+            name: torch.where(there, value.gather(1, index), 0.0)
             for name, value in candidates.fields.items()
         },
     )
@@ -80,8 +79,7 @@ def without_empty(candidates: Candidates, min_side: float = 0.0) -> Candidates:
     """Those of whose box both sides are over `min_side` pixels; the others are made none."""
     sides = candidates.boxes[..., 2:] - candidates.boxes[..., :2]
     full = (sides > min_side).all(dim=-1)
-    scores = torch.where(full, candidates.scores, torch.zeros_like(candidates.scores))
-    return candidates._replace(scores=scores)
+    return candidates._replace(scores=torch.where(full, candidates.scores, 0.0))
 
 
 def clipped(candidates: Candidates, size: tuple[int, int]) -> Candidates:
@@ -91,23 +89,24 @@ def clipped(candidates: Candidates, size: tuple[int, int]) -> Candidates:
 
 def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes (..., 4) inside images of `size`, (height, width)."""
-    x1, y1, x2, y2 = boxes.unbind(dim=-1)
-    sides = [_clip(side, size[axis]) for side, axis in ((x1, 1), (y1, 0), (x2, 1), (y2, 0))]
-    return torch.stack(sides, dim=-1)
-
-
-def _clip(x: Tensor, limit: int) -> Tensor:
-    # With a limit that a tracer follows, which `clamp` would make a constant.
-    return torch.minimum(x.clamp(min=0), torch.ones_like(x) * limit)
+    # Limits that a tracer follows, which `clamp` would make constants.
+    one = boxes.new_ones(1)
+    limits = torch.cat([one * size[1], one * size[0]] * 2)
+    return torch.minimum(boxes.clamp(min=0), limits)
 
 
 def usable(candidates: Candidates) -> Candidates:
     """Those whose box is finite, as `batched_nms` has it; the others are made none."""
-    finite = candidates.boxes.isfinite().all(dim=-1)
+    finite = is_finite(candidates.boxes).all(dim=-1)
     return candidates._replace(
-        boxes=torch.where(finite[..., None], candidates.boxes, torch.zeros_like(candidates.boxes)),
-        scores=torch.where(finite, candidates.scores, torch.zeros_like(candidates.scores)),
+        boxes=torch.where(finite[..., None], candidates.boxes, 0.0),
+        scores=torch.where(finite, candidates.scores, 0.0),
     )
+
+
+def is_finite(x: Tensor) -> Tensor:
+    """What `isfinite` says, which ONNX needs five nodes for."""
+    return x.abs() < torch.inf
 
 
 def suppress(
@@ -126,7 +125,7 @@ def suppress(
     """
     nms = _onnx_nms if torch.onnx.is_in_onnx_export() else _torch_nms
     kept = nms(boxes, scores, groups, num_groups, threshold)
-    mask = torch.zeros_like(scores).flatten()
+    mask = torch.zeros_like(scores).reshape(-1)
     return mask.scatter(0, kept, torch.ones_like(kept, dtype=scores.dtype)).view_as(scores)
 
 
@@ -138,8 +137,8 @@ def _torch_nms(
     number = torch.arange(boxes.shape[0], device=boxes.device)[:, None] * num_groups + groups
     room = boxes.max() - boxes.min() + 1
     apart = boxes.double() + (number * room)[..., None].double()
-    (index,) = torch.nonzero(scores.flatten() > 0, as_tuple=True)
-    scores = scores.flatten()[index].double()
+    (index,) = torch.nonzero(scores.reshape(-1) > 0, as_tuple=True)
+    scores = scores.reshape(-1)[index].double()
     return index[torchvision.ops.nms(apart.reshape(-1, 4)[index], scores, threshold)]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from iou_d2.detectors.faster_rcnn import BoxLossOutputLayers
 
 from .box_heads import Regions, Regressed, box_parts_of
-from .candidates import Candidates, best, clip, suppress
+from .candidates import Candidates, best, clip, is_finite, suppress
 from .pooling import Pooling
 
 
@@ -32,15 +32,15 @@ def candidates_of(
     """
     count, length = there.shape
     boxes, scores = regressed.boxes, regressed.probabilities[:, :-1]
-    finite = boxes.isfinite().all(dim=2).all(dim=1)
-    finite = finite & regressed.probabilities.isfinite().all(dim=1)
-    boxes = clip(torch.where(finite[:, None, None], boxes, torch.zeros_like(boxes)), regions.size)
-    usable = (finite & there.flatten())[:, None] & (scores > threshold)
-    scores = torch.where(usable, scores, torch.zeros_like(scores))
+    finite = is_finite(boxes).flatten(1).all(dim=1)
+    finite = finite & is_finite(regressed.probabilities).all(dim=1)
+    boxes = clip(torch.where(finite[:, None, None], boxes, 0.0), regions.size)
+    usable = (finite & there.reshape(-1))[:, None] & (scores > threshold)
+    scores = torch.where(usable, scores, 0.0)
     classes = scores.shape[1]
     boxes = boxes.view(count, length, -1, 4).transpose(1, 2).expand(-1, classes, -1, -1)
     scores = scores.view(count, length, classes).transpose(1, 2)
-    numbers = torch.arange(classes)[:, None].expand(-1, length).flatten()
+    numbers = torch.arange(classes)[:, None].expand(-1, length).reshape(-1)
     return Candidates(
         boxes.reshape(count, -1, 4), scores.reshape(count, -1), numbers.expand(count, -1), {}
     )
@@ -50,8 +50,7 @@ def with_sides(candidates: Candidates, min_side: float) -> Candidates:
     """Those of whose box both sides are at least `min_side` pixels; the others are made none."""
     sides = candidates.boxes[..., 2:] - candidates.boxes[..., :2]
     large = (sides >= min_side).all(dim=-1)
-    scores = torch.where(large, candidates.scores, torch.zeros_like(candidates.scores))
-    return candidates._replace(scores=scores)
+    return candidates._replace(scores=torch.where(large, candidates.scores, 0.0))
 
 
 class FastRCNN:

@@ -82,7 +82,7 @@ class IoUNet:
         """With the new scores of those that NMS keeps; the others are made none."""
         nms = self.postprocessor.nms
         index, boxes, classes, images = self.listed(candidates)
-        scores = candidates.scores.flatten()[index]
+        scores = candidates.scores.reshape(-1)[index]
         groups = images * self.num_classes + classes
         number = candidates.scores.shape[0] * self.num_classes
         if isinstance(nms, PlainNMS):
@@ -90,7 +90,7 @@ class IoUNet:
         else:
             ranks = scores
             if nms.ranking is not None:
-                ranks = nms.ranking(scores, candidates.fields["pred_ious"].flatten()[index])
+                ranks = nms.ranking(scores, candidates.fields["pred_ious"].reshape(-1)[index])
             keep, scores = guided_nms(boxes, scores, ranks, groups, number, nms.threshold)
         return candidates._replace(scores=_unlisted(scores, index[keep], candidates.scores))
 
@@ -116,19 +116,19 @@ class IoUNet:
     def listed(self, candidates: Candidates) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Those of N images that there are, one after another: their index (R,) among all, boxes
         (R, 4), classes (R,) and images (R,)."""
-        index = torch.nonzero(candidates.scores.flatten() > 0).squeeze(1)
+        index = torch.nonzero(candidates.scores.reshape(-1) > 0).squeeze(1)
         images = torch.div(index, candidates.scores.shape[1], rounding_mode="floor")
         return (
             index,
             candidates.boxes.reshape(-1, 4)[index],
-            candidates.classes.flatten()[index],
+            candidates.classes.reshape(-1)[index],
             images,
         )
 
 
 def _unlisted(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
     """`values` (R,) at the places `index` of a tensor of the shape of `like`, 0 elsewhere."""
-    return torch.zeros_like(like).flatten().scatter(0, index, values).view_as(like)
+    return torch.zeros_like(like).reshape(-1).scatter(0, index, values).view_as(like)
 
 
 def _of_best_class(boxes: Tensor, probabilities: Tensor) -> Tensor:

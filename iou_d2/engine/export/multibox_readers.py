@@ -38,7 +38,7 @@ class MultiBoxReader(Reader):
         count, _, classes = raw["scores"].shape
         by_class = {name: x.transpose(1, 2).flatten(0, 1) for name, x in raw.items()}  # (NK, R)
         scores = by_class.pop("scores")
-        scores = torch.where(scores > self.nms.score_threshold, scores, torch.zeros_like(scores))
+        scores = torch.where(scores > self.nms.score_threshold, scores, 0.0)
         scores, index = top(scores, self.nms.topk)
         fields = {name: x.gather(1, index).view(count, -1) for name, x in by_class.items()}
         index = index.view(count, -1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from iou_d2.detectors.pooler import PrRoIPooler
 from iou_d2.errors import InputError
 
-from .prroi_graph import assigned_levels, feature_table, place, pool
+from .prroi_graph import assigned_levels, bins_of, feature_table, place, pool
 
 
 class Pooling(Protocol):
@@ -73,19 +73,21 @@ class PrecisePooling:
             features: L maps (N, C, H, W).
         """
         self.pooler = pooler
+        self.bins = bins_of(pooler)
         self.aligned = pooler.level_poolers[0].aligned
         scales = [level.spatial_scale for level in pooler.level_poolers]
         self.table = feature_table(features, scales)
 
     def __call__(self, boxes: Tensor, images: Tensor) -> Tensor:
         levels = assigned_levels(self.pooler, boxes)
-        rois = place(self.table, boxes, images, levels, self.pooler.output_size, self.aligned)
+        rois = place(self.table, boxes, images, levels, self.bins, self.aligned)
         return pool(self.table, rois)
 
 
 def require_pooler(pooler: ROIPooler, key: str) -> None:
     """Raise an InputError with the `key` that chooses it where no graph can hold a pooler."""
     if type(pooler) is PrRoIPooler:
+        bins_of(pooler)
         return
     kinds = {type(level) for level in pooler.level_poolers}
     if type(pooler) is not ROIPooler or kinds != {ROIAlign}:

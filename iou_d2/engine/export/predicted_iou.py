@@ -21,6 +21,7 @@ from iou_d2.errors import InputError
 from .prroi_graph import (
     FeatureTable,
     assigned_levels,
+    bins_of,
     box_gradient,
     feature_table,
     place,
@@ -48,6 +49,7 @@ class PredictedIoU(nn.Module):
         super().__init__()
         _require_known_parts(branch)
         self.pooler = branch.pooler
+        self.bins = bins_of(branch.pooler)
         self.head = branch.head
         self.iou_pred = branch.iou_pred
         self.decode = branch.code.decode
@@ -106,7 +108,7 @@ class PredictedIoU(nn.Module):
 
     def _place(self, table: FeatureTable, boxes: Tensor, image: Tensor, level: Tensor):
         aligned = self.pooler.level_poolers[0].aligned
-        return place(table, boxes, image, level, self.pooler.output_size, aligned)
+        return place(table, boxes, image, level, self.bins, aligned)
 
     def _of_class(self, hidden: Tensor, classes: Tensor) -> Tensor:
         outputs = self.iou_pred(hidden)

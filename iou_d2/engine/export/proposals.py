@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from iou_d2.detectors.faster_rcnn import BoxLossRPN
 from iou_d2.errors import InputError
 
-from .candidates import Candidates, best, clipped, joined, suppress, top, usable, without_empty
+from .candidates import (
+    Candidates,
+    best,
+    clipped,
+    is_finite,
+    joined,
+    suppress,
+    top,
+    usable,
+    without_empty,
+)
 
 
 def require_rpn(generator: nn.Module | None) -> None:
@@ -37,7 +47,12 @@ def propose(rpn: RPN, features: dict[str, Tensor], size: tuple[int, int]) -> Can
     """
     maps = [features[name] for name in rpn.in_features]
     levels = zip(rpn.anchor_generator(maps), *rpn.rpn_head(maps))
-    found = joined([_of_level(rpn, number, *level) for number, level in enumerate(levels)])
+    chosen = [_of_level(rpn, number, *level) for number, level in enumerate(levels)]
+    found = joined([anchors for anchors, _ in chosen])
+    deltas = torch.cat([deltas for _, deltas in chosen], dim=1)
+    # Of all levels at once, which makes smaller graphs.
+    boxes = rpn.box2box_transform.apply_deltas(deltas.reshape(-1, 4), found.boxes.reshape(-1, 4))
+    found = found._replace(boxes=boxes.view_as(deltas))
     found = without_empty(clipped(usable(found), size), rpn.min_box_size)
     kept = suppress(found.boxes, found.scores, found.classes, len(maps), rpn.nms_thresh)
     found = found._replace(scores=found.scores * kept)
@@ -48,24 +63,22 @@ def positive(logits: Tensor) -> Tensor:
     """Logits as positive numbers of the same order, 0 where one is not finite. A sigmoid would make
     all large ones 1."""
     rising = torch.where(logits > 0, 1 + logits, 1 / (1 + logits.abs()))
-    return torch.where(logits.isfinite(), rising, torch.zeros_like(rising))
+    return torch.where(is_finite(logits), rising, 0.0)
 
 
-def _of_level(rpn: RPN, number: int, anchors: Boxes, logits: Tensor, deltas: Tensor) -> Candidates:
-    """The PRE_NMS_TOPK_TEST best, whose class is the `number` of the level.
+def _of_level(
+    rpn: RPN, number: int, anchors: Boxes, logits: Tensor, deltas: Tensor
+) -> tuple[Candidates, Tensor]:
+    """The PRE_NMS_TOPK_TEST best anchors, whose class is the `number` of the level, and their
+    deltas (N, M, 4).
 
     Args:
         anchors: R = HWA boxes.
         logits, deltas: (N, A, H, W) and (N, 4A, H, W).
     """
-    count, _, height, width = logits.shape
     scores = positive(logits.permute(0, 2, 3, 1).flatten(1).float())  # (N, R)
-    deltas = deltas.view(count, -1, 4, height, width).permute(0, 3, 4, 1, 2).flatten(1, -2)
+    deltas = deltas.permute(0, 2, 3, 1).reshape(deltas.shape[0], -1, 4)
     scores, index = top(scores, rpn.pre_nms_topk[False])
     deltas = deltas.gather(1, index[..., None].expand(-1, -1, 4))
-    boxes = rpn.box2box_transform.apply_deltas(
-        deltas.reshape(-1, 4), anchors.tensor[index].reshape(-1, 4)
-    )
-    return Candidates(
-        boxes.view(count, -1, 4), scores, torch.full_like(index, number, dtype=torch.int64), {}
-    )
+    levels = torch.full_like(index, number, dtype=torch.int64)
+    return Candidates(anchors.tensor[index], scores, levels, {}), deltas

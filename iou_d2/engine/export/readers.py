@@ -54,13 +54,13 @@ class PyramidReader(Reader):
         ranked = self.detector.rank(level, 0)
         flat = {name: x.reshape(count, -1) for name, x in ranked.items()}  # (N, RK)
         # NaN is over no threshold.
-        scores = torch.where(flat["scores"] > 0, flat["scores"], torch.zeros_like(flat["scores"]))
+        scores = torch.where(flat["scores"] > 0, flat["scores"], 0.0)
         scores, index = top(scores, self.nms.topk)
         classes = ranked["scores"].shape[1]
         anchors = index // classes
         # Where the anchors of an image begin among those of all.
         first = torch.arange(count)[:, None] * (flat["scores"].shape[1] // classes)
-        boxes = self.detector.boxes(level, 0, (anchors + first).flatten(), size)
+        boxes = self.detector.boxes(level, 0, (anchors + first).reshape(-1), size)
         return Candidates(
             boxes.view(count, -1, 4),
             scores,
@@ -102,7 +102,7 @@ class PointReader(PyramidReader):
         if quality is None:
             return chosen_by
         score = self.detector.inference.score(fields["cls_scores"], quality)
-        return torch.where(chosen_by > 0, score, torch.zeros_like(score))
+        return torch.where(chosen_by > 0, score, 0.0)
 
 
 class PixelReader(Reader):
@@ -131,7 +131,7 @@ class PixelReader(Reader):
         count, classes = logits.shape[:2]
         peaks = logits == F.max_pool2d(logits, kernel_size=3, stride=1, padding=1)
         scores = (logits.sigmoid() * peaks).flatten(2)  # (N, K, HW)
-        scores = torch.where(scores > self.nms.score_threshold, scores, torch.zeros_like(scores))
+        scores = torch.where(scores > self.nms.score_threshold, scores, 0.0)
         scores, pixels = top(scores.flatten(0, 1), self.nms.topk)  # (NK, topk)
         scores, pixels = (x.view(count, -1) for x in (scores, pixels))
         points = torch.stack([pixels % size[1], pixels // size[1]], dim=-1) + 0.5

@@ -59,7 +59,7 @@ class RefinementGraph(ImageGraph):
         pooling = box_pooling_of(self.detector.roi_heads, features)
         there = (scores > self.score_threshold) & (classes >= 0)
         there = there & (classes < postprocessor.num_classes)
-        scores = torch.where(there, scores, torch.zeros_like(scores))
+        scores = torch.where(there, scores, 0.0)
         # One more, which is none: ONNX Runtime does not compare boxes that have no M.
         boxes = F.pad(boxes, (0, 0, 0, 1))
         given = Candidates(boxes, F.pad(scores, (0, 1)), F.pad(classes, (0, 1)), {})

@@ -72,7 +72,7 @@ class TwoStageGraph(ImageGraph):
         regressed = regress(detector.roi_heads, pooling, regions)
         regressed = Regressed(*(values[number] for values in regressed))
         if self.outputs == "raw":
-            scores = regressed.probabilities[:, :-1] * there.flatten()[:, None]
+            scores = regressed.probabilities[:, :-1] * there.reshape(-1)[:, None]
             count, length = there.shape
             return {
                 "boxes": regressed.boxes.view(count, length, -1, 4),
@@ -96,7 +96,7 @@ class TwoStageGraph(ImageGraph):
             features,
             found.boxes.reshape(-1, 4),
             numbers_of_images(there),
-            found.classes.flatten(),
+            found.classes.reshape(-1),
         )
         masks = masks.view(*there.shape, *masks.shape[1:])
         return masks * there[..., None, None]
@@ -106,7 +106,7 @@ def regions_of(proposals: Candidates, size: tuple[int, int]) -> tuple[Regions, T
     """The proposals (N, P) that there are, one after another, behind them one that is none, and the
     number (NP,) of each proposal among these: box heads look at no padding."""
     there = proposals.scores > 0
-    images, flat = numbers_of_images(there), there.flatten()
+    images, flat = numbers_of_images(there), there.reshape(-1)
     index = torch.nonzero(flat).squeeze(1)
     boxes = F.pad(proposals.boxes.reshape(-1, 4)[index], (0, 0, 0, 1))
     number = torch.where(flat, flat.long().cumsum(0) - 1, flat.sum())
@@ -116,7 +116,7 @@ def regions_of(proposals: Candidates, size: tuple[int, int]) -> tuple[Regions, T
 def numbers_of_images(of_images: Tensor) -> Tensor:
     """(N, M) -> (NM,) int64, the image of each."""
     count, length = of_images.shape
-    return torch.arange(count)[:, None].expand(-1, length).flatten()
+    return torch.arange(count)[:, None].expand(-1, length).reshape(-1)
 
 
 def two_stage_graph(detector: GeneralizedRCNN, outputs: str) -> TwoStageGraph:
