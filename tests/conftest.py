@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
+import os
 
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from iou_d2 import get_config
+from iou_d2 import config_files, config_merging, get_config
 
 SMALL = (
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
@@ -22,6 +25,23 @@ SMALL = (
 def pytest_collection_finish() -> None:
     """What is loaded by now stays to the end: the garbage collector need not look at it again."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_configs_are_parsed_once():
+    """A thousand tests read configs that come with iou_d2, which never change."""
+    read = config_merging.read_config_file
+    parsed_once = functools.cache(read)
+    own = os.fspath(config_files.config_folder()) + os.sep
+
+    def read_config_file(path: str) -> dict:
+        whole = os.path.realpath(path)
+        return copy.deepcopy(parsed_once(whole)) if whole.startswith(own) else read(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_merging, "read_config_file", read_config_file)
+        patch.setattr(config_files, "config_names", functools.cache(config_files.config_names))
+        yield
 
 
 @pytest.fixture

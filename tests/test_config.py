@@ -139,20 +139,20 @@ THIN = [
 ]
 
 
-def thin_overrides(config_file):
-    """Those of a config that is not small by itself."""
-    resnet = load(config_file).MODEL.RESNETS
-    if "quick" in config_file or resnet.DEPTH < 50:
-        return []
-    width = 1 if resnet.NUM_GROUPS > 1 else 8
-    return [*THIN, "MODEL.RESNETS.WIDTH_PER_GROUP", str(width)]
+def make_thin(cfg, config_file):
+    """Where it is not small by itself."""
+    resnet = cfg.MODEL.RESNETS
+    if "quick" not in config_file and resnet.DEPTH >= 50:
+        width = 1 if resnet.NUM_GROUPS > 1 else 8
+        cfg.merge_from_list([*THIN, "MODEL.RESNETS.WIDTH_PER_GROUP", width])
 
 
 @pytest.mark.parametrize("config_file", sorted(CONFIGS))
 def test_every_config_builds_and_trains_a_step(config_file, make_batch, event_storage):
     # Random weights behind the frozen statistics of a deep backbone overflow.
     overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"]
-    cfg = load(config_file, *overrides, *thin_overrides(config_file))
+    cfg = load(config_file, *overrides)
+    make_thin(cfg, config_file)
     classes = cfg.MODEL.RETINANET.NUM_CLASSES
     set_class_names(cfg, list(map(str, range(classes))))
     torch.manual_seed(0)

@@ -7,13 +7,8 @@ import argparse
 import torch
 from tabulate import tabulate
 
-from iou_d2.analysis import (
-    Records,
-    localization_table,
-    make_records,
-    plot_ap_by_iou,
-    plot_score_vs_iou,
-)
+from iou_d2.analysis import Records, localization_table, make_records
+from iou_d2.analysis.plots import plot_ap_by_iou, plot_score_vs_iou
 from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
 from iou_d2.commands.output import make_folder
 from iou_d2.commands.parsers.analyze import parse_args

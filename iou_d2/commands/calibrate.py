@@ -15,9 +15,9 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import nn
 
-from iou_d2.analysis import plot_curves
 from iou_d2.analysis.calibration import Reliability, reliability
 from iou_d2.analysis.isotonic import fit_knots
+from iou_d2.analysis.plots import plot_curves
 from iou_d2.commands.arguments import config_of
 from iou_d2.commands.finished_runs import file_of
 from iou_d2.commands.oracle import prepare

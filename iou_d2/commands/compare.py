@@ -12,8 +12,9 @@ from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import inference_on_dataset
 from tabulate import tabulate
 
-from iou_d2.analysis import metric_by_iteration, plot_curves, recall_by_false_positives
+from iou_d2.analysis import metric_by_iteration, recall_by_false_positives
 from iou_d2.analysis.comparison import is_iteration, is_number, same_truth
+from iou_d2.analysis.plots import plot_curves
 from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
 from iou_d2.commands.finished_runs import file_of, read_metrics, read_run_config, trained_config
 from iou_d2.commands.output import make_folder

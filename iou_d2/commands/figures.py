@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from iou_d2.analysis import plot_bars, plot_curves, plot_panels
 from iou_d2.analysis.average_precision import IOU_THRESHOLDS
+from iou_d2.analysis.plots import plot_bars, plot_curves, plot_panels
 from iou_d2.commands.arguments import config_of
 from iou_d2.commands.figure_numbers import (
     EDGES,

@@ -13,7 +13,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import nn
 
-from iou_d2.analysis import plot_bars
+from iou_d2.analysis.plots import plot_bars
 from iou_d2.commands.arguments import config_of
 from iou_d2.commands.output import make_folder, write_whole
 from iou_d2.commands.parsers.oracle import parse_args

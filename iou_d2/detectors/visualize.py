@@ -6,7 +6,6 @@ import numpy as np
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
-from detectron2.utils.visualizer import Visualizer
 
 DRAWN = 20  # detections in a picture of the training, as in Detectron2
 
@@ -25,6 +24,9 @@ def visualize_training(image: dict, detections: Instances, image_format: str) ->
         detections: at the size of the network input, best first.
         image_format: INPUT.FORMAT.
     """
+    # It loads Matplotlib, which few trainings need and all commands would wait for.
+    from detectron2.utils.visualizer import Visualizer
+
     pixels = convert_image_to_rgb(image["image"].permute(1, 2, 0), image_format)
     halves = [
         Visualizer(pixels).overlay_instances(boxes=boxes.tensor.cpu().numpy()).get_image()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from iou_d2.analysis import plot_panels
 from iou_d2.analysis.box_pictures import (
     SCORE,
     TRUTH,
@@ -16,6 +15,7 @@ from iou_d2.analysis.box_pictures import (
     plot_rivals,
     window,
 )
+from iou_d2.analysis.plots import plot_panels
 
 IMAGE = np.zeros((60, 90, 3), dtype=np.uint8)
 

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from iou_d2.analysis import (
-    make_records,
+from iou_d2.analysis import make_records
+from iou_d2.analysis.plots import (
     plot_ap_by_iou,
     plot_bars,
     plot_curves,

@@ -24,11 +24,6 @@ SAME_DATA = (
 SHORT = (*TINY, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()")
 
 
-def with_torchrun(processes: int, *arguments: str) -> list[str]:
-    options = ("--nproc_per_node", str(processes), "--master_port", str(free_port()))
-    return [sys.executable, torch.distributed.run.__file__, *options, *arguments]
-
-
 def weights_of(path) -> torch.Tensor:
     model = torch.load(path, weights_only=True)["model"]
     return torch.cat([model[name].flatten() for name in sorted(model)])
@@ -82,14 +77,17 @@ def test_two_machines_train_as_one(environment, alone, tmp_path):
 
 
 def test_torchrun_trains_as_one(environment, alone, tmp_path):
+    torchrun = torch.distributed.run.__file__
+    options = ("--nproc_per_node", "2", "--master_port", str(free_port()))
     arguments = command(*SAME_DATA, "OUTPUT_DIR", str(tmp_path), config=CONFIG)[1:]
-    run(environment, with_torchrun(2, *arguments))
+    run(environment, [sys.executable, torchrun, *options, *arguments])
     assert_as_alone(tmp_path, alone)
 
 
 def test_torchrun_with_processes_of_our_own_is_refused(environment, tmp_path):
-    arguments = command("--num-processes", "2", *SHORT, "OUTPUT_DIR", str(tmp_path / "out"))[1:]
-    printed = run(environment, with_torchrun(1, *arguments), fails=True)
+    of_torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    arguments = command("--num-processes", "2", *SHORT, "OUTPUT_DIR", str(tmp_path / "out"))
+    printed = run(environment | of_torchrun, arguments, fails=True)
     assert "torchrun has started the processes: leave out" in printed
     assert not (tmp_path / "out").exists()
 

@@ -33,7 +33,7 @@ def tell_new_processes_where_modules_are():
 
 
 def launch_machine(rank, folder, url):
-    tell_new_processes_where_modules_are()
+    module._start_method = lambda function: "fork"  # that of its own choice loads torch anew
     arguments = {"num_processes": 2, "num_machines": 2, "machine_rank": rank, "dist_url": url}
     launch(write_place, (folder,), num_gpus=0, **arguments)
 
