@@ -122,7 +122,6 @@ def test_loaders_stop_with_the_name(tmp_path, cfg):
     name = f"cut_{tmp_path.name}"
     DatasetCatalog.register(name, lambda: [record(file)])
     cfg.DATASETS.TRAIN = (name,)
-    cfg.DATALOADER.NUM_WORKERS = 0  # a worker of endless data takes 5 s to end
     train = build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
     with pytest.raises(InputError, match=r"cut\.jpg \(image_id 17\) cannot be used"):
         next(iter(train))
