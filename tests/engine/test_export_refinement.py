@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exported_models import noise, small_model, small_two_stage, write_model
+from exported_models import TWO_LEVELS, noise, small_model, small_two_stage, write_model
 from iou_d2.engine.export import build_graph
 from iou_d2.engine.export.agreement import NOTHING, agreement, detections_of_outputs
 from iou_d2.engine.export.check import compare, load
@@ -20,7 +20,8 @@ SHAPES = ((2, 97, 131), (1, 65, 64), (3, 160, 96), (1, 40, 201))
 
 
 def excited(*overrides):
-    cfg, model = small_two_stage(CONFIG, "MODEL.IOU_NET.REFINE_STEPS", "2", *overrides)
+    steps = ("MODEL.IOU_NET.REFINE_STEPS", "2")
+    cfg, model = small_two_stage(CONFIG, *TWO_LEVELS, *steps, *overrides)
     model.roi_heads.iou_branch.iou_pred.weight.data *= 0.3
     return cfg, model
 

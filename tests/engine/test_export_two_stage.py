@@ -68,7 +68,7 @@ def test_a_file_of_faster_rcnn_detects_what_the_model_detects(tmp_path, format, 
 @pytest.mark.parametrize(
     ("format", "overrides"),
     [
-        ("onnx", (*CASCADE, *AGNOSTIC, *MASKS)),
+        ("onnx", (*CASCADE, *AGNOSTIC, *MASKS, *TWO_LEVELS)),
         (
             "torchscript",
             (
@@ -154,9 +154,9 @@ NO_PROPOSAL = ("MODEL.RPN.MIN_SIZE", "10000.0")
 @pytest.mark.parametrize(
     ("format", "config", "overrides"),
     [
-        ("onnx", FASTER, (*MASKS, *NO_PROPOSAL)),
+        ("onnx", FASTER, (*MASKS, *TWO_LEVELS, *NO_PROPOSAL)),
         ("onnx", IOU_NET, ("MODEL.IOU_NET.REFINE_STEPS", "1", *TWO_LEVELS, *NO_DETECTION)),
-        ("torchscript", FASTER, (*MASKS, *NO_DETECTION)),
+        ("torchscript", FASTER, (*MASKS, *TWO_LEVELS, *NO_DETECTION)),
         ("torchscript", IOU_NET, (*TWO_LEVELS, *NO_PROPOSAL)),
     ],
 )
@@ -171,7 +171,7 @@ def test_without_a_detection_or_a_proposal_all_is_padding(tmp_path, format, conf
 
 
 def test_candidates_are_those_that_nms_is_given(tmp_path, monkeypatch):
-    cfg, model = small_two_stage(FASTER)
+    cfg, model = small_two_stage(FASTER, *TWO_LEVELS)
     graph = write_model(cfg, model, tmp_path / "model", outputs="candidates")
     images, seen, nms = noise(1, 97, 131), [], fast_rcnn.batched_nms
     outputs = dict(zip(graph.names, load(tmp_path / "model", "onnx")(images)))
@@ -190,7 +190,7 @@ def test_candidates_are_those_that_nms_is_given(tmp_path, monkeypatch):
 
 
 def test_raw_outputs_are_all_proposals_with_all_classes(tmp_path):
-    cfg, model = small_two_stage(FASTER)
+    cfg, model = small_two_stage(FASTER, *TWO_LEVELS)
     graph = write_model(cfg, model, tmp_path / "model", outputs="raw")
     images = noise(2, 97, 131)
     outputs = dict(zip(graph.names, load(tmp_path / "model", "onnx")(images)))

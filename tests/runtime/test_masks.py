@@ -8,7 +8,7 @@ import torch
 from detectron2.engine import DefaultPredictor
 from detectron2.layers import paste_masks_in_image
 
-from exported_models import small_two_stage, write_model
+from exported_models import TWO_LEVELS, small_two_stage, write_model
 from iou_d2.commands.exported import ExportedPredictor
 from iou_d2.engine.export.agreement import agreement
 from iou_d2.runtime import Detector, paste_masks
@@ -46,7 +46,7 @@ def exported(tmp_path_factory):
     cfg, model = small_two_stage(
         "configs/quick/faster_rcnn_shapes.yaml",
         *("MODEL.MASK_ON", "True", "INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TEST", "150"),
-        *("TEST.DETECTIONS_PER_IMAGE", "20"),
+        *("TEST.DETECTIONS_PER_IMAGE", "20", *TWO_LEVELS),
     )
     path = str(tmp_path_factory.mktemp("exported") / "model.onnx")
     write_model(cfg, model, path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from detectron2.structures import BoxMode
 
-from exported_models import small_two_stage, write_model
+from exported_models import TWO_LEVELS, small_two_stage, write_model
 from iou_d2.commands.refine import refine_image
 from iou_d2.engine.export.agreement import agreement
 from iou_d2.errors import InputError
@@ -22,7 +22,7 @@ def exported(tmp_path_factory):
     """The model and the path of its file."""
     overrides = ("INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TEST", "150")
     names = ("MODEL.CLASS_NAMES", "['cat', 'dog', 'cow']", "MODEL.IOU_NET.REFINE_STEPS", "2")
-    cfg, model = small_two_stage(CONFIG, *overrides, *names)
+    cfg, model = small_two_stage(CONFIG, *TWO_LEVELS, *overrides, *names)
     model.roi_heads.iou_branch.iou_pred.weight.data *= 0.3
     path = str(tmp_path_factory.mktemp("refiner") / "model.onnx")
     write_model(cfg, model, path, outputs="refinement")
