@@ -22,7 +22,7 @@ from iou_d2.detectors.views import build_view_maker
 from iou_d2.errors import InputError
 
 from .annotation_checks import require_shapely
-from .config_values import at_least, check_choices, is_finite, value_of
+from .config_values import at_least, check_choices, check_expected_results, is_finite, value_of
 from .precision import MEMORY_FORMATS, PRECISIONS
 from .wandb_writer import check_wandb
 
@@ -61,6 +61,7 @@ def check_config(cfg: CfgNode, augments: bool = False) -> None:
     for key in _NUMBERS_OF_CANDIDATES:
         at_least(cfg, key, 1)
     at_least(cfg, "INPUT.MAX_SIZE_TEST", 1)
+    check_expected_results(cfg)
     if cfg.SEED + comm.get_world_size() > 2**32:  # each process adds its rank
         raise InputError(
             f"SEED is under {2**32 - comm.get_world_size() + 1}, or negative for another one each "

@@ -51,6 +51,24 @@ def check_choices(cfg: CfgNode) -> None:
     one_of(cfg, "SOLVER.LR_SCHEDULER_NAME", _SCHEDULERS + _NEW_SCHEDULERS * new)
 
 
+def check_expected_results(cfg: CfgNode) -> None:
+    """Raise an InputError where TEST.EXPECTED_RESULTS has an entry that nothing can be held
+    against."""
+    for entry in cfg.TEST.EXPECTED_RESULTS:
+        if not _is_expectation(entry):
+            raise InputError(
+                "TEST.EXPECTED_RESULTS has entries such as ['bbox', 'AP', 38.5, 0.2], a metric, "
+                f"its value and what it may differ by, but one is {entry!r}."
+            )
+
+
+def _is_expectation(entry: object) -> bool:
+    if not isinstance(entry, (list, tuple)) or len(entry) != 4:
+        return False
+    is_named = all(isinstance(name, str) for name in entry[:2])
+    return is_named and all(is_finite(number) for number in entry[2:])
+
+
 def one_of(cfg: CfgNode, key: str, values: tuple[str, ...]) -> None:
     """Raise an InputError where the value of `key` is none of `values`."""
     value = value_of(cfg, key)

@@ -32,8 +32,10 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     says so.
 
     Raises:
-        InputError: another run holds it; a sentence with its host, process and start.
+        InputError: another run holds it; a sentence with its host, process and start. Or it is "".
     """
+    if not os.fspath(folder):
+        raise InputError("OUTPUT_DIR is empty: name a folder for what the run writes.")
     if not comm.is_main_process():
         yield
         return

@@ -21,6 +21,9 @@ def test_every_config_of_ours_passes(name):
     "key, value",
     [
         ("INPUT.FORMAT", "L"),
+        ("TEST.EXPECTED_RESULTS", "[['bbox', 'AP']]"),
+        ("TEST.EXPECTED_RESULTS", "['bbox', 'AP', 38.5, 0.2]"),
+        ("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', '38.5', 0.2]]"),
         ("INPUT.FORMAT", "YUV-BT.601"),
         ("TEST.AUG.ENABLED", "True"),
         ("MODEL.PIXEL_MEAN", "[1.0]"),

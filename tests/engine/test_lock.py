@@ -23,6 +23,11 @@ with locked(sys.argv[1]):
 """
 
 
+def test_no_folder_is_a_sentence():
+    with pytest.raises(InputError, match="OUTPUT_DIR is empty: name a folder"):
+        locked("").__enter__()
+
+
 def test_another_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     folder = tmp_path / "out"
     command = [sys.executable, "-c", HOLD, str(folder)]
