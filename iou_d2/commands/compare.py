@@ -16,7 +16,13 @@ from iou_d2.analysis import metric_by_iteration, recall_by_false_positives
 from iou_d2.analysis.comparison import is_iteration, is_number, same_truth
 from iou_d2.analysis.plots import plot_curves
 from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
-from iou_d2.commands.finished_runs import file_of, read_metrics, read_run_config, trained_config
+from iou_d2.commands.finished_runs import (
+    file_of,
+    logged_ap,
+    read_metrics,
+    read_run_config,
+    trained_config,
+)
 from iou_d2.commands.output import make_folder
 from iou_d2.commands.parsers.compare import parse_args
 from iou_d2.commands.run_data import use_test_set
@@ -114,11 +120,9 @@ def truth_and_results(run: Path) -> tuple[dict, list[dict]]:
 
 
 def iteration_curve(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    """AP on the first test set, whose name is logged too where there are several."""
+    """AP on the first test set."""
     cfg = read_run_config(run)
-    several = len(cfg.DATASETS.TEST) > 1
-    metric = f"{cfg.DATASETS.TEST[0]}/bbox/AP" if several else "bbox/AP"
-    lines = read_metrics(run)
+    metric, lines = logged_ap(cfg), read_metrics(run)
     for line in lines:
         if not (is_iteration(line.get("iteration", 0)) and is_number(line.get(metric, 0))):
             raise InputError(

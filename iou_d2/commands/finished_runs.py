@@ -31,6 +31,13 @@ def trained_config(run: Path) -> CfgNode:
     return read_run_config(run, ["MODEL.WEIGHTS", str(weights)])
 
 
+def logged_ap(cfg: CfgNode) -> str:
+    """Under what name metrics.json has AP on the first test set: where there are several, that of
+    the set comes with it."""
+    sets = cfg.DATASETS.TEST
+    return f"{sets[0]}/bbox/AP" if len(sets) > 1 else "bbox/AP"
+
+
 def read_metrics(run: Path) -> list[dict]:
     """The lines of the run's metrics.json, in the order in which they were logged.
 

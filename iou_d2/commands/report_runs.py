@@ -17,7 +17,7 @@ from iou_d2 import get_config
 from iou_d2.analysis import metric_by_iteration
 from iou_d2.analysis.comparison import is_iteration, is_number
 from iou_d2.analysis.reading import read_ground_truth, read_results, require_annotations
-from iou_d2.commands.finished_runs import read_metrics
+from iou_d2.commands.finished_runs import logged_ap, read_metrics
 from iou_d2.commands.run_data import use_test_set
 from iou_d2.data.coco_values import short
 from iou_d2.data.json_file import parse_json
@@ -71,7 +71,7 @@ def subject_of_run(run: Path, name: str, command: str) -> Subject:
         recorded=record.get("results") or {},
         expected=_expected(cfg, notes),
         losses=_losses(lines, cfg),
-        ap=_curve(lines, "bbox/AP", cfg),
+        ap=_curve(lines, "bbox/AP" if cfg is None else logged_ap(cfg), cfg),
         speed=_speed(run, lines, record),
         commands=_commands(run, record, command),
         notes=notes,

@@ -93,6 +93,22 @@ def test_a_run_with_all_it_holds(tmp_path, files):
     assert len(data["thumbnails"]) > 3
 
 
+def test_of_several_test_sets_the_curve_is_the_first_ones(tmp_path, files):
+    run = make_run(tmp_path / "run", files)
+    cfg = get_config(run / "config.yaml")
+    (first,) = cfg.DATASETS.TEST
+    cfg.DATASETS.TEST = (first, "coco:other.json")
+    (run / "config.yaml").write_text(cfg.dump())
+    lines = [
+        {"iteration": iteration, f"{first}/bbox/AP": ap, "coco:other.json/bbox/AP": 9.5}
+        for iteration, ap in ((20, 3.25), (40, 7.75))
+    ]
+    (run / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    _, data = written([run], tmp_path / "report.html")
+    charts = {chart["title"]: chart for chart in data["charts"]}
+    assert charts["AP on the test set"]["series"][0]["points"] == [[21, 3.25], [40, 7.75]]
+
+
 def test_a_run_that_was_cut_off_and_one_whose_data_moved(tmp_path, files):
     run = make_run(tmp_path / "run", files, {"outcome": None, "results": None, "seconds": None})
     with (run / "metrics.json").open("a") as file:
