@@ -39,6 +39,23 @@ def test_suppression_of_a_batch_is_that_of_its_images(threshold):
         assert mask[image].nonzero().squeeze(1).tolist() == keep.sort().values.tolist()
 
 
+def test_a_program_keeps_two_boxes_or_one_or_none():
+    class Suppress(torch.nn.Module):
+        def forward(self, boxes, scores, groups):
+            return suppress(boxes, scores, groups, 2, 0.5)
+
+    corner = torch.tensor([[[0.0, 0], [1, 0], [40, 40]]])
+    inputs = (torch.cat([corner, corner + 20], dim=2), torch.ones(1, 3), torch.zeros(1, 3).long())
+    program = torch.export.export(Suppress(), inputs).module()
+    for scores, kept in (
+        ([0.9, 0.8, 0.7], [1, 0, 1]),
+        ([0.8, 0.9, 0], [0, 1, 0]),
+        ([0] * 3, [0] * 3),
+    ):
+        found = program(inputs[0], torch.tensor([scores]).float(), inputs[2])
+        assert found.tolist() == [kept]
+
+
 def test_objectness_becomes_positive_and_keeps_its_order():
     logits = torch.tensor(
         [-1e30, -90.0, -17.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 17.0, 17.1, 90.0, 1e30]

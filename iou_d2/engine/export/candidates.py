@@ -135,11 +135,16 @@ def _torch_nms(
     """Flat indices of the kept boxes, by torchvision's operator. Groups and images are set side by
     side, in float64, which rounds no coordinate."""
     number = torch.arange(boxes.shape[0], device=boxes.device)[:, None] * num_groups + groups
-    room = boxes.max() - boxes.min() + 1
-    apart = boxes.double() + (number * room)[..., None].double()
+    first = boxes.min().double()
+    room = boxes.max() - first + 1
+    apart = boxes.double() + (number * room)[..., None]
     (index,) = torch.nonzero(scores.reshape(-1) > 0, as_tuple=True)
-    scores = scores.reshape(-1)[index].double()
-    return index[torchvision.ops.nms(apart.reshape(-1, 4)[index], scores, threshold)]
+    # Two more, which are kept and come last: a program of torch.export, to which torchvision says
+    # that at least two are kept, fails where there are fewer.
+    others = first - apart.new_tensor([[2, 2, 1, 1], [4, 4, 3, 3]])
+    apart = torch.cat([apart.reshape(-1, 4)[index], others])
+    scores = torch.cat([scores.reshape(-1)[index], scores.new_zeros(2)]).double()
+    return index[torchvision.ops.nms(apart, scores, threshold)[:-2]]
 
 
 def _onnx_nms(

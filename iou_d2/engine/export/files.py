@@ -132,7 +132,7 @@ def write_program(
     """`graph` as a file for `torch.export.load`.
 
     Where it takes any size, that has to be a multiple of `graph.coarsest`: padding, and features
-    of odd sizes, are more than torch.export can reason about.
+    of odd sizes, and of many detectors a single row, are more than torch.export can reason about.
 
     Raises:
         InputError: a graph that torch.export cannot follow.

@@ -77,7 +77,7 @@ def _of_level(
         logits, deltas: (N, A, H, W) and (N, 4A, H, W).
     """
     scores = positive(logits.permute(0, 2, 3, 1).flatten(1).float())  # (N, R)
-    deltas = deltas.permute(0, 2, 3, 1).reshape(deltas.shape[0], -1, 4)
+    deltas = deltas.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4))
     scores, index = top(scores, rpn.pre_nms_topk[False])
     deltas = deltas.gather(1, index[..., None].expand(-1, -1, 4))
     levels = torch.full_like(index, number, dtype=torch.int64)
