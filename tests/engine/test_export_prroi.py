@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from iou_d2.detectors.pooler import PrRoIPooler
 from iou_d2.engine.export import prroi_graph
+from iou_d2.engine.export.pooling import require_pooler
 from iou_d2.engine.export.prroi_graph import (
     box_gradient,
     feature_table,
@@ -11,6 +13,7 @@ from iou_d2.engine.export.prroi_graph import (
     pool,
     pool_with_slopes,
 )
+from iou_d2.errors import InputError
 from iou_d2.layers import prroi_pool
 
 SCALES, BINS = (1 / 4, 1 / 8), 3
@@ -100,6 +103,12 @@ def test_float32_is_as_exact_for_tiny_boxes():
     torch.manual_seed(1)
     for inputs in (example(2, 60, 20, 31), odd_example(torch.float32)):
         assert_same(PoolAndGradient()(*inputs), by_operator(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_bins_that_are_no_square_are_refused():
+    require_pooler(PrRoIPooler(3, SCALES), "KEY")
+    with pytest.raises(InputError, match="A pooler of 3 x 2 bins cannot be exported"):
+        require_pooler(PrRoIPooler((3, 2), SCALES), "KEY")
 
 
 def test_gradient_is_that_of_finite_differences():
