@@ -22,6 +22,14 @@ SMALL = (
 )
 
 
+# By name they come last, and take so long that one of two processes would wait for the other.
+FIRST = ("test_config.py", "test_package.py", "test_zoo.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 def pytest_collection_finish() -> None:
     """What is loaded by now stays to the end: the garbage collector need not look at it again."""
     gc.freeze()
