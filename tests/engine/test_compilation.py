@@ -70,7 +70,8 @@ def losses_of(model: nn.Module, batch: list[dict]) -> dict[str, float]:
         return {name: x.item() for name, x in model.train()(batch).items()}
 
 
-@pytest.mark.parametrize(("name", "precision"), [("vfnet", "float32"), ("iou_net", "bfloat16")])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["vfnet", "iou_net"])
 def test_compiled_networks_compute_the_same(name, precision, make_batch):
     cfg = config_of(name, "MODEL.PRECISION", precision)
     counter = CompileCounter()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 def edges_of(start: Tensor, end: Tensor, bins: int) -> Tensor:
     """(A, R), (A, R) -> (A, R, bins + 1)"""
-    steps = torch.tensor([number / bins for number in range(bins + 1)], dtype=start.dtype)
-    return start[..., None] + (end - start)[..., None] * steps.to(start.device)
+    steps = [number / bins for number in range(bins + 1)]
+    steps = torch.tensor(steps, dtype=start.dtype, device=start.device)
+    return start[..., None] + (end - start)[..., None] * steps
 
 
 def weights_of(edges: Tensor, places: Tensor) -> Tensor:
