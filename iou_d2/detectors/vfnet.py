@@ -10,17 +10,18 @@ right and bottom of its box, in pixels of the network input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from iou_d2.layers.deform_conv import deform_conv, is_compiled_for
 from iou_d2.ops.box_codec import exp_distances
 
+from .dense import part_named
 from .point_heads import (
     POINT_HEAD_REGISTRY,
     PointPrediction,
@@ -85,19 +86,58 @@ def sampled_conv(feature: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     return output.to(feature.dtype)
 
 
+def small_normal_(weight: Tensor) -> Tensor:
+    """Fills `weight` with normal numbers of deviation 0.01, as the authors' code does."""
+    return nn.init.normal_(weight, std=0.01)
+
+
+def kaiming_(weight: Tensor) -> Tensor:
+    """Fills `weight` so that a ReLU behind it keeps the size of its input: mmdetection's star
+    convolutions, which come with the default of mmcv's DeformConv2d."""
+    return nn.init.kaiming_uniform_(weight, nonlinearity="relu")
+
+
+STAR_INITS = {"normal": small_normal_, "kaiming": kaiming_}
+
+
 class StarConv(nn.Module):
     """The 3x3 deformable convolution, without bias, that looks where `star_offsets` says."""
 
-    def __init__(self, channels: int):
+    def __init__(
+        self,
+        channels: int,
+        init: Callable[[Tensor], Tensor] = small_normal_,
+        norm: nn.Module | None = None,
+    ):
+        """
+        Args:
+            init: fills the weights (channels, channels, 3, 3).
+            norm: what follows the convolution.
+        """
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
-        nn.init.normal_(self.weight, std=0.01)
+        self.weight = nn.Parameter(init(torch.empty(channels, channels, 3, 3)))
+        self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, feature: Tensor, offsets: Tensor) -> Tensor:
         """(N, C, H, W) and (N, 18, H, W) -> (N, C, H, W)."""
+        return self.norm(self.convolve(feature, offsets))
+
+    def convolve(self, feature: Tensor, offsets: Tensor) -> Tensor:
+        """The convolution alone."""
         if feature.is_cuda or is_compiled_for(feature):
             return deform_conv(feature, offsets, self.weight, padding=1)
         return sampled_conv(feature, offsets, self.weight)
+
+
+def star_maker(node: CfgNode) -> Callable[[int], StarConv]:
+    """StarConv as STAR_INIT and STAR_NORM of MODEL.POINT_DETECTOR have it, of so many channels."""
+    init = part_named(STAR_INITS, node.STAR_INIT, "MODEL.POINT_DETECTOR.STAR_INIT")
+
+    def make(channels: int) -> StarConv:
+        norm = nn.GroupNorm(node.NUM_GROUPS, channels) if node.STAR_NORM else None
+        return StarConv(channels, init, norm)
+
+    return make
 
 
 @POINT_HEAD_REGISTRY.register()
@@ -112,11 +152,13 @@ class StarHead(TwoTowerHead):
         strides: Sequence[int],
         units: Sequence[float],
         num_groups: int,
+        make_star: Callable[[int], StarConv] = StarConv,
         **kwargs,
     ):
         """
         Args:
             units: pixels that a distance of 1 means, for each level.
+            make_star: a star convolution of so many channels.
             kwargs: those of TwoTowerHead.
         """
         super().__init__(channels=channels, strides=strides, num_groups=num_groups, **kwargs)
@@ -124,12 +166,15 @@ class StarHead(TwoTowerHead):
         self.initial_conv = conv_norm_relu(channels, num_groups)
         self.initial_pred = conv3x3(channels, 4)
         self.initial_scales = level_scales(len(strides))
-        self.cls_star = StarConv(channels)
+        self.cls_star = make_star(channels)
 
     @classmethod
     def from_config(cls, cfg, input_shapes: list[ShapeSpec]):
-        units = distance_units(cfg, len(input_shapes))
-        return {**super().from_config(cfg, input_shapes), "units": units}
+        return {
+            **super().from_config(cfg, input_shapes),
+            "units": distance_units(cfg, len(input_shapes)),
+            "make_star": star_maker(cfg.MODEL.POINT_DETECTOR),
+        }
 
     def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
         initial = exp_distances(
@@ -155,9 +200,16 @@ class VFNetHead(StarHead):
     num_stages = 2
 
     @configurable
-    def __init__(self, *, channels: int, strides: Sequence[int], **kwargs):
-        super().__init__(channels=channels, strides=strides, **kwargs)
-        self.refine_star = StarConv(channels)
+    def __init__(
+        self,
+        *,
+        channels: int,
+        strides: Sequence[int],
+        make_star: Callable[[int], StarConv] = StarConv,
+        **kwargs,
+    ):
+        super().__init__(channels=channels, strides=strides, make_star=make_star, **kwargs)
+        self.refine_star = make_star(channels)
         self.refine_pred = conv3x3(channels, 4)
         self.refine_scales = level_scales(len(strides))
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 
-from iou_d2.detectors.vfnet import StarConv, StarHead, VFNetHead, sampled_conv, star_offsets
+from iou_d2.detectors.vfnet import (
+    StarConv,
+    StarHead,
+    VFNetHead,
+    sampled_conv,
+    star_maker,
+    star_offsets,
+)
+from iou_d2.errors import InputError
 from iou_d2.layers.deform_conv import deform_conv
 
 CONVS = [
@@ -171,6 +179,47 @@ def test_class_scores_look_through_the_star_of_the_initial_box(head):
     star = deform_conv(head.cls_tower(FEATURES[1]), offsets, head.cls_star.weight, padding=1)
     expected = head.cls_pred(star.clamp(min=0))
     torch.testing.assert_close(prediction.logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_behind_star_convolutions(small_cfg):
+    overrides = ("MODEL.POINT_DETECTOR.STAR_NORM", "True", "MODEL.POINT_DETECTOR.NUM_GROUPS", "4")
+    head = VFNetHead(
+        small_cfg("configs/quick/vfnet_shapes.yaml", *overrides),
+        [ShapeSpec(channels=8, stride=8 * 2**i) for i in range(5)],
+    )
+    prediction = head([torch.randn(1, 8, 6, 6) for _ in range(5)])[0]
+    assert prediction.logits.isfinite().all()
+    for star in (head.cls_star, head.refine_star):
+        torch.nn.init.uniform_(star.norm.weight)
+        torch.nn.init.normal_(star.norm.bias)
+        feature, offsets = torch.randn(2, 8, 5, 6), torch.randn(2, 18, 5, 6)
+        raw = deform_conv(feature, offsets, star.weight, padding=1).double()
+        groups = raw.view(2, 4, 2 * 5 * 6)
+        centred = groups - groups.mean(dim=2, keepdim=True)
+        scaled = centred / (centred.square().mean(dim=2, keepdim=True) + 1e-5).sqrt()
+        weight, bias = (x.double()[:, None, None] for x in (star.norm.weight, star.norm.bias))
+        expected = scaled.view(2, 8, 5, 6) * weight + bias
+        torch.testing.assert_close(star(feature, offsets).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "deviation", "most"),
+    # Kaiming's for a ReLU: a variance of 2 / fan_in, uniform.
+    [("normal", 0.01, 0.06), ("kaiming", (2 / 288) ** 0.5, (6 / 288) ** 0.5)],
+)
+def test_initial_weights_of_star_convolutions(small_cfg, name, deviation, most):
+    cfg = small_cfg("configs/quick/vfnet_shapes.yaml", "MODEL.POINT_DETECTOR.STAR_INIT", name)
+    head = VFNetHead(cfg, [ShapeSpec(channels=32, stride=8 * 2**i) for i in range(5)])
+    for star in (head.cls_star, head.refine_star):
+        assert star.weight.std().item() == pytest.approx(deviation, rel=0.05)
+        assert star.weight.abs().max() <= most
+        assert not list(star.norm.parameters())
+
+
+def test_initial_weights_of_another_name(small_cfg):
+    cfg = small_cfg("configs/quick/vfnet_shapes.yaml", "MODEL.POINT_DETECTOR.STAR_INIT", "zeros")
+    with pytest.raises(InputError, match="STAR_INIT is 'normal' or 'kaiming', but it is 'zeros'"):
+        star_maker(cfg.MODEL.POINT_DETECTOR)
 
 
 def gradient_of_the_initial_box(head, part: str) -> float:

@@ -168,8 +168,11 @@ def test_every_opset_is_written_and_runs(tmp_path, opset):
 
 @pytest.mark.parametrize(("opset", "kind"), [(17, "GridSample"), (19, "DeformConv")])
 def test_deformable_convolutions_are_the_operator_that_is_asked_for(tmp_path, opset, kind):
+    keys = ("DEFORMABLE_TOWER", "STAR_NORM")
     cfg, model = small_model(
-        config_of("vfnet"), *TWO_DENSE_LEVELS, "MODEL.POINT_DETECTOR.DEFORMABLE_TOWER", "True"
+        config_of("vfnet"),
+        *TWO_DENSE_LEVELS,
+        *(x for key in keys for x in (f"MODEL.POINT_DETECTOR.{key}", "True")),
     )
     path = tmp_path / "model.onnx"
     graph = write_model(cfg, model, path, opset=opset, deform_conv=kind)

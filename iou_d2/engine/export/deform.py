@@ -108,10 +108,10 @@ class OperatorStar(nn.Module):
 
     def __init__(self, star: StarConv):
         super().__init__()
-        self.weight = star.weight
+        self.weight, self.norm = star.weight, star.norm
 
     def forward(self, feature: Tensor, offsets: Tensor) -> Tensor:
-        return deform_conv(feature, offsets, self.weight, padding=1)
+        return self.norm(deform_conv(feature, offsets, self.weight, padding=1))
 
 
 def with_operator_stars(model: nn.Module) -> nn.Module:
