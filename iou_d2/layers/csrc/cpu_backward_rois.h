@@ -17,24 +17,24 @@ void add_gradient(const Ends& ends, const Roi& roi, double unit_y, double unit_x
 }
 
 // The sum of gradient * output over a RoI's bins and `lanes` channels; `g` are the gradient's bins.
-template <typename T>
+template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE double inner_of(const Strided<const T>& grad, const Strided<const T>& out,
                               Grid<const T> g, const Shape& s, int64_t r, int64_t c0, int64_t lanes,
-                              Tile<T>& tile) {
+                              Tile<V>& tile) {
   const auto dense = [&](const Strided<const T>& t) {
     return t.column == 1 && t.row == s.Q && t.channel == s.P * s.Q;
   };
   // What lies side by side in both is as one long bin, and need not go through a tile.
-  if (dense(grad) && dense(out) && lanes % Simd<T>::LANES == 0)
-    return inner<T>({grad.at(r, c0, 0, 0), 0, 0}, {out.at(r, c0, 0, 0), 0, 0}, 1, 1,
+  if (dense(grad) && dense(out) && lanes % V::LANES == 0)
+    return inner<V, T>({grad.at(r, c0, 0, 0), 0, 0}, {out.at(r, c0, 0, 0), 0, 0}, 1, 1,
                     lanes * s.P * s.Q);
-  return inner<T>(g, bins_of(out, s, r, c0, lanes, tile), s.P, s.Q, whole_lanes<T>(lanes));
+  return inner<V, T>(g, bins_of(out, s, r, c0, lanes, tile), s.P, s.Q, whole_lanes<V>(lanes));
 }
 
-template <typename T>
+template <typename V, typename T = typename V::Number>
 void ends_direct(const Strided<const T>& grad, const Strided<const T>& map,
                  const Strided<const T>& out, const Plans<T>& plans, int64_t r, int64_t c0,
-                 int64_t c1, bool strip, Scratch<T>& scratch, double* to) {
+                 int64_t c1, bool strip, Scratch<V>& scratch, double* to) {
   const Shape& s = plans.shape;
   const Plan<T>& plan = plans.direct[r];
   const Roi& roi = plan.roi;
@@ -42,13 +42,13 @@ void ends_direct(const Strided<const T>& grad, const Strided<const T>& map,
   const bool in_place = map.channel == 1 && grad.channel == 1 && out.channel == 1;
   Ends ends;
   for (int64_t c = c0, n; c < c1; c += n) {
-    n = next_channels<T>(c1 - c, in_place);
-    run_widest([&]() IOU_D2_INLINE_LAMBDA {
+    n = next_channels<V>(c1 - c, in_place);
+    V::run([&]() IOU_D2_INLINE_LAMBDA {
       const auto pixels = pixels_of(map, plans, r, c, n, strip, scratch);
       const auto g = bins_of(grad, s, r, c, n, scratch.bins);
-      const int64_t whole = whole_lanes<T>(n);
-      add_ends<T>(pixels, g, plan.edges_x, plan.y, whole, ends.x);
-      add_ends<T>(pixels.turned(), g.turned(), plan.edges_y, plan.x, whole, ends.y);
+      const int64_t whole = whole_lanes<V>(n);
+      add_ends<V, T>(pixels, g, plan.edges_x, plan.y, whole, ends.x);
+      add_ends<V, T>(pixels.turned(), g.turned(), plan.edges_y, plan.x, whole, ends.y);
       ends.inner += inner_of(grad, out, g, s, r, c, n, scratch.outputs);
     });
   }
@@ -56,14 +56,14 @@ void ends_direct(const Strided<const T>& grad, const Strided<const T>& map,
 }
 
 // `ends` (R, 4)
-template <typename T>
+template <typename V, typename T = typename V::Number>
 void ends_of_group(const Strided<const T>& grad, const Strided<const T>& map,
                    const Strided<const T>& out, const Plans<T>& plans, const Group& group,
-                   Rows<T>& rows, int64_t c0, int64_t c1, Scratch<T>& scratch, double* ends) {
+                   Rows<V>& rows, int64_t c0, int64_t c1, Scratch<V>& scratch, double* ends) {
   const Shape& s = plans.shape;
   std::vector<Ends> sums(group.rois.size());
   bool finite = true;
-  run_widest([&]() IOU_D2_INLINE_LAMBDA {
+  V::run([&]() IOU_D2_INLINE_LAMBDA {
     gather_bins(grad, s, group, c0, c1 - c0, scratch.group_bins);
     finite = sweep_down(
         group, rows, map, c0, c1 - c0, scratch.line,
@@ -73,7 +73,7 @@ void ends_of_group(const Strided<const T>& grad, const Strided<const T>& map,
           };
           prefetch_bins(group.corners[soon.k], soon.p, bins(soon.k));
           group.prefetch_x(soon);
-          add_ends<T>(rows, group.corners[e.k], e.p, bins(e.k), sums[e.k]);
+          add_ends<V>(rows, group.corners[e.k], e.p, bins(e.k), sums[e.k]);
         });
   });
   for (size_t k = 0; k < group.rois.size(); ++k) {
@@ -85,20 +85,19 @@ void ends_of_group(const Strided<const T>& grad, const Strided<const T>& map,
   }
 }
 
-template <typename T>
+template <typename V, typename T = typename V::Number>
 void backward_rois(const at::Tensor& grad_output, const at::Tensor& features,
-                   const at::Tensor& output, Plans<T> plans, double scale,
+                   const at::Tensor& output, const Plans<T>& plans, double scale,
                    const at::Tensor& grad_rois) {
-  constexpr int64_t LANES = Simd<T>::LANES;
+  constexpr int64_t LANES = V::LANES;
   const Shape& s = plans.shape;
   const auto grad = strided<const T>(grad_output), map = strided<const T>(features),
              out = strided<const T>(output);
-  for (Plan<T>& plan : plans.direct) plan.set_edges();
   // Every block of channels adds into its own copy, so that sums have one order.
   const int64_t copies = (s.C + LANES - 1) / LANES;
   std::vector<double> ends(copies * s.R * 4);
-  for_tasks<T>(plans, map.channel == 1, [&](Scratch<T>& scratch, int64_t c0, int64_t c1, int64_t r0,
-                                            int64_t r1) {
+  for_tasks<V>(plans, map.channel == 1, [&](Scratch<V>& scratch, int64_t c0, int64_t c1, int64_t r0,
+                                             int64_t r1) {
     const bool strip = plans.dense && map.channel != 1;
     for (int64_t k = r0; k < r1; ++k) {
       const int64_t r = plans.order[k];
@@ -106,7 +105,7 @@ void backward_rois(const at::Tensor& grad_output, const at::Tensor& features,
       ends_direct(grad, map, out, plans, r, c0, c1, strip, scratch, to);
     }
   });
-  for_tables<T>(plans, [&](const Group& group, Rows<T>& rows, Scratch<T>& scratch, int64_t c0,
+  for_tables<V>(plans, [&](const Group& group, Rows<V>& rows, Scratch<V>& scratch, int64_t c0,
                            int64_t c1) {
     ends_of_group(grad, map, out, plans, group, rows, c0, c1, scratch,
                   &ends[c0 / LANES * s.R * 4]);

@@ -164,17 +164,17 @@ IOU_D2_INLINE void for_segments(const Sizes& s, int64_t row, int64_t c0, int64_t
   }
 }
 
-template <typename T>
+template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE void blend(const T* map, const LookUp<T>& look, const T* share, int64_t C,
                          int64_t count, T* to) {
-  constexpr int64_t LANES = Simd<T>::LANES;
+  constexpr int64_t LANES = V::LANES;
   const T* from[4];
   for (int k = 0; k < 4; ++k) from[k] = map + look.pixel[k] * C;
   int64_t c = 0;
   for (; c + LANES <= count; c += LANES) {
-    auto sum = share[0] * pack<T>(from[0] + c);
-    for (int k = 1; k < 4; ++k) sum += share[k] * pack<T>(from[k] + c);
-    pack<T>(to + c) = sum;
+    auto sum = share[0] * pack<V>(from[0] + c);
+    for (int k = 1; k < 4; ++k) sum += share[k] * pack<V>(from[k] + c);
+    pack<V>(to + c) = sum;
   }
   for (; c < count; ++c) {
     to[c] = share[0] * from[0][c] + share[1] * from[1][c] + share[2] * from[2][c] +
@@ -183,33 +183,33 @@ IOU_D2_INLINE void blend(const T* map, const LookUp<T>& look, const T* share, in
 }
 
 // dots[k] = sum over channels of gradient * pixel k.
-template <typename T>
+template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE void dots_of(const T* map, const LookUp<T>& look, int64_t C, int64_t count,
                            const T* gradient, double* dots) {
-  constexpr int64_t LANES = Simd<T>::LANES;
+  constexpr int64_t LANES = V::LANES;
   for (int k = 0; k < 4; ++k) {
     const T* from = map + look.pixel[k] * C;
     int64_t c = 0;
     if (count >= LANES) {
-      auto sum = pack<T>(gradient) * pack<T>(from);
+      auto sum = pack<V>(gradient) * pack<V>(from);
       for (c = LANES; c + LANES <= count; c += LANES)
-        sum += pack<T>(gradient + c) * pack<T>(from + c);
-      dots[k] += add_lanes<T>(sum);
+        sum += pack<V>(gradient + c) * pack<V>(from + c);
+      dots[k] += add_lanes<V>(sum);
     }
     for (; c < count; ++c) dots[k] += static_cast<double>(gradient[c]) * from[c];
   }
 }
 
 // map[pixel k] += share[k] * gradient
-template <typename T>
+template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE void spread(const T* gradient, const LookUp<T>& look, const T* share, int64_t C,
                           int64_t count, T* map) {
-  constexpr int64_t LANES = Simd<T>::LANES;
+  constexpr int64_t LANES = V::LANES;
   for (int k = 0; k < 4; ++k) {
     if (share[k] == 0) continue;
     T* to = map + look.pixel[k] * C;
     int64_t c = 0;
-    for (; c + LANES <= count; c += LANES) pack<T>(to + c) += share[k] * pack<T>(gradient + c);
+    for (; c + LANES <= count; c += LANES) pack<V>(to + c) += share[k] * pack<V>(gradient + c);
     for (; c < count; ++c) to[c] += share[k] * gradient[c];
   }
 }

@@ -65,9 +65,9 @@ struct BinsView {
 };
 
 // Calls body(c, K) for K vectors of channels at a time, so that what they share is done once.
-template <typename T, typename F>
+template <typename V, typename F>
 IOU_D2_INLINE void for_packs(int64_t channels, const F& body) {
-  constexpr int64_t LANES = Simd<T>::LANES;
+  constexpr int64_t LANES = V::LANES;
   int64_t c = 0;
   for (; c + 4 * LANES <= channels; c += 4 * LANES) body(c, std::integral_constant<int, 4>());
   for (; c + 2 * LANES <= channels; c += 2 * LANES) body(c, std::integral_constant<int, 2>());
@@ -75,23 +75,23 @@ IOU_D2_INLINE void for_packs(int64_t channels, const F& body) {
 }
 
 // out[p, q] = sum_i Wy[p, i] sum_j Wx[q, j] map[i, j], reading the map once, row by row.
-template <typename T, int K>
+template <typename V, int K, typename T = typename V::Number>
 IOU_D2_INLINE void pool_row(Grid<const T> map, BinsView<T> y, BinsView<T> x, Grid<T> out,
                             int64_t i, int64_t p0, int64_t p1, int64_t q, int64_t c) {
-  constexpr int64_t LANES = Simd<T>::LANES;
-  typename Simd<T>::Pack line[K] = {};
+  constexpr int64_t LANES = V::LANES;
+  typename V::Pack line[K] = {};
   for (int64_t j = x.begin[q]; j < x.end[q]; ++j) {
     const T w = x.weight(q, j);
-    for (int k = 0; k < K; ++k) line[k] += w * pack(map.at(i, j) + c + k * LANES);
+    for (int k = 0; k < K; ++k) line[k] += w * pack<V>(map.at(i, j) + c + k * LANES);
     for (int k = 0; k < K; ++k) prefetch(map.at(i + 1, j) + c + k * LANES);
   }
   for (int64_t p = p0; p < p1; ++p) {
     const T w = y.weight(p, i);
-    for (int k = 0; k < K; ++k) pack(out.at(p, q) + c + k * LANES) += w * line[k];
+    for (int k = 0; k < K; ++k) pack<V>(out.at(p, q) + c + k * LANES) += w * line[k];
   }
 }
 
-template <typename T>
+template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE void pool(Grid<const T> map, BinsView<T> y, BinsView<T> x, Grid<T> out,
                         int64_t channels) {
   for (int64_t p = 0; p < y.count; ++p) {
@@ -100,37 +100,37 @@ IOU_D2_INLINE void pool(Grid<const T> map, BinsView<T> y, BinsView<T> x, Grid<T>
   for (int64_t i = 0, p0 = 0; i < y.extent; ++i) {
     const int64_t p1 = y.over(i, p0);
     for (int64_t q = 0; q < x.count; ++q) {
-      for_packs<T>(channels, [&](int64_t c, auto K) IOU_D2_INLINE_LAMBDA {
-        pool_row<T, K>(map, y, x, out, i, p0, p1, q, c);
+      for_packs<V>(channels, [&](int64_t c, auto K) IOU_D2_INLINE_LAMBDA {
+        pool_row<V, K>(map, y, x, out, i, p0, p1, q, c);
       });
     }
   }
 }
 
 // map[i, j] += sum_q Wx[q, j] sum_p Wy[p, i] grad[p, q]
-template <typename T, int K>
+template <typename V, int K, typename T = typename V::Number>
 IOU_D2_INLINE void spread_row(Grid<const T> grad, BinsView<T> y, BinsView<T> x, Grid<T> map,
                               int64_t i, int64_t p0, int64_t p1, int64_t q, int64_t c) {
-  constexpr int64_t LANES = Simd<T>::LANES;
-  typename Simd<T>::Pack line[K] = {};
+  constexpr int64_t LANES = V::LANES;
+  typename V::Pack line[K] = {};
   for (int64_t p = p0; p < p1; ++p) {
     const T w = y.weight(p, i);
-    for (int k = 0; k < K; ++k) line[k] += w * pack(grad.at(p, q) + c + k * LANES);
+    for (int k = 0; k < K; ++k) line[k] += w * pack<V>(grad.at(p, q) + c + k * LANES);
   }
   for (int64_t j = x.begin[q]; j < x.end[q]; ++j) {
     const T w = x.weight(q, j);
-    for (int k = 0; k < K; ++k) pack(map.at(i, j) + c + k * LANES) += w * line[k];
+    for (int k = 0; k < K; ++k) pack<V>(map.at(i, j) + c + k * LANES) += w * line[k];
   }
 }
 
-template <typename T>
+template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE void spread(Grid<const T> grad, BinsView<T> y, BinsView<T> x, Grid<T> map,
                           int64_t channels) {
   for (int64_t i = 0, p0 = 0; i < y.extent; ++i) {
     const int64_t p1 = y.over(i, p0);
     for (int64_t q = 0; q < x.count; ++q) {
-      for_packs<T>(channels, [&](int64_t c, auto K) IOU_D2_INLINE_LAMBDA {
-        spread_row<T, K>(grad, y, x, map, i, p0, p1, q, c);
+      for_packs<V>(channels, [&](int64_t c, auto K) IOU_D2_INLINE_LAMBDA {
+        spread_row<V, K>(grad, y, x, map, i, p0, p1, q, c);
       });
     }
   }
@@ -159,24 +159,24 @@ struct EdgePixels {
 // The sum over the bins k across of (grad[e-1, k] - grad[e, k]) * (mean over bin k of the map along
 // edge e): what moving edge e does to the bins on its two sides, but for the bin length. `map` and
 // `grad` are addressed as (across, along), i.e. column strides run along the axis whose edges move.
-template <typename T, int K>
-IOU_D2_INLINE typename Simd<T>::Pack edge_sum(Grid<const T> map, Grid<const T> grad,
+template <typename V, int K, typename T = typename V::Number>
+IOU_D2_INLINE typename V::Pack edge_sum(Grid<const T> map, Grid<const T> grad,
                                               const EdgePixels& at, BinsView<T> across,
                                               int64_t e, int64_t bins, int64_t c) {
-  constexpr int64_t LANES = Simd<T>::LANES;
-  typename Simd<T>::Pack total[K] = {};
+  constexpr int64_t LANES = V::LANES;
+  typename V::Pack total[K] = {};
   for (int64_t k = 0; k < across.count; ++k) {
-    typename Simd<T>::Pack near[K] = {}, far[K] = {};  // sums of weighted pixels on either side
+    typename V::Pack near[K] = {}, far[K] = {};  // sums of weighted pixels on either side
     for (int64_t i = across.begin[k]; i < across.end[k]; ++i) {
       const T w = across.weight(k, i);
-      for (int n = 0; n < K; ++n) near[n] += w * pack(map.at(i, at.pixel[0]) + c + n * LANES);
-      for (int n = 0; n < K; ++n) far[n] += w * pack(map.at(i, at.pixel[1]) + c + n * LANES);
+      for (int n = 0; n < K; ++n) near[n] += w * pack<V>(map.at(i, at.pixel[0]) + c + n * LANES);
+      for (int n = 0; n < K; ++n) far[n] += w * pack<V>(map.at(i, at.pixel[1]) + c + n * LANES);
     }
     for (int n = 0; n < K; ++n) {
-      typename Simd<T>::Pack step = {}, mean = static_cast<T>(at.hats[0]) * near[n];
+      typename V::Pack step = {}, mean = static_cast<T>(at.hats[0]) * near[n];
       mean += static_cast<T>(at.hats[1]) * far[n];
-      if (e > 0) step += pack(grad.at(k, e - 1) + c + n * LANES);
-      if (e < bins) step += T(-1) * pack(grad.at(k, e) + c + n * LANES);
+      if (e > 0) step += pack<V>(grad.at(k, e - 1) + c + n * LANES);
+      if (e < bins) step += T(-1) * pack<V>(grad.at(k, e) + c + n * LANES);
       total[n] += step * mean;
     }
   }
@@ -186,43 +186,44 @@ IOU_D2_INLINE typename Simd<T>::Pack edge_sum(Grid<const T> map, Grid<const T> g
 
 // Adds what moving the two ends of an axis does: edge e, at the share t from start to end, moves
 // by 1 - t and t of their moves.
-template <typename T>
+template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE void add_ends(Grid<const T> map, Grid<const T> grad,
                             const std::vector<EdgePixels>& edges, BinsView<T> across,
                             int64_t channels, double* ends) {
   const int64_t bins = static_cast<int64_t>(edges.size()) - 1;
-  typename Simd<T>::Pack start = {}, end = {};
+  typename V::Pack start = {}, end = {};
   for (int64_t e = 0; e <= bins; ++e) {
     const EdgePixels& at = edges[e];
     if (at.hats[0] == 0 && at.hats[1] == 0) continue;
-    typename Simd<T>::Pack total = {};
-    for_packs<T>(channels, [&](int64_t c, auto K) IOU_D2_INLINE_LAMBDA {
-      total += edge_sum<T, K>(map, grad, at, across, e, bins, c);
+    typename V::Pack total = {};
+    for_packs<V>(channels, [&](int64_t c, auto K) IOU_D2_INLINE_LAMBDA {
+      total += edge_sum<V, K>(map, grad, at, across, e, bins, c);
     });
     const T t = static_cast<T>(e) / static_cast<T>(bins);
     start += (1 - t) * total;
     end += t * total;
   }
-  ends[0] += add_lanes<T>(start);
-  ends[1] += add_lanes<T>(end);
+  ends[0] += add_lanes<V>(start);
+  ends[1] += add_lanes<V>(end);
 }
 
 // sum of grad * out over bins and channels
-template <typename T>
+template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE double inner(Grid<const T> grad, Grid<const T> out, int64_t rows, int64_t columns,
                            int64_t channels) {
-  constexpr int64_t LANES = Simd<T>::LANES;
-  typename Simd<T>::Pack total[4] = {};  // so that an addition need not wait for the one before
+  constexpr int64_t LANES = V::LANES;
+  typename V::Pack total[4] = {};  // so that an addition need not wait for the one before
   for (int64_t p = 0; p < rows; ++p) {
     for (int64_t q = 0; q < columns; ++q) {
-      for_packs<T>(channels, [&](int64_t c, auto K) IOU_D2_INLINE_LAMBDA {
+      for_packs<V>(channels, [&](int64_t c, auto K) IOU_D2_INLINE_LAMBDA {
+        const T *from = grad.at(p, q) + c, *with = out.at(p, q) + c;
         for (int n = 0; n < K; ++n)
-          total[n] += pack(grad.at(p, q) + c + n * LANES) * pack(out.at(p, q) + c + n * LANES);
+          total[n] += pack<V>(from + n * LANES) * pack<V>(with + n * LANES);
       });
     }
   }
-  return add_lanes<T>(total[0]) + add_lanes<T>(total[1]) + add_lanes<T>(total[2]) +
-         add_lanes<T>(total[3]);
+  return add_lanes<V>(total[0]) + add_lanes<V>(total[1]) + add_lanes<V>(total[2]) +
+         add_lanes<V>(total[3]);
 }
 
 }  // namespace iou_d2::cpu

@@ -74,6 +74,10 @@ struct Plans {
     set_order();
     set_groups();
   }
+  // For the gradient of the RoIs alone.
+  void set_edges() {
+    for (Plan<T>& plan : direct) plan.set_edges();
+  }
   // The first row of a RoI's band: no later RoI of the order needs the rows above.
   int64_t band(int64_t r) const {
     return direct[r].y.origin / BAND * BAND;
@@ -94,7 +98,7 @@ struct Plans {
   }
   void set_groups() {
     const int64_t most =
-        std::max<int64_t>(GROUP_BYTES / (shape.P * shape.Q * sizeof(Line<T>)), 64);
+        std::max<int64_t>(GROUP_BYTES / (shape.P * shape.Q * WIDEST), 64);
     std::vector<int64_t> open(shape.N, -1);  // the group of an image that takes its next RoI
     for (int64_t r = 0; r < shape.R; ++r) {
       if (!large[r]) continue;
@@ -113,29 +117,29 @@ struct Plans {
 constexpr at::MemoryFormat kChannelsLast = at::MemoryFormat::ChannelsLast;
 
 // What a thread works in.
-template <typename T>
+template <typename V>
 struct Scratch {
-  Tile<T> pixels, bins, outputs;
-  Strip<T> strip;
+  Tile<V> pixels, bins, outputs;
+  Strip<V> strip;
   int64_t image = -1;  // whose rows the strip has
   // For the table: a row of the map, the bins of a group, and what edges leave for the next.
-  Tile<T, 1> line, group_bins;
-  std::vector<Line<double>> edges;
+  Tile<V, 1> line, group_bins;
+  std::vector<Line<Doubles<V>>> edges;
 };
 
 // Splits C channels into blocks and R RoIs into parts and calls body(scratch, c0, c1, r0, r1) for
 // each pair in parallel. Where channels are neighbours a task takes all of them; else those of a
 // tile, whose planes neighbouring RoIs share.
-template <typename T, typename F>
+template <typename V, typename T, typename F>
 void for_tasks(const Plans<T>& plans, bool in_place, const F& body) {
   const int64_t C = plans.shape.C, R = static_cast<int64_t>(plans.order.size());
   const int64_t threads = at::get_num_threads();
-  const int64_t block = in_place ? C : Tile<T>::LANES, blocks = (C + block - 1) / block;
+  const int64_t block = in_place ? C : Tile<V>::LANES, blocks = (C + block - 1) / block;
   const int64_t parts = std::min(R, in_place ? 8 * threads : (threads + blocks - 1) / blocks);
   // Tasks are handed out one by one, for RoIs differ in size and cores in what else they do.
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(threads, blocks * parts), 1, [&](int64_t, int64_t) {
-    Scratch<T> scratch;
+    Scratch<V> scratch;
     for (int64_t task = next++; task < blocks * parts; task = next++) {
       const int64_t c = task / parts * block, part = task % parts;
       scratch.image = -1;
@@ -145,14 +149,14 @@ void for_tasks(const Plans<T>& plans, bool in_place, const F& body) {
 }
 
 // Calls body(group, rows of its table, scratch, c0, c1) in parallel over blocks of channels.
-template <typename T, typename F>
+template <typename V, typename T, typename F>
 void for_tables(const Plans<T>& plans, const F& body) {
-  constexpr int64_t LANES = Simd<T>::LANES;
+  constexpr int64_t LANES = V::LANES;
   const Shape& s = plans.shape;
   if (plans.groups.empty()) return;
   at::parallel_for(0, (s.C + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end) {
-    Rows<T> rows(s.W);
-    Scratch<T> scratch;
+    Rows<V> rows(s.W);
+    Scratch<V> scratch;
     for (int64_t block = begin; block < end; ++block) {
       for (const Group& group : plans.groups)
         body(group, rows, scratch, block * LANES, std::min((block + 1) * LANES, s.C));

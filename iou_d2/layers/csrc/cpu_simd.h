@@ -1,28 +1,63 @@
-// 64-byte vectors for the CPU kernels, and the choice of instruction set at run time.
+// Vectors for the CPU kernels, as wide as the registers that this processor has.
+//
+// A kernel is a template of V, a Simd<number, bytes>, and does its work in V::run. A compiler takes
+// wider vectors than the registers of its target apart by way of memory, so that 64 bytes with AVX2
+// are 2 to 4 times as slow as 32.
 #pragma once
+
+#include <ATen/Version.h>
 
 #include <algorithm>
 #include <cstdint>
-
-namespace iou_d2::cpu {
+#include <string>
 
 #if defined(__GNUC__)                     // GCC and Clang
 #pragma GCC diagnostic ignored "-Wpsabi"  // nothing here is called across a binary interface
 #define IOU_D2_INLINE __attribute__((always_inline)) inline
 #define IOU_D2_INLINE_LAMBDA __attribute__((always_inline))
-
-template <typename T>
-struct Simd {
-  static constexpr int64_t LANES = 64 / sizeof(T);
-  typedef T Pack __attribute__((vector_size(64), aligned(alignof(T)), may_alias));
-};
 #else
 #define IOU_D2_INLINE inline
 #define IOU_D2_INLINE_LAMBDA
+#endif
 
-template <typename T>
-struct Simd {
-  static constexpr int64_t LANES = 64 / sizeof(T);
+namespace iou_d2::cpu {
+
+constexpr int64_t WIDEST = 64;  // bytes of a vector
+
+// Runs `kernel`, an always-inline lambda, compiled for processors with vectors of BYTES: one binary
+// serves every x86-64 machine without -march.
+template <int64_t BYTES>
+struct Registers {
+  template <typename F>
+  static void run(const F& kernel) {
+    kernel();
+  }
+};
+#if defined(__GNUC__) && defined(__x86_64__)
+#define IOU_D2_HAS_AVX
+template <>
+struct Registers<32> {
+  template <typename F>
+  __attribute__((target("avx2,fma"))) static void run(const F& kernel) {
+    kernel();
+  }
+};
+template <>
+struct Registers<64> {
+  template <typename F>
+  __attribute__((target("avx512f,avx512vl,avx2,fma"))) static void run(const F& kernel) {
+    kernel();
+  }
+};
+#endif
+
+template <typename T, int64_t WIDTH>
+struct Simd : Registers<WIDTH> {
+  using Number = T;
+  static constexpr int64_t BYTES = WIDTH, LANES = BYTES / sizeof(T);
+#if defined(__GNUC__)
+  typedef T Pack __attribute__((vector_size(WIDTH), aligned(alignof(T)), may_alias));
+#else
   struct Pack {
     T lane[LANES];
     T operator[](int64_t k) const {
@@ -45,22 +80,37 @@ struct Simd {
       return b;
     }
   };
-};
 #endif
+};
 
-template <typename T>
-IOU_D2_INLINE typename Simd<T>::Pack& pack(T* at) {
-  return *reinterpret_cast<typename Simd<T>::Pack*>(at);
-}
-template <typename T>
-IOU_D2_INLINE const typename Simd<T>::Pack& pack(const T* at) {
-  return *reinterpret_cast<const typename Simd<T>::Pack*>(at);
+template <typename V>
+using Doubles = Simd<double, V::BYTES>;
+
+// Calls body(V()) with V the widest vectors of T that PyTorch, too, takes on this processor; the
+// variable ATEN_CPU_CAPABILITY can hold both to "avx2" or "default".
+template <typename T, typename F>
+void with_widest(const F& body) {
+#if defined(IOU_D2_HAS_AVX)
+  static const std::string widest = at::get_cpu_capability();
+  if (widest == "AVX512") return body(Simd<T, 64>());
+  if (widest == "AVX2") return body(Simd<T, 32>());
+#endif
+  body(Simd<T, 16>());
 }
 
-template <typename T>
-IOU_D2_INLINE double add_lanes(const typename Simd<T>::Pack& v) {
+template <typename V>
+IOU_D2_INLINE typename V::Pack& pack(typename V::Number* at) {
+  return *reinterpret_cast<typename V::Pack*>(at);
+}
+template <typename V>
+IOU_D2_INLINE const typename V::Pack& pack(const typename V::Number* at) {
+  return *reinterpret_cast<const typename V::Pack*>(at);
+}
+
+template <typename V>
+IOU_D2_INLINE double add_lanes(const typename V::Pack& v) {
   double total = 0;
-  for (int64_t k = 0; k < Simd<T>::LANES; ++k) total += v[k];
+  for (int64_t k = 0; k < V::LANES; ++k) total += v[k];
   return total;
 }
 
@@ -120,30 +170,5 @@ IOU_D2_INLINE void prefetch(const void* at) {
   __builtin_prefetch(at);
 #endif
 }
-
-// Runs `kernel`, an always-inline lambda, compiled for the widest vectors that this processor has:
-// one binary serves every x86-64 machine without -march.
-#if defined(__GNUC__) && defined(__x86_64__)
-template <typename F>
-__attribute__((target("avx512f,avx512vl,avx2,fma"))) void run_avx512(const F& kernel) {
-  kernel();
-}
-template <typename F>
-__attribute__((target("avx2,fma"))) void run_avx2(const F& kernel) {
-  kernel();
-}
-template <typename F>
-void run_widest(const F& kernel) {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
-    return run_avx512(kernel);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2(kernel);
-  kernel();
-}
-#else
-template <typename F>
-void run_widest(const F& kernel) {
-  kernel();
-}
-#endif
 
 }  // namespace iou_d2::cpu

@@ -73,14 +73,15 @@ struct Group {
 };
 
 // The last three rows of S, or of its gradient.
-template <typename T>
+template <typename V>
 struct Rows {
-  static constexpr int64_t LANES = Simd<T>::LANES;
+  using T = typename V::Number;
+  static constexpr int64_t LANES = V::LANES;
   int64_t width;
-  std::vector<Line<double>> values;  // (3 + 1, W + 1, LANES); the fourth is for sums
+  std::vector<Line<Doubles<V>>> values;  // (3 + 1, W + 1, LANES); the fourth is for sums
 
   explicit Rows(int64_t map_width)
-      : width(map_width + 1), values(4 * width * LANES / Simd<double>::LANES) {}
+      : width(map_width + 1), values(4 * width * LANES / Doubles<V>::LANES) {}
 
   IOU_D2_INLINE double* row(int64_t i) {
     return values.data()->lane + i % 3 * width * LANES;
@@ -95,11 +96,11 @@ struct Rows {
   IOU_D2_INLINE void append(int64_t i, const Grid<const T>& pixels) {
     const double* above = row(i - 1);
     double* here = row(i);
-    Wide<T> line;
+    Wide<V> line;
     for (int64_t j = 1; j < width; ++j) {
       prefetch(pixels.at(1, j - 1));
       line.add(pixels.at(0, j - 1), 1);
-      Wide<T> entry = line;
+      Wide<V> entry = line;
       entry.add_entry(1, above + j * LANES);
       entry.store(here + j * LANES);
     }
@@ -108,11 +109,11 @@ struct Rows {
   IOU_D2_INLINE void drain(int64_t i, const Grid<T>& pixels) {
     const double* here = row(i);
     double* below = sums();
-    Wide<T> line;
+    Wide<V> line;
     for (int64_t j = width - 1; j > 0; --j) {
       line.add_entry(1, here + j * LANES);
       line.add_to_entry(1, below + j * LANES);
-      Wide<T> entry;
+      Wide<V> entry;
       entry.add_entry(1, below + j * LANES);
       entry.add(pixels.at(0, j - 1), 1);
       entry.narrow(pixels.at(0, j - 1));
@@ -127,43 +128,43 @@ struct Rows {
 };
 
 // The three rows of S around a horizontal edge.
-template <typename T>
+template <typename V>
 struct EdgeRows {
   double* row[3];
 
-  IOU_D2_INLINE EdgeRows(Rows<T>& rows, const Corner& y) {
+  IOU_D2_INLINE EdgeRows(Rows<V>& rows, const Corner& y) {
     for (int a = 0; a < 3; ++a) row[a] = rows.row(y.at[a]);
   }
   // G, or its slope along y, from the entries of one column of S.
-  IOU_D2_INLINE Wide<T> down(const double* wy, int64_t column) const {
-    Wide<T> total;
-    for (int a = 0; a < 3; ++a) total.add_entry(wy[a], row[a] + column * Rows<T>::LANES);
+  IOU_D2_INLINE Wide<V> down(const double* wy, int64_t column) const {
+    Wide<V> total;
+    for (int a = 0; a < 3; ++a) total.add_entry(wy[a], row[a] + column * Rows<V>::LANES);
     return total;
   }
-  IOU_D2_INLINE Wide<T> read(const double* wy, const Corner& x) const {
-    Wide<T> total;
+  IOU_D2_INLINE Wide<V> read(const double* wy, const Corner& x) const {
+    Wide<V> total;
     for (int b = 0; b < 3; ++b) total.add_scaled(x.value[b], down(wy, x.at[b]));
     return total;
   }
-  IOU_D2_INLINE void add(const double* wy, const Corner& x, const Wide<T>& g) const {
+  IOU_D2_INLINE void add(const double* wy, const Corner& x, const Wide<V>& g) const {
     for (int a = 0; a < 3; ++a) {
       for (int b = 0; b < 3; ++b)
-        g.add_to_entry(wy[a] * x.value[b], row[a] + x.at[b] * Rows<T>::LANES);
+        g.add_to_entry(wy[a] * x.value[b], row[a] + x.at[b] * Rows<V>::LANES);
     }
   }
 };
 
 // out[p, q] = (G[p+1, q+1] - G[p, q+1] - G[p+1, q] + G[p, q]) / area, at edge p + 1. `above` has
 // the Q differences G[p, q+1] - G[p, q] of the edge before, and gets those of this one.
-template <typename T>
-IOU_D2_INLINE void pool_edge(Rows<T>& rows, const Corners& roi, int64_t p, const Grid<T>& out,
+template <typename V, typename T = typename V::Number>
+IOU_D2_INLINE void pool_edge(Rows<V>& rows, const Corners& roi, int64_t p, const Grid<T>& out,
                              double* above) {
-  const EdgeRows<T> edge(rows, roi.y[p]);
+  const EdgeRows<V> edge(rows, roi.y[p]);
   const double* wy = roi.y[p].value;
-  Wide<T> left = edge.read(wy, roi.x[0]);
-  for (int64_t q = 0; q + 1 < static_cast<int64_t>(roi.x.size()); ++q, above += Rows<T>::LANES) {
-    const Wide<T> right = edge.read(wy, roi.x[q + 1]);
-    Wide<T> difference = right, bin;
+  Wide<V> left = edge.read(wy, roi.x[0]);
+  for (int64_t q = 0; q + 1 < static_cast<int64_t>(roi.x.size()); ++q, above += Rows<V>::LANES) {
+    const Wide<V> right = edge.read(wy, roi.x[q + 1]);
+    Wide<V> difference = right, bin;
     difference.add_scaled(-1, left);
     if (p > 0) {
       bin.add_scaled(1 / roi.area, difference);
@@ -176,10 +177,10 @@ IOU_D2_INLINE void pool_edge(Rows<T>& rows, const Corners& roi, int64_t p, const
 }
 
 // grad[p - 1, q] - grad[p, q], where those bins exist.
-template <typename T>
-IOU_D2_INLINE Wide<T> step_down(const Corners& roi, int64_t p, int64_t q,
+template <typename V, typename T = typename V::Number>
+IOU_D2_INLINE Wide<V> step_down(const Corners& roi, int64_t p, int64_t q,
                                 const Grid<const T>& grad) {
-  Wide<T> total;
+  Wide<V> total;
   if (p > 0) total.add(grad.at(p - 1, q), 1);
   if (p + 1 < static_cast<int64_t>(roi.y.size())) total.add(grad.at(p, q), -1);
   return total;
@@ -195,27 +196,27 @@ IOU_D2_INLINE void prefetch_bins(const Corners& roi, int64_t p, const Grid<T>& b
 }
 
 // Calls body(q, d loss / d G[p, q] * area) for the corners of edge p.
-template <typename T, typename F>
+template <typename V, typename F, typename T = typename V::Number>
 IOU_D2_INLINE void corner_gradients(const Corners& roi, int64_t p, const Grid<const T>& grad,
                                     const F& body) {
   const int64_t Q = static_cast<int64_t>(roi.x.size()) - 1;
-  Wide<T> left;
+  Wide<V> left;
   for (int64_t q = 0; q <= Q; ++q) {
-    Wide<T> right, g = left;
-    if (q < Q) right = step_down(roi, p, q, grad);
+    Wide<V> right, g = left;
+    if (q < Q) right = step_down<V>(roi, p, q, grad);
     g.add_scaled(-1, right);
     body(q, g);
     left = right;
   }
 }
 
-template <typename T>
-IOU_D2_INLINE void spread_edge(Rows<T>& rows, const Corners& roi, int64_t p,
+template <typename V, typename T = typename V::Number>
+IOU_D2_INLINE void spread_edge(Rows<V>& rows, const Corners& roi, int64_t p,
                                const Grid<const T>& grad) {
-  const EdgeRows<T> edge(rows, roi.y[p]);
+  const EdgeRows<V> edge(rows, roi.y[p]);
   double wy[3];
   for (int a = 0; a < 3; ++a) wy[a] = roi.y[p].value[a] / roi.area;
-  corner_gradients(roi, p, grad, [&](int64_t q, const Wide<T>& g) IOU_D2_INLINE_LAMBDA {
+  corner_gradients<V>(roi, p, grad, [&](int64_t q, const Wide<V>& g) IOU_D2_INLINE_LAMBDA {
     edge.add(wy, roi.x[q], g);
   });
 }
@@ -229,25 +230,25 @@ struct Ends {
 
 // Adds what edge p's corners give, with the bin areas kept; sum(gradient * output) is that of
 // d loss / d G times G.
-template <typename T>
-IOU_D2_INLINE void add_ends(Rows<T>& rows, const Corners& roi, int64_t p, const Grid<const T>& grad,
+template <typename V, typename T = typename V::Number>
+IOU_D2_INLINE void add_ends(Rows<V>& rows, const Corners& roi, int64_t p, const Grid<const T>& grad,
                             Ends& ends) {
-  const EdgeRows<T> edge(rows, roi.y[p]);
+  const EdgeRows<V> edge(rows, roi.y[p]);
   const Corner& y = roi.y[p];
   const double P = static_cast<double>(roi.y.size() - 1), Q = static_cast<double>(roi.x.size() - 1);
-  Wide<T> inner, moved_y, moved_x, moved_right;
-  corner_gradients(roi, p, grad, [&](int64_t q, const Wide<T>& g) IOU_D2_INLINE_LAMBDA {
+  Wide<V> inner, moved_y, moved_x, moved_right;
+  corner_gradients<V>(roi, p, grad, [&](int64_t q, const Wide<V>& g) IOU_D2_INLINE_LAMBDA {
     const Corner& x = roi.x[q];
-    Wide<T> value, slope_y, slope_x;
+    Wide<V> value, slope_y, slope_x;
     for (int b = 0; b < 3; ++b) {
-      const Wide<T> down = edge.down(y.value, x.at[b]);
+      const Wide<V> down = edge.down(y.value, x.at[b]);
       value.add_scaled(x.value[b], down);
       slope_x.add_scaled(x.slope[b], down);
       slope_y.add_scaled(x.value[b], edge.down(y.slope, x.at[b]));
     }
     inner.add_product(g, value);
     moved_y.add_product(g, slope_y);
-    Wide<T> moved;
+    Wide<V> moved;
     moved.add_product(g, slope_x);
     moved_x.add_scaled(1, moved);
     moved_right.add_scaled(static_cast<double>(q) / Q, moved);
@@ -261,9 +262,9 @@ IOU_D2_INLINE void add_ends(Rows<T>& rows, const Corners& roi, int64_t p, const 
 
 // Calls visit(edge, one that comes soon) for the group's edges in order, when the three rows of S
 // that each needs are there. False if a pixel that went into those is not finite.
-template <typename T, typename F>
-IOU_D2_INLINE bool sweep_down(const Group& group, Rows<T>& rows, const Strided<const T>& map,
-                              int64_t c0, int64_t lanes, Tile<T, 1>& line, const F& visit) {
+template <typename V, typename F, typename T = typename V::Number>
+IOU_D2_INLINE bool sweep_down(const Group& group, Rows<V>& rows, const Strided<const T>& map,
+                              int64_t c0, int64_t lanes, Tile<V, 1>& line, const F& visit) {
   line.resize(1, rows.width - 1);
   rows.clear(0);
   const size_t count = group.edges.size();
@@ -271,7 +272,7 @@ IOU_D2_INLINE bool sweep_down(const Group& group, Rows<T>& rows, const Strided<c
   for (size_t e = 0; e < count; ++e) {
     for (; i < group.edges[e].row; ++i) {
       const T* start = map.at(group.image, c0, i, 0);
-      if (map.in_place(lanes))
+      if (is_in_place<V>(map, lanes))
         rows.append(i + 1, map.grid(group.image, c0, i, 0));
       else
         rows.append(i + 1, line.gather(0, 1, map, start, lanes));
@@ -283,16 +284,16 @@ IOU_D2_INLINE bool sweep_down(const Group& group, Rows<T>& rows, const Strided<c
 
 // The transpose of sweep_down: visit(edge, ...) adds to the gradient of S, and the map gets the sum
 // of all that lies below and right of a pixel.
-template <typename T, typename F>
-IOU_D2_INLINE void sweep_up(const Group& group, Rows<T>& rows, const Strided<T>& map, int64_t c0,
-                            int64_t lanes, Tile<T, 1>& line, const F& visit) {
+template <typename V, typename F, typename T = typename V::Number>
+IOU_D2_INLINE void sweep_up(const Group& group, Rows<V>& rows, const Strided<T>& map, int64_t c0,
+                            int64_t lanes, Tile<V, 1>& line, const F& visit) {
   line.resize(1, rows.width - 1);
-  std::fill(rows.values.begin(), rows.values.end(), Line<double>{});
+  std::fill(rows.values.begin(), rows.values.end(), Line<Doubles<V>>{});
   size_t e = group.edges.size();
   for (int64_t i = group.edges.back().row; i > 0; --i) {
     for (; e > 0 && group.edges[e - 1].row == i; --e)
       visit(group.edges[e - 1], group.edges[e > Group::SOON ? e - 1 - Group::SOON : 0]);
-    if (map.in_place(lanes)) {
+    if (is_in_place<V>(map, lanes)) {
       rows.drain(i, map.grid(group.image, c0, i - 1, 0));
       continue;
     }

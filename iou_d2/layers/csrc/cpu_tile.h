@@ -37,11 +37,13 @@ struct Strided {
   Grid<T> grid(int64_t n, int64_t c, int64_t i, int64_t j) const {
     return {at(n, c, i, j), row, column};
   }
-  // Whether kernels can work on `lanes` channels of it where they are.
-  bool in_place(int64_t lanes) const {
-    return channel == 1 && lanes % Simd<std::remove_const_t<T>>::LANES == 0;
-  }
 };
+
+// Whether kernels can work on `lanes` channels of a tensor where they are.
+template <typename V, typename T>
+bool is_in_place(const Strided<T>& t, int64_t lanes) {
+  return t.channel == 1 && lanes % V::LANES == 0;
+}
 
 template <typename T>
 Strided<T> strided(const at::Tensor& t) {
@@ -50,16 +52,19 @@ Strided<T> strided(const at::Tensor& t) {
 }
 
 // LANES numbers in cache lines of their own: a vector that crosses two costs two loads.
-template <typename T>
-struct alignas(64) Line {
-  T lane[Simd<T>::LANES];
+template <typename V>
+struct alignas(V::BYTES) Line {
+  typename V::Number lane[V::LANES];
 };
 
+constexpr int64_t TILE = 2 * WIDEST;  // bytes of the channels that a tile has of a pixel
+
 // A (rows, columns, LANES) block in cache, WIDTH vectors wide; missing channels are 0.
-template <typename T, int64_t WIDTH = 2>
+template <typename V, int64_t WIDTH = TILE / V::BYTES>
 struct Tile {
-  static constexpr int64_t LANES = WIDTH * Simd<T>::LANES;
-  std::vector<Line<T>> values;
+  using T = typename V::Number;
+  static constexpr int64_t LANES = WIDTH * V::LANES;
+  std::vector<Line<V>> values;
   int64_t rows = 0, columns = 0;
 
   Tile& resize(int64_t h, int64_t w) {
@@ -132,9 +137,10 @@ struct Tile {
 
 // Rows of one image in a tile, LANES channels wide, that moves down the map with the RoIs: those
 // come in the order of their bands, so that each row is brought in once and left once.
-template <typename T>
+template <typename V>
 struct Strip {
-  Tile<T> tile;
+  using T = typename V::Number;
+  Tile<V> tile;
   int64_t base = 0, top = 0, bottom = 0;  // the map's row in the tile's first; rows [top, bottom)
 
   void start(int64_t capacity, int64_t width) {
@@ -143,8 +149,8 @@ struct Strip {
   }
   // The pixels from (i, j) of the map on.
   Grid<T> grid(int64_t i, int64_t j) {
-    return {tile.row(i - base) + j * Tile<T>::LANES, tile.columns * Tile<T>::LANES,
-            Tile<T>::LANES};
+    return {tile.row(i - base) + j * Tile<V>::LANES, tile.columns * Tile<V>::LANES,
+            Tile<V>::LANES};
   }
   // Calls leave(row of the map, row of the tile) for all rows above `row`; the tile's is -1 for a
   // row that was never brought in.

@@ -5,15 +5,17 @@
 
 namespace iou_d2::cpu {
 
-// LANES numbers of type T in float64.
-template <typename T>
+// The numbers of a vector V in float64.
+template <typename V>
 struct Wide {
-  static constexpr int64_t PACKS = sizeof(double) / sizeof(T), PART = Simd<double>::LANES;
-  using Pack = Simd<double>::Pack;
+  using T = typename V::Number;
+  using D = Doubles<V>;
+  static constexpr int64_t PACKS = sizeof(double) / sizeof(T), PART = D::LANES;
+  using Pack = typename D::Pack;
   Pack part[PACKS] = {};
 
 #if defined(__GNUC__)
-  typedef T Narrow __attribute__((vector_size(64 / PACKS), aligned(alignof(T)), may_alias));
+  typedef T Narrow __attribute__((vector_size(V::BYTES / PACKS), aligned(alignof(T)), may_alias));
   IOU_D2_INLINE void add(const T* at, double w) {
     for (int64_t k = 0; k < PACKS; ++k) {
       const Narrow& from = *reinterpret_cast<const Narrow*>(at + k * PART);
@@ -40,17 +42,17 @@ struct Wide {
     for (int64_t k = 0; k < PACKS; ++k) part[k] += a.part[k] * b.part[k];
   }
   IOU_D2_INLINE void add_entry(double w, const double* at) {
-    for (int64_t k = 0; k < PACKS; ++k) part[k] += w * pack(at + k * PART);
+    for (int64_t k = 0; k < PACKS; ++k) part[k] += w * pack<D>(at + k * PART);
   }
   IOU_D2_INLINE void add_to_entry(double w, double* at) const {
-    for (int64_t k = 0; k < PACKS; ++k) pack(at + k * PART) += w * part[k];
+    for (int64_t k = 0; k < PACKS; ++k) pack<D>(at + k * PART) += w * part[k];
   }
   IOU_D2_INLINE void store(double* at) const {
-    for (int64_t k = 0; k < PACKS; ++k) pack(at + k * PART) = part[k];
+    for (int64_t k = 0; k < PACKS; ++k) pack<D>(at + k * PART) = part[k];
   }
   IOU_D2_INLINE double sum() const {
     double total = 0;
-    for (int64_t k = 0; k < PACKS; ++k) total += add_lanes<double>(part[k]);
+    for (int64_t k = 0; k < PACKS; ++k) total += add_lanes<D>(part[k]);
     return total;
   }
 };

@@ -27,11 +27,11 @@ namespace {
 constexpr int64_t BLOCK = 256;
 
 // What is seen at a point that is not finite is NaN, so that it shows.
-template <typename T>
+template <typename V, typename T = typename V::Number>
 void fill_columns(const Taps<T>& taps, const T* map, const Columns<T>& columns) {
   const Sizes& s = taps.s;
   at::parallel_for(0, columns.rows, 16, [&](int64_t begin, int64_t end) {
-    run_widest([&]() IOU_D2_INLINE_LAMBDA {
+    V::run([&]() IOU_D2_INLINE_LAMBDA {
       const auto fill = [&](int64_t row, int64_t tap, int64_t group, int64_t c)
           IOU_D2_INLINE_LAMBDA {
         const LookUp<T> look = taps.look_up(columns.first + row, tap, group);
@@ -44,7 +44,7 @@ void fill_columns(const Taps<T>& taps, const T* map, const Columns<T>& columns) 
         }
         T share[4];
         for (int k = 0; k < 4; ++k) share[k] = factor * look.share[k];
-        blend(map + c, look, share, s.C, s.segment, to);
+        blend<V>(map + c, look, share, s.C, s.segment, to);
       };
       for (int64_t row = begin; row < end; ++row) for_segments(s, row, 0, s.C, fill);
     });
@@ -52,19 +52,19 @@ void fill_columns(const Taps<T>& taps, const T* map, const Columns<T>& columns) 
 }
 
 // Adds to the gradients of the offsets and, where there is one, of the mask.
-template <typename T>
+template <typename V, typename T = typename V::Number>
 void add_to_taps(const Taps<T>& taps, const T* map, const Columns<T>& gradient, T* grad_offset,
                  T* grad_mask) {
   const Sizes& s = taps.s;
   at::parallel_for(0, gradient.rows, 16, [&](int64_t begin, int64_t end) {
-    run_widest([&]() IOU_D2_INLINE_LAMBDA {
+    V::run([&]() IOU_D2_INLINE_LAMBDA {
       const auto add = [&](int64_t row, int64_t tap, int64_t group, int64_t c)
           IOU_D2_INLINE_LAMBDA {
         const int64_t pixel = gradient.first + row;
         const LookUp<T> look = taps.look_up(pixel, tap, group);
         if (!look.inside) return;
         double dots[4] = {0, 0, 0, 0}, y = 0, x = 0, value = 0;
-        dots_of(map + c, look, s.C, s.segment, gradient.at(row, tap, c), dots);
+        dots_of<V>(map + c, look, s.C, s.segment, gradient.at(row, tap, c), dots);
         for (int k = 0; k < 4; ++k) {
           y += look.along_y[k] * dots[k];
           x += look.along_x[k] * dots[k];
@@ -81,15 +81,15 @@ void add_to_taps(const Taps<T>& taps, const T* map, const Columns<T>& gradient, 
 }
 
 // A thread owns a range of channels, so that no two write to one place and sums have one order.
-template <typename T>
+template <typename V, typename T = typename V::Number>
 void add_to_map(const Taps<T>& taps, const Columns<T>& gradient, T* map) {
   const Sizes& s = taps.s;
   // The channels of a single segment may be divided further, segments may not.
-  const int64_t unit = s.segment == s.C ? Simd<T>::LANES : s.segment;
-  const int64_t grain = std::max<int64_t>(1, 2 * Simd<T>::LANES / unit);
+  const int64_t unit = s.segment == s.C ? V::LANES : s.segment;
+  const int64_t grain = std::max<int64_t>(1, 2 * V::LANES / unit);
   at::parallel_for(0, (s.C + unit - 1) / unit, grain, [&](int64_t begin, int64_t end) {
     const int64_t c0 = begin * unit, c1 = std::min(end * unit, s.C);
-    run_widest([&]() IOU_D2_INLINE_LAMBDA {
+    V::run([&]() IOU_D2_INLINE_LAMBDA {
       const auto add = [&](int64_t row, int64_t tap, int64_t group, int64_t c)
           IOU_D2_INLINE_LAMBDA {
         const LookUp<T> look = taps.look_up(gradient.first + row, tap, group);
@@ -98,7 +98,7 @@ void add_to_map(const Taps<T>& taps, const Columns<T>& gradient, T* map) {
         T share[4];
         for (int k = 0; k < 4; ++k) share[k] = factor * look.share[k];
         const int64_t count = std::min(s.segment, c1 - c);
-        spread(gradient.at(row, tap, c), look, share, s.C, count, map + c);
+        spread<V>(gradient.at(row, tap, c), look, share, s.C, count, map + c);
       };
       for (int64_t row = 0; row < gradient.rows; ++row) for_segments(s, row, c0, c1, add);
     });
@@ -158,14 +158,18 @@ at::Tensor deform_conv_cpu(const at::Tensor& x, const at::Tensor& offset,
   const at::Tensor output =
       at::empty({s.N, s.out, s.h, s.w}, x.options().memory_format(format_of(x)));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "deform_conv", [&] {
-    for_blocks<scalar_t>(
-        s, geometry, map, offsets, factors,
-        [&](int64_t n, const scalar_t* pixels, const auto& taps, int64_t first, int64_t rows) {
-          at::Tensor seen = at::empty({s.groups, rows, s.taps * s.inputs()}, x.options());
-          fill_columns<scalar_t>(taps, pixels, {s, first, rows, seen.data_ptr<scalar_t>()});
-          at::Tensor block = block_of(output, n, first, rows, s);
-          at::bmm_out(block, matrix, seen.transpose(1, 2));
-        });
+    const auto convolve = [&](auto simd) {
+      using V = decltype(simd);
+      for_blocks<scalar_t>(
+          s, geometry, map, offsets, factors,
+          [&](int64_t n, const scalar_t* pixels, const auto& taps, int64_t first, int64_t rows) {
+            at::Tensor seen = at::empty({s.groups, rows, s.taps * s.inputs()}, x.options());
+            fill_columns<V>(taps, pixels, {s, first, rows, seen.data_ptr<scalar_t>()});
+            at::Tensor block = block_of(output, n, first, rows, s);
+            at::bmm_out(block, matrix, seen.transpose(1, 2));
+          });
+    };
+    with_widest<scalar_t>(convolve);
   });
   return output;
 }
@@ -188,22 +192,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> deform_conv_backward_
   at::Tensor grad_mask = at::zeros(mask ? mask->sizes() : at::IntArrayRef({0}), x.options());
   at::Tensor grad_matrix = at::zeros(matrix.sizes(), x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "deform_conv_backward", [&] {
-    for_blocks<scalar_t>(
-        s, geometry, map, offsets, factors,
-        [&](int64_t n, const scalar_t* pixels, const auto& taps, int64_t first, int64_t rows) {
-          const at::Tensor block = block_of(grads, n, first, rows, s);
-          at::Tensor seen = at::empty({s.groups, rows, s.taps * s.inputs()}, x.options());
-          fill_columns<scalar_t>(taps, pixels, {s, first, rows, seen.data_ptr<scalar_t>()});
-          grad_matrix.baddbmm_(block, seen);
-          at::bmm_out(seen, block.transpose(1, 2), matrix);
-          const Columns<scalar_t> gradient{s, first, rows, seen.data_ptr<scalar_t>()};
-          const int64_t size = s.offset_groups * s.taps * s.pixels();
-          add_to_taps<scalar_t>(taps, pixels, gradient,
-                                grad_offset.data_ptr<scalar_t>() + n * 2 * size,
-                                mask ? grad_mask.data_ptr<scalar_t>() + n * size : nullptr);
-          add_to_map<scalar_t>(taps, gradient,
-                               grad_map.data_ptr<scalar_t>() + n * s.H * s.W * s.C);
-        });
+    const auto differentiate = [&](auto simd) {
+      using V = decltype(simd);
+      for_blocks<scalar_t>(
+          s, geometry, map, offsets, factors,
+          [&](int64_t n, const scalar_t* pixels, const auto& taps, int64_t first, int64_t rows) {
+            const at::Tensor block = block_of(grads, n, first, rows, s);
+            at::Tensor seen = at::empty({s.groups, rows, s.taps * s.inputs()}, x.options());
+            fill_columns<V>(taps, pixels, {s, first, rows, seen.data_ptr<scalar_t>()});
+            grad_matrix.baddbmm_(block, seen);
+            at::bmm_out(seen, block.transpose(1, 2), matrix);
+            const Columns<scalar_t> gradient{s, first, rows, seen.data_ptr<scalar_t>()};
+            const int64_t size = s.offset_groups * s.taps * s.pixels();
+            add_to_taps<V>(taps, pixels, gradient, grad_offset.data_ptr<scalar_t>() + n * 2 * size,
+                           mask ? grad_mask.data_ptr<scalar_t>() + n * size : nullptr);
+            add_to_map<V>(taps, gradient, grad_map.data_ptr<scalar_t>() + n * s.H * s.W * s.C);
+          });
+    };
+    with_widest<scalar_t>(differentiate);
   });
   const at::Tensor grad_weight =
       grad_matrix.view({s.out, s.taps, s.inputs()}).transpose(1, 2).reshape(weight.sizes());

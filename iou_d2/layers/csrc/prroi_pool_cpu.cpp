@@ -27,7 +27,8 @@ at::Tensor prroi_pool_cpu(const at::Tensor& features, const at::Tensor& rois, do
   at::Tensor out = empty({s.R, s.C, P, Q}, map.options().memory_format(format_of(features)));
   if (out.numel() == 0) return out.to(features.scalar_type());
   AT_DISPATCH_FLOATING_TYPES(map.scalar_type(), "prroi_pool", [&] {
-    forward<scalar_t>(map, Plans<scalar_t>(rois, s, spatial_scale, aligned), out);
+    const Plans<scalar_t> plans(rois, s, spatial_scale, aligned);
+    with_widest<scalar_t>([&](auto simd) { forward<decltype(simd)>(map, plans, out); });
   });
   return out.to(features.scalar_type());
 }
@@ -42,7 +43,8 @@ at::Tensor prroi_pool_backward_features_cpu(const at::Tensor& grad, const at::Te
   const Shape s{size[0], size[1], size[2], size[3], rois.size(0), g.size(2), g.size(3)};
   if (g.numel() == 0) return out.zero_().to(grad.scalar_type());
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "prroi_pool_backward_features", [&] {
-    backward_features<scalar_t>(g, Plans<scalar_t>(rois, s, spatial_scale, aligned), out);
+    const Plans<scalar_t> plans(rois, s, spatial_scale, aligned);
+    with_widest<scalar_t>([&](auto simd) { backward_features<decltype(simd)>(g, plans, out); });
   });
   return out.to(grad.scalar_type());
 }
@@ -60,8 +62,11 @@ at::Tensor prroi_pool_backward_rois_cpu(const at::Tensor& grad, const at::Tensor
                 rois.size(0), g.size(2),   g.size(3)};
   if (g.numel() == 0) return out.to(rois.scalar_type());
   AT_DISPATCH_FLOATING_TYPES(dtype, "prroi_pool_backward_rois", [&] {
-    backward_rois<scalar_t>(g, map, pooled, Plans<scalar_t>(rois, s, spatial_scale, aligned),
-                            spatial_scale, out);
+    Plans<scalar_t> plans(rois, s, spatial_scale, aligned);
+    plans.set_edges();
+    with_widest<scalar_t>([&](auto simd) {
+      backward_rois<decltype(simd)>(g, map, pooled, plans, spatial_scale, out);
+    });
   });
   return out.to(rois.scalar_type());
 }
