@@ -74,7 +74,7 @@ def _add_point_detector(cfg: CfgNode) -> None:
     node.DEFORMABLE_TOWER = False
     # The star convolutions of VarifocalNet: their weights at first, "normal" with a deviation of
     # 0.01 (its authors' code) or "kaiming" (mmdetection's since its pull request 4750), and whether
-    # a GroupNorm follows each, as it does all others (ours).
+    # a GroupNorm follows each, as it does all others (ours; docs/ABLATIONS.md has what it gives).
     node.STAR_INIT = "normal"
     node.STAR_NORM = False
     # Whether the convolutions of the towers have a bias before their norm (torchvision, Detectron2,
