@@ -14,8 +14,6 @@ from iou_d2.layers import HAS_EXTENSION
 # All other tests take the widest.
 NARROWER = {"AVX2": ["default"], "AVX512": ["default", "avx2"]}
 CODE = """
-import sys
-
 import torch
 from torchvision.ops import deform_conv2d
 
@@ -23,7 +21,10 @@ from iou_d2.layers import prroi_pool, prroi_pool_reference
 from iou_d2.layers.deform_conv import deform_conv
 
 torch.manual_seed(0)
-close = lambda a, b: torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def close(a, b):
+    torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
 def compared(ours, theirs, inputs):
