@@ -21,9 +21,11 @@ struct Bins {
       offset;  // of each bin: pixels counted from origin, and where its weights are
   std::vector<T> weights;
 
+  Bins() = default;
   explicit Bins(const Axis& axis) : begin(axis.bins), end(axis.bins), offset(axis.bins) {
     origin = axis.bin_first(0);
     extent = std::max<int64_t>(axis.bin_last(axis.bins - 1) - origin, 0);
+    weights.reserve(extent + 2 * axis.bins);  // neighbours share at most two pixels
     for (int64_t k = 0; k < axis.bins; ++k) {
       begin[k] = axis.bin_first(k) - origin;
       end[k] = std::max(axis.bin_last(k) - origin, begin[k]);
@@ -74,7 +76,8 @@ IOU_D2_INLINE void for_packs(int64_t channels, const F& body) {
   if (c < channels) body(c, std::integral_constant<int, 1>());
 }
 
-// out[p, q] = sum_i Wy[p, i] sum_j Wx[q, j] map[i, j], reading the map once, row by row.
+// out[p, q] = sum_i Wy[p, i] sum_j Wx[q, j] map[i, j], reading the map once, row by row. Its first
+// row writes a bin, the others add to it.
 template <typename V, int K, typename T = typename V::Number>
 IOU_D2_INLINE void pool_row(Grid<const T> map, BinsView<T> y, BinsView<T> x, Grid<T> out,
                             int64_t i, int64_t p0, int64_t p1, int64_t q, int64_t c) {
@@ -83,11 +86,16 @@ IOU_D2_INLINE void pool_row(Grid<const T> map, BinsView<T> y, BinsView<T> x, Gri
   for (int64_t j = x.begin[q]; j < x.end[q]; ++j) {
     const T w = x.weight(q, j);
     for (int k = 0; k < K; ++k) line[k] += w * pack<V>(map.at(i, j) + c + k * LANES);
-    for (int k = 0; k < K; ++k) prefetch(map.at(i + 1, j) + c + k * LANES);
+    prefetch_packs<V, K>(map.at(i + 1, j) + c);
   }
   for (int64_t p = p0; p < p1; ++p) {
     const T w = y.weight(p, i);
-    for (int k = 0; k < K; ++k) pack<V>(out.at(p, q) + c + k * LANES) += w * line[k];
+    T* bin = out.at(p, q) + c;
+    if (i == y.begin[p]) {
+      for (int k = 0; k < K; ++k) pack<V>(bin + k * LANES) = w * line[k];
+    } else {
+      for (int k = 0; k < K; ++k) pack<V>(bin + k * LANES) += w * line[k];
+    }
   }
 }
 
@@ -95,6 +103,7 @@ template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE void pool(Grid<const T> map, BinsView<T> y, BinsView<T> x, Grid<T> out,
                         int64_t channels) {
   for (int64_t p = 0; p < y.count; ++p) {
+    if (y.begin[p] < y.end[p]) continue;
     for (int64_t q = 0; q < x.count; ++q) std::fill_n(out.at(p, q), channels, T(0));
   }
   for (int64_t i = 0, p0 = 0; i < y.extent; ++i) {

@@ -24,6 +24,7 @@ struct Plan {
   Roi roi;
   Bins<T> y, x;
   std::vector<EdgePixels> edges_y, edges_x;  // for the gradient of the RoI alone
+  Plan() = default;
   explicit Plan(const Roi& r) : roi(r), y(r.y), x(r.x) {}
   void set_edges() {
     for (int64_t e = 0; e <= roi.y.bins; ++e) edges_y.emplace_back(roi.y, y.origin, e);
@@ -55,16 +56,12 @@ struct Plans {
   int64_t strip_rows = 1;       // as many as a band's RoIs need
   bool dense = false;           // whether the RoIs in `order` cover enough for a strip
 
-  Plans(const at::Tensor& rois, const Shape& s, double scale, bool aligned) : shape(s), large(s.R) {
-    const at::Tensor boxes = rois.to(at::kDouble).contiguous();
-    const double* box = boxes.const_data_ptr<double>();
+  Plans(const at::Tensor& rois, const Shape& s, double scale, bool aligned)
+      : shape(s), direct(s.R), large(s.R) {
+    set_bins(rois.to(at::kDouble).contiguous(), scale, aligned);
     const double map = static_cast<double>(s.N * s.H * s.W);
-    direct.reserve(s.R);
     double in_table = 0, pixels = 0;
-    for (int64_t r = 0; r < s.R; ++r, box += 5) {
-      TORCH_CHECK_INDEX(box[0] >= 0 && box[0] < static_cast<double>(s.N), "prroi_pool: rois[", r,
-                        ", 0] = ", box[0], " is no index into a batch of ", s.N, " images.");
-      direct.emplace_back(read_roi(box, scale, aligned ? 0.5 : 0, s.P, s.Q, s.H, s.W));
+    for (int64_t r = 0; r < s.R; ++r) {
       large[r] = direct[r].pixels() > LARGE * static_cast<double>(s.P * s.Q);
       pixels += direct[r].pixels();
       if (large[r]) in_table += direct[r].pixels();
@@ -76,7 +73,7 @@ struct Plans {
   }
   // For the gradient of the RoIs alone.
   void set_edges() {
-    for (Plan<T>& plan : direct) plan.set_edges();
+    for_rois([&](int64_t r) { direct[r].set_edges(); });
   }
   // The first row of a RoI's band: no later RoI of the order needs the rows above.
   int64_t band(int64_t r) const {
@@ -84,6 +81,26 @@ struct Plans {
   }
 
  private:
+  // In parallel: of small RoIs this is up to a tenth of the work.
+  template <typename F>
+  void for_rois(const F& body) {
+    at::parallel_for(0, shape.R, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) body(r);
+    });
+  }
+  void set_bins(const at::Tensor& boxes, double scale, bool aligned) {
+    const Shape& s = shape;
+    const double* box = boxes.const_data_ptr<double>();
+    for (int64_t r = 0; r < s.R; ++r) {
+      const double image = box[r * 5];
+      TORCH_CHECK_INDEX(image >= 0 && image < static_cast<double>(s.N), "prroi_pool: rois[", r,
+                        ", 0] = ", image, " is no index into a batch of ", s.N, " images.");
+    }
+    for_rois([&](int64_t r) {
+      const Roi roi = read_roi(box + r * 5, scale, aligned ? 0.5 : 0, s.P, s.Q, s.H, s.W);
+      direct[r] = Plan<T>(roi);
+    });
+  }
   void set_order() {
     for (int64_t r = 0; r < shape.R; ++r) {
       if (large[r]) continue;

@@ -22,7 +22,8 @@
 
 namespace iou_d2::cpu {
 
-constexpr int64_t WIDEST = 64;  // bytes of a vector
+constexpr int64_t WIDEST = 64;      // bytes of a vector
+constexpr int64_t CACHE_LINE = 64;  // bytes
 
 // Runs `kernel`, an always-inline lambda, compiled for processors with vectors of BYTES: one binary
 // serves every x86-64 machine without -march.
@@ -169,6 +170,12 @@ IOU_D2_INLINE void prefetch(const void* at) {
 #if defined(__GNUC__)
   __builtin_prefetch(at);
 #endif
+}
+
+template <typename V, int K>
+IOU_D2_INLINE void prefetch_packs(const typename V::Number* at) {
+  for (int64_t k = 0; k < K; k += std::max<int64_t>(CACHE_LINE / V::BYTES, 1))
+    prefetch(at + k * V::LANES);
 }
 
 }  // namespace iou_d2::cpu
