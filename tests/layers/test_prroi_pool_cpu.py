@@ -31,7 +31,7 @@ def weights(rois, channels, memory_format=torch.contiguous_format, size=BINS):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("channels", [1, 16, 32, 33, 80])
+@pytest.mark.parametrize("channels", [1, 16, 32, 33, 80, 196])
 def test_dense_small_rois(layout, channels):
     """RoIs of a few rows each all over two images: a strip moves down both."""
     features = make_features((2, channels, 60, 30), layout)
@@ -42,12 +42,14 @@ def test_dense_small_rois(layout, channels):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("sides", [(2, 20), (45, 200), (3, 200)])
-def test_gradients_of_either_layout(layout, memory_format, sides):
+@pytest.mark.parametrize("channels", [37, 196])
+def test_gradients_of_either_layout(layout, memory_format, sides, channels):
     """A head that flattens its input gives channels-first gradients of channels-last maps. Small
-    RoIs, such as go by way of a table, and both."""
-    features = make_features((2, 37, 50, 60), layout)
+    RoIs, such as go by way of a table, and both; and the RoI's gradient by edges and, of many
+    channels and small bins, by products."""
+    features = make_features((2, channels, 50, 60), layout)
     rois = make_rois(110, 2, 50, 60, sides).float()
-    agree(features, rois, weights(rois, 37, memory_format, (2, 3)), (2, 3))
+    agree(features, rois, weights(rois, channels, memory_format, (2, 3)), (2, 3))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

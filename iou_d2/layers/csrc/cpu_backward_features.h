@@ -31,10 +31,10 @@ void spread_in_place(const Strided<const T>& grad, const Plans<T>& plans, int64_
     if (plan.empty()) continue;
     clear_to(plan.roi.image * s.H + y.origin + y.extent);
     for (int64_t c = c0, n; c < c1; c += n) {
-      n = next_channels<V>(c1 - c, grad.channel == 1);
+      n = next_channels<V>(c1 - c, true);
       T* start = map.at(plan.roi.image, c, y.origin, x.origin);
       V::run([&]() IOU_D2_INLINE_LAMBDA {
-        const auto bins = bins_of(grad, s, r, c, n, scratch.bins);
+        const auto bins = bins_of(grad, s, r, c, n, scratch.grads);
         if (is_in_place<V>(map, n))
           return spread<V, T>(bins, y, x, {start, map.row, map.column}, n);
         scratch.pixels.resize(y.extent, x.extent).clear(0, y.extent);
@@ -66,7 +66,7 @@ void spread_in_strip(const Strided<const T>& grad, const Plans<T>& plans, int64_
         const Bins<T>&y = plan.y, &x = plan.x;
         if (plan.empty()) continue;
         strip.open(plans.band(*next), y.origin + y.extent, bring, leave);
-        const auto bins = bins_of(grad, s, *next, c0, c1 - c0, scratch.bins);
+        const auto bins = bins_of(grad, s, *next, c0, c1 - c0, scratch.grads);
         spread<V, T>(bins, y, x, strip.grid(y.origin, x.origin), whole_lanes<V>(c1 - c0));
       }
       strip.close(s.H, leave);

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cpu_ends_by_products.h"
 #include "cpu_work.h"
 
 namespace iou_d2::cpu {
@@ -20,7 +21,7 @@ void add_gradient(const Ends& ends, const Roi& roi, double unit_y, double unit_x
 template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE double inner_of(const Strided<const T>& grad, const Strided<const T>& out,
                               Grid<const T> g, const Shape& s, int64_t r, int64_t c0, int64_t lanes,
-                              Tile<V>& tile) {
+                              GatheredBins<V>& gathered) {
   const auto dense = [&](const Strided<const T>& t) {
     return t.column == 1 && t.row == s.Q && t.channel == s.P * s.Q;
   };
@@ -28,7 +29,28 @@ IOU_D2_INLINE double inner_of(const Strided<const T>& grad, const Strided<const 
   if (dense(grad) && dense(out) && lanes % V::LANES == 0)
     return inner<V, T>({grad.at(r, c0, 0, 0), 0, 0}, {out.at(r, c0, 0, 0), 0, 0}, 1, 1,
                     lanes * s.P * s.Q);
-  return inner<V, T>(g, bins_of(out, s, r, c0, lanes, tile), s.P, s.Q, whole_lanes<V>(lanes));
+  return inner<V, T>(g, bins_of(out, s, r, c0, lanes, gathered), s.P, s.Q, whole_lanes<V>(lanes));
+}
+
+// Whether the products of gradients and pixels are fewer than the sums along edges, for so many
+// vectors of channels (estimates). RoIs that a table is for have no slopes.
+template <typename T>
+bool products_are_fewer(const Plan<T>& plan, int64_t vectors) {
+  if (plan.x.slopes[0].empty()) return false;
+  const double y = static_cast<double>(plan.y.weights.size()), bins_y = plan.roi.y.bins;
+  const double x = static_cast<double>(plan.x.weights.size()), bins_x = plan.roi.x.bins;
+  return y * x * (1 + 4.0 / vectors) < 3.4 * ((bins_x + 1) * y + (bins_y + 1) * x);
+}
+
+template <typename V, typename T = typename V::Number>
+IOU_D2_INLINE void add_by_products(Grid<const T> map, Grid<const T> grad, const Plan<T>& plan,
+                                   int64_t channels, Ends& ends) {
+  const EndSums<V> sums = end_sums<V, T>(map, grad, plan.y, plan.x, channels);
+  for (int end = 0; end < 2; ++end) {
+    ends.y[end] += add_lanes<V>(sums.y[end]);
+    ends.x[end] += add_lanes<V>(sums.x[end]);
+  }
+  ends.inner += add_lanes<V>(sums.inner);
 }
 
 template <typename V, typename T = typename V::Number>
@@ -39,14 +61,15 @@ void ends_direct(const Strided<const T>& grad, const Strided<const T>& map,
   const Plan<T>& plan = plans.direct[r];
   const Roi& roi = plan.roi;
   if (roi.x.length == 0 || plan.empty()) return;
-  const bool in_place = map.channel == 1 && grad.channel == 1 && out.channel == 1;
   Ends ends;
   for (int64_t c = c0, n; c < c1; c += n) {
-    n = next_channels<V>(c1 - c, in_place);
+    n = next_channels<V>(c1 - c, map.channel == 1);
     V::run([&]() IOU_D2_INLINE_LAMBDA {
       const auto pixels = pixels_of(map, plans, r, c, n, strip, scratch);
-      const auto g = bins_of(grad, s, r, c, n, scratch.bins);
+      const auto g = bins_of(grad, s, r, c, n, scratch.grads);
       const int64_t whole = whole_lanes<V>(n);
+      if (products_are_fewer(plan, whole / V::LANES))
+        return add_by_products<V, T>(pixels, g, plan, whole, ends);
       add_ends<V, T>(pixels, g, plan.edges_x, plan.y, whole, ends.x);
       add_ends<V, T>(pixels.turned(), g.turned(), plan.edges_y, plan.x, whole, ends.y);
       ends.inner += inner_of(grad, out, g, s, r, c, n, scratch.outputs);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu_direct.h"
+#include "cpu_ends_by_edges.h"
 #include "cpu_table.h"
 
 #if AT_PARALLEL_OPENMP && !defined(_OPENMP)
@@ -26,6 +27,10 @@ struct Plan {
   std::vector<EdgePixels> edges_y, edges_x;  // for the gradient of the RoI alone
   Plan() = default;
   explicit Plan(const Roi& r) : roi(r), y(r.y), x(r.x) {}
+  void set_slopes() {
+    y.set_slopes(roi.y);
+    x.set_slopes(roi.x);
+  }
   void set_edges() {
     for (int64_t e = 0; e <= roi.y.bins; ++e) edges_y.emplace_back(roi.y, y.origin, e);
     for (int64_t e = 0; e <= roi.x.bins; ++e) edges_x.emplace_back(roi.x, x.origin, e);
@@ -72,8 +77,11 @@ struct Plans {
     set_groups();
   }
   // For the gradient of the RoIs alone.
-  void set_edges() {
-    for_rois([&](int64_t r) { direct[r].set_edges(); });
+  void set_edges_and_slopes() {
+    for_rois([&](int64_t r) {
+      direct[r].set_edges();
+      if (!large[r]) direct[r].set_slopes();
+    });
   }
   // The first row of a RoI's band: no later RoI of the order needs the rows above.
   int64_t band(int64_t r) const {
@@ -136,7 +144,8 @@ constexpr at::MemoryFormat kChannelsLast = at::MemoryFormat::ChannelsLast;
 // What a thread works in.
 template <typename V>
 struct Scratch {
-  Tile<V> pixels, bins, outputs;
+  Tile<V> pixels, bins;
+  GatheredBins<V> grads, outputs;
   Strip<V> strip;
   int64_t image = -1;  // whose rows the strip has
   // For the table: a row of the map, the bins of a group, and what edges leave for the next.

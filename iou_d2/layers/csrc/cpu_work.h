@@ -44,12 +44,12 @@ IOU_D2_INLINE Grid<const T> pixels_of(const Strided<const T>& map, const Plans<T
   return {pixels.data, pixels.row, pixels.column};
 }
 
-// RoI r's bins: where they are, or in a tile.
+// RoI r's bins: where they are, or gathered.
 template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE Grid<const T> bins_of(const Strided<const T>& bins, const Shape& s, int64_t r,
-                                    int64_t c0, int64_t lanes, Tile<V>& tile) {
+                                    int64_t c0, int64_t lanes, GatheredBins<V>& gathered) {
   if (is_in_place<V>(bins, lanes)) return bins.grid(r, c0, 0, 0);
-  return tile.resize(s.P, s.Q).gather(0, s.P, bins, bins.at(r, c0, 0, 0), lanes);
+  return gathered.gather(bins, bins.at(r, c0, 0, 0), s.P, s.Q, lanes);
 }
 
 // The same for all RoIs of a group, with RoI k's in rows [k * P, (k + 1) * P) of the tile.
