@@ -88,7 +88,7 @@ def best_of_nms(
 def compared_boxes(boxes: Tensor, classes: Tensor) -> Tensor | None:
     """Boxes (R, 4), finite and float32, as `batched_nms` rounds them on the CPU before it compares
     those of one class (R,); R is not 0. None where it takes the classes in groups."""
-    low, high, first, last = _extremes(boxes, classes)
+    low, high, first, last = (x.item() for value in (boxes, classes) for x in value.aminmax())
     if not _has_room(high - min(low, 0.0) + 1, first, last):
         return None
     if low < 0:
@@ -172,12 +172,15 @@ def iou_guided_nms(
         ValueError: the arguments are not as many as the boxes.
     """
     _check_shapes(boxes, cls_scores=cls_scores, rank_scores=rank_scores, classes=classes)
-    usable = _usable(boxes, cls_scores, rank_scores)
-    if not usable.all():
-        index = usable.nonzero().squeeze(1)
-        others = (x[index] for x in (boxes, cls_scores, rank_scores, classes))
-        keep, scores = iou_guided_nms(*others, threshold, suppressors)
-        return index[keep], scores
+    # One number tells whether all are; it is quicker than the masks, and where it is too large for
+    # its type they decide.
+    if not math.isfinite(boxes.sum() + cls_scores.sum() + rank_scores.sum()):
+        usable = _usable(boxes, cls_scores, rank_scores)
+        if not usable.all():
+            index = usable.nonzero().squeeze(1)
+            others = (x[index] for x in (boxes, cls_scores, rank_scores, classes))
+            keep, scores = iou_guided_nms(*others, threshold, suppressors)
+            return index[keep], scores
     # In this order the first suppressor is the one of the lowest index, and ties are settled.
     order = rank_scores.sort(descending=True, stable=True).indices
     cls_scores = cls_scores[order]
