@@ -33,7 +33,7 @@ IOU_D2_INLINE double inner_of(const Strided<const T>& grad, const Strided<const 
 }
 
 // Whether the products of gradients and pixels are fewer than the sums along edges, for so many
-// vectors of channels (estimates). RoIs that a table is for have no slopes.
+// vectors of channels (estimates). Without slopes edges are the way.
 template <typename T>
 bool products_are_fewer(const Plan<T>& plan, int64_t vectors) {
   if (plan.x.slopes[0].empty()) return false;

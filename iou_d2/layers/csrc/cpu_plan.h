@@ -76,10 +76,12 @@ struct Plans {
     set_order();
     set_groups();
   }
-  // For the gradient of the RoIs alone.
-  void set_edges_and_slopes() {
+  // For the gradient of the RoIs alone: by edges or, without a table, by products.
+  void set_edges() {
+    for_rois([&](int64_t r) { direct[r].set_edges(); });
+  }
+  void set_slopes() {
     for_rois([&](int64_t r) {
-      direct[r].set_edges();
       if (!large[r]) direct[r].set_slopes();
     });
   }

@@ -63,7 +63,8 @@ at::Tensor prroi_pool_backward_rois_cpu(const at::Tensor& grad, const at::Tensor
   if (g.numel() == 0) return out.to(rois.scalar_type());
   AT_DISPATCH_FLOATING_TYPES(dtype, "prroi_pool_backward_rois", [&] {
     Plans<scalar_t> plans(rois, s, spatial_scale, aligned);
-    plans.set_edges_and_slopes();
+    plans.set_edges();
+    if (map.stride(1) == 1) plans.set_slopes();  // all channels of a pixel at once
     with_widest<scalar_t>([&](auto simd) {
       backward_rois<decltype(simd)>(g, map, pooled, plans, spatial_scale, out);
     });
