@@ -25,7 +25,7 @@ IOU_D2_INLINE double inner_of(const Strided<const T>& grad, const Strided<const 
   const auto dense = [&](const Strided<const T>& t) {
     return t.column == 1 && t.row == s.Q && t.channel == s.P * s.Q;
   };
-  // What lies side by side in both is as one long bin, and need not go through a tile.
+  // What lies side by side in both is as one long bin, and need not be gathered.
   if (dense(grad) && dense(out) && lanes % V::LANES == 0)
     return inner<V, T>({grad.at(r, c0, 0, 0), 0, 0}, {out.at(r, c0, 0, 0), 0, 0}, 1, 1,
                     lanes * s.P * s.Q);

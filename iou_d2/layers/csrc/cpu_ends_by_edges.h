@@ -2,7 +2,6 @@
 // The fast way for few channels, and for large bins, since it reads the pixels at edges alone.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <vector>
 

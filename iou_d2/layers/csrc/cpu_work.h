@@ -1,4 +1,5 @@
-// Where the kernels find the pixels and the bins of a RoI: in place, in a strip, or in a tile.
+// Where the kernels find the pixels of a RoI (in place, in a strip, or in a tile) and its bins (in
+// place or gathered).
 #pragma once
 
 #include <algorithm>
