@@ -177,7 +177,7 @@ def errors(shown: Sequence[Shown], charts: Charts) -> str:
     )
     rows = []
     for kind, meaning in _MEANINGS.items():
-        row = [kind, meaning]
+        row = [Safe(f"{escape(kind)}<small>{escape(meaning)}</small>")]
         for s in shown:
             errors_of = s.measures.error_table
             count = errors_of.count.get(kind)
@@ -187,14 +187,14 @@ def errors(shown: Sequence[Shown], charts: Charts) -> str:
             ]
         rows.append(row)
     several = len(shown) > 1
-    head = ["error", "detections that are"]
+    head = ["error"]
     for s in shown:
         head += [f"number, {s.name}" if several else "number", "dAP50"]
     return section(
         "errors",
         "Errors by type",
         f'<div class="one">{chart}</div>',
-        table(head, rows, "Errors by type", "numbers words"),
+        table(head, rows, "Errors by type", "numbers wrapped"),
         intro="As TIDE defines them: each false detection is of one type, and dAP50 is what AP50 "
         "gains where that type alone is mended. Gains do not add up.",
     )
