@@ -116,8 +116,9 @@ def test_100000_hostile_rois():
             assert gradient.isfinite().all()
 
 
-def test_threads_do_not_change_a_bit():
-    features = make_features((2, 70, 30, 30), "contiguous")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_threads_do_not_change_a_bit(layout):
+    features = make_features((3, 70, 30, 30), layout)  # no RoI in the last
     rois = torch.cat(
         [make_rois(50, 2, 30, 30, (1, 30)), make_rois(40, 2, 30, 30, (28, 60))]
     ).float()

@@ -16,34 +16,42 @@ void clear(const Strided<T>& map, int64_t n, int64_t row, int64_t c0, int64_t c1
   }
 }
 
-// Writes all of the map, whose pixels' channels are neighbours, for channels [c0, c1).
+// Adds what RoI r does to some rows of its own to the map, whose pixels' channels are neighbours.
 template <typename V, typename T = typename V::Number>
-void spread_in_place(const Strided<const T>& grad, const Plans<T>& plans, int64_t c0, int64_t c1,
+void spread_in_place(const Strided<const T>& grad, const Plans<T>& plans, int64_t r, Span rows,
                      const Strided<T>& map, Scratch<V>& scratch) {
   const Shape& s = plans.shape;
-  int64_t cleared = 0;  // rows of all images: just before they are needed, while in cache
-  const auto clear_to = [&](int64_t end) {
-    for (; cleared < end; ++cleared) clear(map, cleared / s.H, cleared % s.H, c0, c1, s.W);
-  };
-  for (int64_t r : plans.order) {
-    const Plan<T>& plan = plans.direct[r];
-    const Bins<T>&y = plan.y, &x = plan.x;
-    if (plan.empty()) continue;
-    clear_to(plan.roi.image * s.H + y.origin + y.extent);
-    for (int64_t c = c0, n; c < c1; c += n) {
-      n = next_channels<V>(c1 - c, true);
-      T* start = map.at(plan.roi.image, c, y.origin, x.origin);
-      V::run([&]() IOU_D2_INLINE_LAMBDA {
-        const auto bins = bins_of(grad, s, r, c, n, scratch.grads);
-        if (is_in_place<V>(map, n))
-          return spread<V, T>(bins, y, x, {start, map.row, map.column}, n);
-        scratch.pixels.resize(y.extent, x.extent).clear(0, y.extent);
-        spread<V, T>(bins, y, x, scratch.pixels.grid(), whole_lanes<V>(n));
-        scratch.pixels.template scatter<true>(0, y.extent, map, start, n);
-      });
-    }
+  const Plan<T>& plan = plans.direct[r];
+  const BinsView<T> y = plan.y, x = plan.x;
+  const int64_t image = plan.roi.image, count = rows.end - rows.begin;
+  for (int64_t c = 0, n; c < s.C; c += n) {
+    n = next_channels<V>(s.C - c, true);
+    V::run([&]() IOU_D2_INLINE_LAMBDA {
+      const auto bins = bins_of(grad, s, r, y.touching(rows), c, n, scratch.grads);
+      if (is_in_place<V>(map, n))
+        return spread<V, T>(bins, y, x, map.grid(image, c, plan.y.origin, plan.x.origin), rows, n);
+      scratch.pixels.resize(y.extent, x.extent).clear(rows.begin, count);
+      spread<V, T>(bins, y, x, scratch.pixels.grid(), rows, whole_lanes<V>(n));
+      T* start = map.at(image, c, plan.y.origin + rows.begin, plan.x.origin);
+      scratch.pixels.template scatter<true>(rows.begin, count, map, start, n);
+    });
   }
-  clear_to(s.N * s.H);
+}
+
+// Writes some rows of an image, whose pixels' channels are neighbours.
+template <typename V, typename T = typename V::Number>
+void write_rows(const Strided<const T>& grad, const Plans<T>& plans, int64_t image, Span rows,
+                const Strided<T>& map, Scratch<V>& scratch) {
+  const Shape& s = plans.shape;
+  for (int64_t row = rows.begin; row < rows.end; ++row) clear(map, image, row, 0, s.C, s.W);
+  for (auto next = plans.first_of(image); next != plans.order.end(); ++next) {
+    const Plan<T>& plan = plans.direct[*next];
+    if (plan.roi.image != image || plans.band(*next) >= rows.end) return;
+    const Span of_roi{std::max<int64_t>(rows.begin - plan.y.origin, 0),
+                      std::min(rows.end - plan.y.origin, plan.y.extent)};
+    if (plan.empty() || of_roi.begin >= of_roi.end) continue;
+    spread_in_place(grad, plans, *next, of_roi, map, scratch);
+  }
 }
 
 // Writes all of the map for the channels of a tile.
@@ -66,8 +74,9 @@ void spread_in_strip(const Strided<const T>& grad, const Plans<T>& plans, int64_
         const Bins<T>&y = plan.y, &x = plan.x;
         if (plan.empty()) continue;
         strip.open(plans.band(*next), y.origin + y.extent, bring, leave);
-        const auto bins = bins_of(grad, s, *next, c0, c1 - c0, scratch.grads);
-        spread<V, T>(bins, y, x, strip.grid(y.origin, x.origin), whole_lanes<V>(c1 - c0));
+        const auto bins = bins_of(grad, s, *next, {0, s.P}, c0, c1 - c0, scratch.grads);
+        spread<V, T>(bins, y, x, strip.grid(y.origin, x.origin), {0, y.extent},
+                     whole_lanes<V>(c1 - c0));
       }
       strip.close(s.H, leave);
     });
@@ -93,21 +102,28 @@ void spread_group(const Strided<const T>& grad, const Plans<T>& plans, const Gro
   });
 }
 
-// A thread owns a range of channels, so that no two write to one place and sums have one order.
+// A task has places of the map for itself, so that no two write to one and sums have one order:
+// rows where channels are neighbours, else the channels of a tile.
 template <typename V, typename T = typename V::Number>
 void backward_features(const at::Tensor& grad_output, const Plans<T>& plans,
                        const at::Tensor& grad_features) {
   constexpr int64_t LANES = Tile<V>::LANES;
-  const int64_t C = plans.shape.C;
+  const Shape& s = plans.shape;
   const auto grad = strided<const T>(grad_output);
   const auto map = strided<T>(grad_features);
-  at::parallel_for(0, (C + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end) {
-    Scratch<V> scratch;
-    if (map.channel == 1)
-      return spread_in_place(grad, plans, begin * LANES, std::min(end * LANES, C), map, scratch);
-    for (int64_t b = begin; b < end; ++b)
-      spread_in_strip(grad, plans, b * LANES, std::min((b + 1) * LANES, C), map, scratch);
-  });
+  if (map.channel == 1) {
+    const int64_t rows = std::clamp<int64_t>(s.N * s.H / (4 * at::get_num_threads()), 4, 16);
+    const int64_t parts = (s.H + rows - 1) / rows;
+    hand_out<V>(s.N * parts, [&](Scratch<V>& scratch, int64_t task) {
+      const int64_t first = task % parts * rows;
+      write_rows(grad, plans, task / parts, {first, std::min(first + rows, s.H)}, map, scratch);
+    });
+  } else {
+    hand_out<V>((s.C + LANES - 1) / LANES, [&](Scratch<V>& scratch, int64_t task) {
+      const int64_t c = task * LANES;
+      spread_in_strip(grad, plans, c, std::min(c + LANES, s.C), map, scratch);
+    });
+  }
   for_tables<V>(plans, [&](const Group& group, Rows<V>& rows, Scratch<V>& scratch, int64_t c0,
                            int64_t c1) {
     spread_group(grad, plans, group, rows, c0, c1, map, scratch);

@@ -29,7 +29,7 @@ IOU_D2_INLINE double inner_of(const Strided<const T>& grad, const Strided<const 
   if (dense(grad) && dense(out) && lanes % V::LANES == 0)
     return inner<V, T>({grad.at(r, c0, 0, 0), 0, 0}, {out.at(r, c0, 0, 0), 0, 0}, 1, 1,
                     lanes * s.P * s.Q);
-  return inner<V, T>(g, bins_of(out, s, r, c0, lanes, gathered), s.P, s.Q, whole_lanes<V>(lanes));
+  return inner<V, T>(g, bins_of(out, s, r, {0, s.P}, c0, lanes, gathered), s.P, s.Q, whole_lanes<V>(lanes));
 }
 
 // Whether the products of gradients and pixels are fewer than the sums along edges, for so many
@@ -66,7 +66,7 @@ void ends_direct(const Strided<const T>& grad, const Strided<const T>& map,
     n = next_channels<V>(c1 - c, map.channel == 1);
     V::run([&]() IOU_D2_INLINE_LAMBDA {
       const auto pixels = pixels_of(map, plans, r, c, n, strip, scratch);
-      const auto g = bins_of(grad, s, r, c, n, scratch.grads);
+      const auto g = bins_of(grad, s, r, {0, s.P}, c, n, scratch.grads);
       const int64_t whole = whole_lanes<V>(n);
       if (products_are_fewer(plan, whole / V::LANES))
         return add_by_products<V, T>(pixels, g, plan, whole, ends);

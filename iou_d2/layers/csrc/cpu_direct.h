@@ -85,6 +85,13 @@ struct BinsView {
     while (last < count && begin[last] <= i) ++last;
     return last;
   }
+  // The bins that touch any of some pixels, of which there is at least one.
+  IOU_D2_INLINE Span touching(Span pixels) const {
+    int64_t first = 0;
+    over(pixels.begin, first);
+    int64_t last = first;
+    return {first, over(pixels.end - 1, last)};
+  }
 };
 
 // Calls body(c, K) for K vectors of channels at a time, so that what they share is done once.
@@ -137,7 +144,7 @@ IOU_D2_INLINE void pool(Grid<const T> map, BinsView<T> y, BinsView<T> x, Grid<T>
   }
 }
 
-// map[i, j] += sum_q Wx[q, j] sum_p Wy[p, i] grad[p, q]
+// map[i, j] += sum_q Wx[q, j] sum_p Wy[p, i] grad[p, q], in some rows of the RoI's
 template <typename V, int K, typename T = typename V::Number>
 IOU_D2_INLINE void spread_row(Grid<const T> grad, BinsView<T> y, BinsView<T> x, Grid<T> map,
                               int64_t i, int64_t p0, int64_t p1, int64_t q, int64_t c) {
@@ -155,8 +162,8 @@ IOU_D2_INLINE void spread_row(Grid<const T> grad, BinsView<T> y, BinsView<T> x, 
 
 template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE void spread(Grid<const T> grad, BinsView<T> y, BinsView<T> x, Grid<T> map,
-                          int64_t channels) {
-  for (int64_t i = 0, p0 = 0; i < y.extent; ++i) {
+                          Span rows, int64_t channels) {
+  for (int64_t i = rows.begin, p0 = 0; i < rows.end; ++i) {
     const int64_t p1 = y.over(i, p0);
     for (int64_t q = 0; q < x.count; ++q) {
       for_packs<V>(channels, [&](int64_t c, auto K) IOU_D2_INLINE_LAMBDA {

@@ -85,6 +85,11 @@ struct Plans {
       if (!large[r]) direct[r].set_slopes();
     });
   }
+  // The first of an image's RoIs in the order.
+  std::vector<int64_t>::const_iterator first_of(int64_t image) const {
+    return std::lower_bound(order.begin(), order.end(), image,
+                            [&](int64_t r, int64_t i) { return direct[r].roi.image < i; });
+  }
   // The first row of a RoI's band: no later RoI of the order needs the rows above.
   int64_t band(int64_t r) const {
     return direct[r].y.origin / BAND * BAND;
@@ -155,6 +160,17 @@ struct Scratch {
   std::vector<Line<Doubles<V>>> edges;
 };
 
+// Calls body(scratch, task) in parallel. Tasks are handed out one by one, for they differ in size
+// and cores in what else they do.
+template <typename V, typename F>
+void hand_out(int64_t tasks, const F& body) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
+    Scratch<V> scratch;
+    for (int64_t task = next++; task < tasks; task = next++) body(scratch, task);
+  });
+}
+
 // Splits C channels into blocks and R RoIs into parts and calls body(scratch, c0, c1, r0, r1) for
 // each pair in parallel. Where channels are neighbours a task takes all of them; else those of a
 // tile, whose planes neighbouring RoIs share.
@@ -164,15 +180,10 @@ void for_tasks(const Plans<T>& plans, bool in_place, const F& body) {
   const int64_t threads = at::get_num_threads();
   const int64_t block = in_place ? C : Tile<V>::LANES, blocks = (C + block - 1) / block;
   const int64_t parts = std::min(R, in_place ? 8 * threads : (threads + blocks - 1) / blocks);
-  // Tasks are handed out one by one, for RoIs differ in size and cores in what else they do.
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(threads, blocks * parts), 1, [&](int64_t, int64_t) {
-    Scratch<V> scratch;
-    for (int64_t task = next++; task < blocks * parts; task = next++) {
-      const int64_t c = task / parts * block, part = task % parts;
-      scratch.image = -1;
-      body(scratch, c, std::min(c + block, C), part * R / parts, (part + 1) * R / parts);
-    }
+  hand_out<V>(blocks * parts, [&](Scratch<V>& scratch, int64_t task) {
+    const int64_t c = task / parts * block, part = task % parts;
+    scratch.image = -1;
+    body(scratch, c, std::min(c + block, C), part * R / parts, (part + 1) * R / parts);
   });
 }
 

@@ -12,6 +12,11 @@
 
 namespace iou_d2::cpu {
 
+// Whole numbers from begin to before end.
+struct Span {
+  int64_t begin, end;
+};
+
 // A grid of channel vectors in memory; strides in elements.
 template <typename T>
 struct Grid {
@@ -141,22 +146,21 @@ struct GatheredBins {
   using T = typename V::Number;
   std::vector<Line<V>> values;
 
-  // Those of `lanes` channels from `start` on; channels that are missing in the last vector are 0.
-  IOU_D2_INLINE Grid<const T> gather(const Strided<const T>& from, const T* start, int64_t rows,
+  // `lanes` channels from `start` on, in some rows; those that are missing in the last vector are 0.
+  IOU_D2_INLINE Grid<const T> gather(const Strided<const T>& from, const T* start, Span rows,
                                      int64_t columns, int64_t lanes) {
     int64_t vectors = (lanes + V::LANES - 1) / V::LANES;
     // Bins that are a large power of two apart share places of the nearest cache.
     if (vectors * V::BYTES > TILE) vectors += (CACHE_LINE + V::BYTES - 1) / V::BYTES;
-    const int64_t bin = vectors * V::LANES;
-    if (static_cast<int64_t>(values.size()) < rows * columns * vectors)
-      values.resize(rows * columns * vectors);
+    const int64_t bin = vectors * V::LANES, begin = rows.begin * columns, end = rows.end * columns;
+    if (static_cast<int64_t>(values.size()) < end * vectors) values.resize(end * vectors);
     T* to = values.data()->lane;
-    if (lanes % V::LANES != 0) std::fill_n(to, rows * columns * bin, T(0));
+    if (lanes % V::LANES != 0) std::fill_n(to + begin * bin, (end - begin) * bin, T(0));
     if (from.column == 1 && from.row == columns) {
-      transpose<false>(start, from.channel, lanes, rows * columns, to, bin);
+      transpose<false>(start + begin, from.channel, lanes, end - begin, to + begin * bin, bin);
       return {to, columns * bin, bin};
     }
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
       for (int64_t j = 0; j < columns; ++j) {
         const T* at = start + i * from.row + j * from.column;
         for (int64_t k = 0; k < lanes; ++k) to[(i * columns + j) * bin + k] = at[k * from.channel];

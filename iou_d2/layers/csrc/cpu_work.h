@@ -45,12 +45,13 @@ IOU_D2_INLINE Grid<const T> pixels_of(const Strided<const T>& map, const Plans<T
   return {pixels.data, pixels.row, pixels.column};
 }
 
-// RoI r's bins: where they are, or gathered.
+// RoI r's bins: where they are or, in some rows, gathered.
 template <typename V, typename T = typename V::Number>
 IOU_D2_INLINE Grid<const T> bins_of(const Strided<const T>& bins, const Shape& s, int64_t r,
-                                    int64_t c0, int64_t lanes, GatheredBins<V>& gathered) {
+                                    Span rows, int64_t c0, int64_t lanes,
+                                    GatheredBins<V>& gathered) {
   if (is_in_place<V>(bins, lanes)) return bins.grid(r, c0, 0, 0);
-  return gathered.gather(bins, bins.at(r, c0, 0, 0), s.P, s.Q, lanes);
+  return gathered.gather(bins, bins.at(r, c0, 0, 0), rows, s.Q, lanes);
 }
 
 // The same for all RoIs of a group, with RoI k's in rows [k * P, (k + 1) * P) of the tile.
