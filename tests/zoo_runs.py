@@ -49,7 +49,7 @@ def finished(folder: Path, run, ap: float = 40.0, **changes) -> Path:
         "overrides": words,
         "train": ["/somewhere/a.json"],
         "seed": run.seed,
-        "devices": ["cpu, 1 threads"],
+        "devices": ["cpu, 1 thread"],
         "versions": {"torch": "2.11.0+cpu"},
         "commit": "abc",
         "start": "2026-01-01",

@@ -101,7 +101,8 @@ def config_name(config_file: str) -> str:
 def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{device}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def commit() -> str | None:

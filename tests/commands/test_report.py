@@ -47,7 +47,7 @@ def make_run(folder, files, record=None):
         "train": [name],
         "test": [name],
         "seed": 3,
-        "devices": ["cpu, 1 threads"],
+        "devices": ["cpu, 1 thread"],
         "versions": {"torch": "2.11.0"},
         "start": "2026-01-01T00:00:00+00:00",
         "seconds": 12.3,

@@ -246,7 +246,7 @@ def test_rows_of_other_devices_are_told_apart(plan, tmp_path):
     cells = [[x.strip() for x in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
     by_row = {row[0]: row for row in cells if len(row) == 8}
     assert by_row["cells"][-1] == "device"
-    assert by_row["Plain"][-1] == "cpu, 1 threads" and by_row["Other"][-1] == "GPU X"
+    assert by_row["Plain"][-1] == "cpu, 1 thread" and by_row["Other"][-1] == "GPU X"
     assert any("--num-gpus 0-OR-1 " in line for line in lines)
     keep(plan, plain, finished(tmp_path / "plain", plain, devices=["GPU X"]))
     page = model_zoo(plan)

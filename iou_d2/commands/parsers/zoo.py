@@ -18,7 +18,7 @@ from iou_d2.errors import InputError
 
 PAGES = [
     Path("README.md"),
-    *(Path("docs", name) for name in ("RESULTS.md", "POOLING.md", "ABLATIONS.md")),
+    *(Path("docs", name) for name in ("RESULTS.md", "POOLING.md", "ABLATIONS.md", "TRAINING.md")),
 ]
 
 
