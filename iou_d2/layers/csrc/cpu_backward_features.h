@@ -112,6 +112,7 @@ void backward_features(const at::Tensor& grad_output, const Plans<T>& plans,
   const auto grad = strided<const T>(grad_output);
   const auto map = strided<T>(grad_features);
   if (map.channel == 1) {
+    // Some tasks for each thread, of rows enough that few RoIs are cut (an estimate).
     const int64_t rows = std::clamp<int64_t>(s.N * s.H / (4 * at::get_num_threads()), 4, 16);
     const int64_t parts = (s.H + rows - 1) / rows;
     hand_out<V>(s.N * parts, [&](Scratch<V>& scratch, int64_t task) {

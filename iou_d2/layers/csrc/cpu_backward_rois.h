@@ -29,7 +29,8 @@ IOU_D2_INLINE double inner_of(const Strided<const T>& grad, const Strided<const 
   if (dense(grad) && dense(out) && lanes % V::LANES == 0)
     return inner<V, T>({grad.at(r, c0, 0, 0), 0, 0}, {out.at(r, c0, 0, 0), 0, 0}, 1, 1,
                     lanes * s.P * s.Q);
-  return inner<V, T>(g, bins_of(out, s, r, {0, s.P}, c0, lanes, gathered), s.P, s.Q, whole_lanes<V>(lanes));
+  const auto bins = bins_of(out, s, r, {0, s.P}, c0, lanes, gathered);
+  return inner<V, T>(g, bins, s.P, s.Q, whole_lanes<V>(lanes));
 }
 
 // Whether the products of gradients and pixels are fewer than the sums along edges, for so many
