@@ -146,7 +146,7 @@ struct GatheredBins {
   using T = typename V::Number;
   std::vector<Line<V>> values;
 
-  // `lanes` channels from `start` on, in some rows; those that are missing in the last vector are 0.
+  // `lanes` channels from `start` on, in some rows; what is missing in the last vector is 0.
   IOU_D2_INLINE Grid<const T> gather(const Strided<const T>& from, const T* start, Span rows,
                                      int64_t columns, int64_t lanes) {
     int64_t vectors = (lanes + V::LANES - 1) / V::LANES;
