@@ -40,6 +40,7 @@ SOURCES = [
         "prroi_pool_cpu.cpp",
         "deform_conv_cpu.cpp",
         "suppressors_cpu.cpp",
+        "batch_norm_cpu.cpp",
     )
 ]
 CUDA_SOURCES = [CSRC + "prroi_pool_cuda.cu"]

@@ -35,12 +35,12 @@ class StridedDepthwiseConv2d(nn.Conv2d):
         new.weight = conv.weight
         return new
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, h, w) in the dtype of `x`."""
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(N, C, H, W) -> (N, C, h, w) in the dtype of `x`, by weights (C, 1, 3, 3)."""
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
+            return super()._conv_forward(x, weight, bias)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+            return super()._conv_forward(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 class MobileNetV2(Backbone):

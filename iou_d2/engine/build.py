@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from .compilation import compile_networks, require_compiler
+from .folding import fold_norms
 from .precision import networks_of, with_precision
 
 
@@ -27,7 +28,10 @@ def as_configured(model: nn.Module, cfg: CfgNode) -> nn.Module:
         InputError: another value of one of the keys, networks that are not known, or no compiler.
     """
     with_precision(model, cfg)
+    device = next(model.parameters()).device.type
     if cfg.MODEL.COMPILE:
-        require_compiler(next(model.parameters()).device.type)
+        require_compiler(device)
         compile_networks(networks_of(model))
+    elif device == "cpu":
+        fold_norms(model)
     return model

@@ -49,6 +49,8 @@ def with_precision(model: nn.Module, cfg: CfgNode) -> nn.Module:
     for network in networks:
         compute_in_bfloat16(network, device)
     if is_last(device) and hasattr(model, "backbone"):
+        # Of weights in another order each convolution makes a copy.
+        model.to(memory_format=torch.channels_last)
         model.backbone.register_forward_pre_hook(_channels_last)
     return model
 

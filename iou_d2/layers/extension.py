@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-OPERATORS = ("prroi_pool", "deform_conv", "first_suppressors")
+OPERATORS = ("prroi_pool", "deform_conv", "first_suppressors", "batch_norm")
 
 
 def _load() -> str:

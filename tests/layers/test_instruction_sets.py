@@ -18,6 +18,7 @@ import torch
 from torchvision.ops import deform_conv2d
 
 from iou_d2.layers import prroi_pool, prroi_pool_reference
+from iou_d2.layers.batch_norm import batch_norm
 from iou_d2.layers.deform_conv import deform_conv
 
 torch.manual_seed(0)
@@ -53,6 +54,10 @@ for channels in (3, 16, 37):
         ours = lambda f, o, w: deform_conv(f, o, w, padding=1)
         theirs = lambda f, o, w: deform_conv2d(f, o, w, padding=1)
         compared(ours, theirs, [features, offsets, weight])
+    norm = torch.nn.BatchNorm2d(channels)
+    ours = lambda x: batch_norm(x.contiguous(memory_format=torch.channels_last), norm, 0, 1)
+    theirs = lambda x: torch.nn.functional.batch_norm(x, None, None, training=True).clamp(0, 1)
+    compared(ours, theirs, [torch.randn(2, channels, 24, 30)])
 print(torch.backends.cpu.get_cpu_capability())
 """
 

@@ -1,0 +1,218 @@
+"""Convolutions that do the work of the norms and activations behind them.
+
+A frozen batch norm, and any batch norm in inference, maps each channel x to s x + t. So
+norm(conv(x; w)) = conv(x; s w, t), which reads and writes the map once where there were two. s w is
+computed anew in each forward, since it is small beside the map: no copy of the weights can be out
+of date, and gradients reach w.
+
+Where no gradient is asked for, oneDNN also applies the ReLU and adds the shortcut of a residual
+block before it writes the map.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
+from torch import Tensor, nn
+
+from iou_d2.layers.batch_norm import batch_norm, is_compiled_for
+
+from .precision import cpu_has_bfloat16
+
+# Activations by oneDNN's name and numbers, and by the least and the largest that they put out.
+_ACTIVATIONS = {nn.ReLU: ("relu", []), nn.ReLU6: ("hardtanh", [0.0, 6.0])}
+_ENDS = {nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}
+_BLOCKS = (BasicBlock.forward, BottleneckBlock.forward)
+# The operators that torch.compile makes code of. Where a torch lacks them, maps are read and
+# written more often, and that is all.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name)
+    for name in ("_convolution_pointwise", "_convolution_pointwise_")
+)
+
+
+def fold_norms(model: nn.Module) -> None:
+    """Let the convolutions of `model` do the work of norms and activations from now on, in place.
+
+    These are Detectron2's Conv2d with a norm, its residual blocks, and what is in an nn.Sequential;
+    all else stays, and so does what has a hook of its own. Outputs agree but for rounding, names
+    and tensors stay as they are.
+    """
+    for module in model.modules():
+        forward = type(module).forward
+        if forward in _BLOCKS:
+            module.forward = FoldedBlock(module)
+        elif forward is Conv2d.forward and module.norm is not None:
+            module.forward = FoldedConv2d(module)
+        elif forward is nn.Sequential.forward and len(module) > 0:
+            is_stage = all(type(layer).forward in _BLOCKS for layer in module)
+            module.forward = FoldedStage(module) if is_stage else FoldedSequential(module)
+
+
+class FoldedConv2d:
+    """The forward of a Conv2d of Detectron2 with a norm."""
+
+    def __init__(self, conv: Conv2d):
+        self.conv = conv
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D, h, w)."""
+        conv, norm = self.conv, self.conv.norm
+        if only_scales(norm):
+            x = conv._conv_forward(x, *folded(conv, norm))
+        else:
+            x = conv._conv_forward(x, conv.weight, conv.bias)
+            is_compiled = is_compiled_for(norm, x) and not _is_hooked(norm)
+            x = batch_norm(x, norm) if is_compiled else norm(x)
+        return x if conv.activation is None else conv.activation(x)
+
+
+class FoldedSequential:
+    """The forward of an nn.Sequential in which norms and ReLUs follow convolutions."""
+
+    def __init__(self, layers: nn.Sequential):
+        self.layers = layers
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D, h, w)."""
+        layers = list(self.layers)
+        while layers:
+            layer = layers.pop(0)
+            if _is_plain(layer):
+                norm = layers.pop(0) if layers and only_scales(layers[0]) else None
+                if layers and _is_activation(layers[0]) and is_fused(layer, x):
+                    x = fused(layer, norm, layers.pop(0), x)
+                else:
+                    x = layer(x) if norm is None else layer._conv_forward(x, *folded(layer, norm))
+            elif is_compiled_for(layer, x) and not _is_hooked(layer):
+                clamps = layers and _is_activation(layers[0])
+                x = batch_norm(x, layer, *(_ENDS[type(layers.pop(0))] if clamps else ()))
+            else:
+                x = layer(x)
+        return x
+
+
+class FoldedBlock:
+    """The forward of a BasicBlock or BottleneckBlock of Detectron2."""
+
+    def __init__(self, block: BasicBlock | BottleneckBlock):
+        self.block = block
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D, h, w)."""
+        if not self.is_fused(x):
+            return type(self.block).forward(self.block, x)
+        return self.fused(x, keeps_input=True)
+
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether its convolutions of `x` can be computed together with what follows them."""
+        return all(
+            only_scales(conv.norm) and is_fused(conv, x) and not _is_hooked(conv)
+            for conv in self.block.children()
+        )
+
+    def fused(self, x: Tensor, keeps_input: bool) -> Tensor:
+        """The output, where `is_fused`, which is written over `x` unless that is to be kept."""
+        shortcut, relu = self.block.shortcut, nn.ReLU()
+        if shortcut is not None:
+            output = shortcut(x)
+        else:
+            output = x.clone() if keeps_input else x
+        *convs, last = (conv for conv in self.block.children() if conv is not shortcut)
+        for conv in convs:
+            x = fused(conv, conv.norm, relu, x)
+        return added(output, last, last.norm, relu, x)
+
+
+class FoldedStage:
+    """The forward of an nn.Sequential of such blocks, which alone sees the maps between them."""
+
+    def __init__(self, blocks: nn.Sequential):
+        self.blocks = blocks
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D, h, w)."""
+        is_own = False
+        for block in self.blocks:
+            is_fused = block.forward.is_fused(x) and not _is_hooked(block)
+            x = block.forward.fused(x, keeps_input=not is_own) if is_fused else block(x)
+            is_own = is_fused
+        return x
+
+
+def only_scales(norm: nn.Module | None) -> bool:
+    """Whether `norm` maps each channel x to s x + t with an s and t that do not depend on x."""
+    if norm is None or _is_hooked(norm):
+        return False
+    if isinstance(norm, FrozenBatchNorm2d):
+        return True
+    is_batch_norm = isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    return is_batch_norm and not norm.training and norm.track_running_stats and norm.affine
+
+
+def folded(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """Weights (D, C / groups, h, w) and bias (D,) of what `conv` and then `norm` do."""
+    if norm is None:
+        return conv.weight, conv.bias
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    bias = shift if conv.bias is None else shift + scale * conv.bias
+    return conv.weight * scale[:, None, None, None], bias
+
+
+def is_fused(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether `conv` of `x` can be computed together with what follows it."""
+    asks_for_gradient = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    return (
+        not asks_for_gradient
+        and _HAS_ONEDNN
+        and x.device.type == "cpu"
+        and conv.padding_mode == "zeros"
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and (_dtype_of(x) == torch.float32 or _dtype_of(x) == torch.bfloat16 and cpu_has_bfloat16())
+    )
+
+
+def fused(conv: nn.Conv2d, norm: nn.Module | None, activation: nn.Module, x: Tensor) -> Tensor:
+    """activation(norm(conv(x))), where `is_fused`."""
+    name, numbers = _ACTIVATIONS[type(activation)]
+    return torch.ops.mkldnn._convolution_pointwise(*_inputs(conv, norm, x), name, numbers, "")
+
+
+def added(
+    shortcut: Tensor, conv: nn.Conv2d, norm: nn.Module, activation: nn.Module, x: Tensor
+) -> Tensor:
+    """activation(shortcut + norm(conv(x))), written over `shortcut`, where `is_fused`."""
+    name, numbers = _ACTIVATIONS[type(activation)]
+    return torch.ops.mkldnn._convolution_pointwise_.binary(
+        shortcut.to(_dtype_of(x)), *_inputs(conv, norm, x), "add", 1.0, name, numbers, ""
+    )
+
+
+def _inputs(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> tuple:
+    tensors = (None if each is None else each.to(_dtype_of(x)) for each in (x, *folded(conv, norm)))
+    return *tensors, conv.padding, conv.stride, conv.dilation, conv.groups
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """What a convolution of `x` is computed in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether `module` is a convolution and nothing else."""
+    if type(module).forward not in (nn.Conv2d.forward, Conv2d.forward) or _is_hooked(module):
+        return False
+    return getattr(module, "norm", None) is None and getattr(module, "activation", None) is None
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module) in _ENDS and not _is_hooked(module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return any((*hooks, module._backward_pre_hooks))
