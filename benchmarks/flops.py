@@ -34,7 +34,18 @@ def count_torchvision_backward(grad, x, weight, *_, out_val) -> int:
     return 2 * 2 * grad[:, 0].numel() * weight.numel()
 
 
+def count_conv_and_more(x, weight, *_, out_val) -> int:
+    """Of oneDNN's operator for a convolution with what follows it."""
+    return 2 * out_val[:, 0].numel() * weight.numel()
+
+
+def count_conv_onto(onto, x, weight, *_, out_val) -> int:
+    return 2 * out_val[:, 0].numel() * weight.numel()
+
+
 OUR_COUNTS = {
+    torch.ops.mkldnn._convolution_pointwise: count_conv_and_more,
+    torch.ops.mkldnn._convolution_pointwise_: count_conv_onto,
     torch.ops.iou_d2.deform_conv: count_deform_conv,
     torch.ops.iou_d2.deform_conv_backward: count_deform_conv_backward,
     torch.ops.torchvision.deform_conv2d: count_torchvision,

@@ -1,13 +1,15 @@
-"""What precision and order of memory cost and save: MODEL.PRECISION and MODEL.MEMORY_FORMAT.
+"""What precision, order of memory and folded norms cost and save: MODEL.PRECISION,
+MODEL.MEMORY_FORMAT, and what iou_d2.engine.folding does on a CPU.
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/precision.py [--size HxW] [--images N]
         [--rounds N] [--configs NAME ...] [--cpu] [--device cpu|cuda]
 
-For each config the four combinations take turns in one process, with freed memory kept.
-Prints the median seconds of a training step (forward, backward, SGD, of N images) and of the
-networks' forward of one image without gradients, the median of each round's ratio to float32 NCHW,
-and its lowest and highest value. --cpu has it count the seconds of the CPU and not those of the
-clock, which a busy machine stretches. The weights are random, so that nothing is detected.
+For each config the combinations take turns in one process, with freed memory kept. Prints the
+median seconds of a training step (forward, backward, SGD, of N images) and of the networks' forward
+of one image without gradients, the median of each round's ratio to what Detectron2 does, float32
+NCHW with every norm a step of its own, and its lowest and highest value. --cpu has it count the
+seconds of the CPU and not those of the clock, which a busy machine stretches. The weights are
+random, so that nothing is detected.
 """
 
 from __future__ import annotations
@@ -18,20 +20,25 @@ import time
 from collections.abc import Callable
 
 import torch
+from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from tabulate import tabulate
 from torch import nn
 
 from common import add_device, machine, random_batch, seconds, training_step
 from iou_d2 import get_config
+from iou_d2.engine.build import build_detector
 from iou_d2.engine.memory import keep_freed_memory
-from iou_d2.engine.trainer import Trainer
+from iou_d2.engine.precision import with_precision
 
 CONFIGS = ["vfnet_R_50_FPN_1x", "quick/vfnet_own_data"]
 WAYS = [
+    "float32 contiguous unfolded",
     "float32 contiguous",
+    "float32 channels_last unfolded",
     "float32 channels_last",
     "bfloat16 contiguous",
+    "bfloat16 channels_last unfolded",
     "bfloat16 channels_last",
 ]
 BASELINE = WAYS[0]
@@ -44,12 +51,11 @@ def cpu_seconds(function: Callable) -> float:
 
 
 def build(config: str, device: str, name: str) -> nn.Module:
-    precision, memory_format = name.split()
+    precision, memory_format, *unfolded = name.split()
     keys = ["MODEL.PRECISION", precision, "MODEL.MEMORY_FORMAT", memory_format]
+    cfg = get_config(config, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, *keys])
     torch.manual_seed(0)
-    return Trainer.build_model(
-        get_config(config, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, *keys])
-    )
+    return with_precision(build_model(cfg), cfg) if unfolded else build_detector(cfg)
 
 
 def training(model: nn.Module, batch: list[dict]) -> Callable:

@@ -164,10 +164,14 @@ def folded(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor | No
 
 
 def is_fused(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether `conv` of `x` can be computed together with what follows it."""
+    """Whether `conv` of `x` can be computed together with what follows it.
+
+    In a graph that is to run elsewhere it is not, for the operator may not be there.
+    """
     asks_for_gradient = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
     return (
         not asks_for_gradient
+        and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
         and _HAS_ONEDNN
         and x.device.type == "cpu"
         and conv.padding_mode == "zeros"

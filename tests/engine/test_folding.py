@@ -212,6 +212,17 @@ def test_maps_are_written_once(network, left):
 
 
 @torch.no_grad()
+def test_a_traced_graph_runs_elsewhere():
+    """It has no operator of oneDNN or of our own, which only a CPU with the same torch has."""
+    x = images().contiguous(memory_format=torch.channels_last)
+    for network in (resnet(18), backbone("quick/vfnet_own_data").bottom_up):
+        traced = torch.jit.trace(folded(network), x, strict=False)
+        torch.testing.assert_close(traced(x)["res5"], network(x)["res5"], rtol=1e-4, atol=1e-4)
+        kinds = {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()}
+        assert kinds == {"aten", "prim"}
+
+
+@torch.no_grad()
 def test_without_the_operators_of_onednn_norms_are_folded(monkeypatch):
     network = resnet(18)
     x = images().contiguous(memory_format=torch.channels_last)
