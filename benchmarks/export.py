@@ -19,6 +19,7 @@ in bfloat16, which it takes by itself on a CPU that multiplies it, and with the 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -39,6 +40,7 @@ from common import in_turn, machine
 from iou_d2 import get_config
 from iou_d2.commands.eval import main as evaluate
 from iou_d2.commands.trained import load_trained
+from iou_d2.engine.build import as_configured
 from iou_d2.engine.export import build_graph
 from iou_d2.engine.export.describe import describe
 from iou_d2.engine.export.files import InputSpec, write
@@ -150,7 +152,8 @@ def runs_of(
     trained.write(script, "torchscript", spec)
     quantize(file, small, calibration(file, args))
     threads = args.threads
-    runs = {"PyTorch eager": eager(trained.model), "TorchScript": scripted(script)}
+    as_run = as_configured(copy.deepcopy(trained.model), trained.cfg)
+    runs = {"PyTorch eager": eager(as_run), "TorchScript": scripted(script)}
     runs["ONNX Runtime"] = session(file, threads)
     runs["ONNX Runtime int8"] = session(small, threads)
     return {**runs, **openvino_runs(file, small, threads)}

@@ -1,5 +1,4 @@
-"""Layers with compiled operators, written on torch alone: precise RoI pooling, deformable
-convolution."""
+"""Layers with compiled operators: precise RoI pooling, deformable convolution, batch norm."""
 
 from .extension import HAS_EXTENSION
 from .prroi_pool import PrRoIPool, prroi_pool, prroi_pool_reference

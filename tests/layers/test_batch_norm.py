@@ -170,3 +170,13 @@ def test_a_gradient_that_does_not_fit_gets_one_sentence():
     x, numbers = maps(2, 4, 5, 5), [torch.ones(4)] * 4
     with pytest.raises(ValueError, match=r"a gradient of shape \[2, 4, 5, 6\] does not fit"):
         torch.ops.iou_d2.batch_norm_backward(maps(2, 4, 5, 6), x, *numbers, 1e-5, 0, 6)
+
+
+def test_compiled_code_computes_the_same():
+    x, norm = maps(2, 16, 9, 7).requires_grad_(), norm_of(16)
+    twin = copy.deepcopy(norm)
+    step = torch.compile(lambda x: batch_norm(x, norm, 0, 6), backend="aot_eager")
+    y, wanted = step(x), batch_norm(x, twin, 0, 6)
+    assert torch.equal(y, wanted) and torch.equal(norm.running_var, twin.running_var)
+    gradients = [torch.autograd.grad(each.square().sum(), x)[0] for each in (y, wanted)]
+    assert torch.equal(*gradients)
