@@ -83,7 +83,7 @@ class FoldedSequential:
             layer = layers.pop(0)
             if _is_plain(layer):
                 norm = layers.pop(0) if layers and only_scales(layers[0]) else None
-                if layers and _is_activation(layers[0]) and is_fused(layer, x):
+                if layers and _is_activation(layers[0]) and is_fused(layer, norm, x):
                     x = fused(layer, norm, layers.pop(0), x)
                 else:
                     x = layer(x) if norm is None else layer._conv_forward(x, *folded(layer, norm))
@@ -110,7 +110,10 @@ class FoldedBlock:
     def is_fused(self, x: Tensor) -> bool:
         """Whether its convolutions of `x` can be computed together with what follows them."""
         return all(
-            only_scales(conv.norm) and is_fused(conv, x) and not _is_hooked(conv)
+            type(conv).forward is Conv2d.forward
+            and conv.activation is None
+            and only_scales(conv.norm)
+            and is_fused(conv, conv.norm, x)
             for conv in self.block.children()
         )
 
@@ -163,20 +166,23 @@ def folded(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor | No
     return conv.weight * scale[:, None, None, None], bias
 
 
-def is_fused(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether `conv` of `x` can be computed together with what follows it.
+def is_fused(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> bool:
+    """Whether `conv` of `x` can be computed together with `norm` and an activation.
 
-    In a graph that is to run elsewhere it is not, for the operator may not be there.
+    Not where a gradient is asked for, since oneDNN's operators have none, and not in a graph that
+    is to run elsewhere, where they may not be.
     """
-    asks_for_gradient = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    parts = [conv] if norm is None else [conv, norm]
     return (
-        not asks_for_gradient
-        and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
-        and _HAS_ONEDNN
+        _HAS_ONEDNN
         and x.device.type == "cpu"
-        and conv.padding_mode == "zeros"
         and x.is_contiguous(memory_format=torch.channels_last)
         and (_dtype_of(x) == torch.float32 or _dtype_of(x) == torch.bfloat16 and cpu_has_bfloat16())
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and not any(map(_is_hooked, parts))
+        and not (torch.is_grad_enabled() and (x.requires_grad or any(map(_learns, parts))))
+        and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
     )
 
 
@@ -215,6 +221,10 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _is_activation(module: nn.Module) -> bool:
     return type(module) in _ENDS and not _is_hooked(module)
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _is_hooked(module: nn.Module) -> bool:

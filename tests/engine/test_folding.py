@@ -151,6 +151,23 @@ def test_gradients_in_float32_are_as_exact_as_unfolded(layout):
     assert error(got, wanted) < 2 * error(unfolded, wanted)
 
 
+@pytest.mark.parametrize("learns", ["0.weight", "0.bias", "1.weight", "1.bias"])
+def test_a_single_part_may_learn(learns):
+    """Of a convolution and a norm whose other parts, and whose input, need no gradient."""
+    plain = shuffled(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).eval()
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(name == learns)
+    found, x = (
+        folded(plain),
+        images()[:, [0, 1, 2, 0]].contiguous(memory_format=torch.channels_last),
+    )
+    gradients = []
+    for network in (plain, found):
+        network(x).square().sum().backward()
+        gradients.append(network.get_parameter(learns).grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.ReLU(inplace=True), nn.SiLU()])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), FrozenBatchNorm2d(8), nn.Identity()])
 @torch.no_grad()
@@ -161,6 +178,7 @@ def test_sequences_of_all_kinds(norm, activation):
         nn.Conv2d(4, 8, 3, stride=2, padding=1),
         nn.Conv2d(4, 8, 3, dilation=2, groups=4, bias=False),
         nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 8, 3, padding="same"),
         Conv2d(4, 8, 1, norm=FrozenBatchNorm2d(8), activation=torch.sigmoid),
     ):
         plain = shuffled(nn.Sequential(conv, norm, activation, nn.Conv2d(8, 3, 1))).eval()
