@@ -41,6 +41,8 @@ SOURCES = [
         "deform_conv_cpu.cpp",
         "suppressors_cpu.cpp",
         "batch_norm_cpu.cpp",
+        "conv3x3_cpu.cpp",
+        "roi_align_cpu.cpp",
     )
 ]
 CUDA_SOURCES = [CSRC + "prroi_pool_cuda.cu"]

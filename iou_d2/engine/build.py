@@ -10,6 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
+from iou_d2.layers.roi_align import use_compiled_roi_align
+
 from .compilation import compile_networks, require_compiler
 from .folding import fold_norms
 from .precision import networks_of, with_precision
@@ -34,4 +36,5 @@ def as_configured(model: nn.Module, cfg: CfgNode) -> nn.Module:
         compile_networks(networks_of(model))
     elif device == "cpu":
         fold_norms(model)
+        use_compiled_roi_align(model)
     return model

@@ -1,4 +1,4 @@
-"""Convolutions that do the work of the norms and activations behind them.
+"""Convolutions that do the work of the norms and activations behind them, and fewer products.
 
 A frozen batch norm, and any batch norm in inference, maps each channel x to s x + t. So
 norm(conv(x; w)) = conv(x; s w, t), which reads and writes the map once where there were two. s w is
@@ -7,6 +7,8 @@ of date, and gradients reach w.
 
 Where no gradient is asked for, oneDNN also applies the ReLU and adds the shortcut of a residual
 block before it writes the map.
+
+Convolutions with 3 x 3 weights and stride 1 go by Winograd's algorithm where that is faster.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import Tensor, nn
 
 from iou_d2.layers.batch_norm import batch_norm, is_compiled_for
+from iou_d2.layers.conv3x3 import conv3x3, conv3x3_and_more, is_worth_it, suits
 
 from .precision import cpu_has_bfloat16
 
 # Activations by oneDNN's name and numbers, and by the least and the largest that they put out.
 _ACTIVATIONS = {nn.ReLU: ("relu", []), nn.ReLU6: ("hardtanh", [0.0, 6.0])}
 _ENDS = {nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}
+_CONVOLUTIONS = (nn.Conv2d.forward, Conv2d.forward)
 _BLOCKS = (BasicBlock.forward, BottleneckBlock.forward)
 # The operators that torch.compile makes code of. Where a torch lacks them, maps are read and
 # written more often, and that is all.
@@ -37,15 +41,15 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
 def fold_norms(model: nn.Module) -> None:
     """Let the convolutions of `model` do the work of norms and activations from now on, in place.
 
-    These are Detectron2's Conv2d with a norm, its residual blocks, and what is in an nn.Sequential;
-    all else stays, and so does what has a hook of its own. Outputs agree but for rounding, names
-    and tensors stay as they are.
+    These are Detectron2's Conv2d with a norm, its residual blocks, what is in an nn.Sequential, and
+    what `conv3x3` is for; all else stays, and so does what has a hook of its own. Outputs agree but
+    for rounding, names and tensors stay as they are.
     """
     for module in model.modules():
         forward = type(module).forward
         if forward in _BLOCKS:
             module.forward = FoldedBlock(module)
-        elif forward is Conv2d.forward and module.norm is not None:
+        elif forward in _CONVOLUTIONS and (_norm_of(module) is not None or suits(module)):
             module.forward = FoldedConv2d(module)
         elif forward is nn.Sequential.forward and len(module) > 0:
             is_stage = all(type(layer).forward in _BLOCKS for layer in module)
@@ -53,21 +57,22 @@ def fold_norms(model: nn.Module) -> None:
 
 
 class FoldedConv2d:
-    """The forward of a Conv2d of Detectron2 with a norm."""
+    """The forward of a convolution, with the norm and activation that Detectron2's may have."""
 
-    def __init__(self, conv: Conv2d):
+    def __init__(self, conv: nn.Conv2d):
         self.conv = conv
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, D, h, w)."""
-        conv, norm = self.conv, self.conv.norm
-        if only_scales(norm):
-            x = conv._conv_forward(x, *folded(conv, norm))
+        conv, norm = self.conv, _norm_of(self.conv)
+        activation = getattr(conv, "activation", None)
+        if norm is None or only_scales(norm):
+            x = convolved(conv, norm, x)
         else:
-            x = conv._conv_forward(x, conv.weight, conv.bias)
+            x = convolved(conv, None, x)
             is_compiled = is_compiled_for(norm, x) and not _is_hooked(norm)
             x = batch_norm(x, norm) if is_compiled else norm(x)
-        return x if conv.activation is None else conv.activation(x)
+        return x if activation is None else activation(x)
 
 
 class FoldedSequential:
@@ -86,7 +91,7 @@ class FoldedSequential:
                 if layers and _is_activation(layers[0]) and is_fused(layer, norm, x):
                     x = fused(layer, norm, layers.pop(0), x)
                 else:
-                    x = layer(x) if norm is None else layer._conv_forward(x, *folded(layer, norm))
+                    x = layer(x) if norm is None else convolved(layer, norm, x)
             elif is_compiled_for(layer, x) and not _is_hooked(layer):
                 clamps = layers and _is_activation(layers[0])
                 x = batch_norm(x, layer, *(_ENDS[type(layers.pop(0))] if clamps else ()))
@@ -166,6 +171,14 @@ def folded(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor | No
     return conv.weight * scale[:, None, None, None], bias
 
 
+def convolved(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> Tensor:
+    """norm(conv(x)), of a norm that `only_scales`, without what else a Conv2d of Detectron2 has."""
+    weight, bias = folded(conv, norm)
+    if is_worth_it(conv, x):
+        return conv3x3(x, weight, bias, conv.padding[0])
+    return conv._conv_forward(x, weight, bias)
+
+
 def is_fused(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> bool:
     """Whether `conv` of `x` can be computed together with `norm` and an activation.
 
@@ -188,6 +201,10 @@ def is_fused(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> bool:
 
 def fused(conv: nn.Conv2d, norm: nn.Module | None, activation: nn.Module, x: Tensor) -> Tensor:
     """activation(norm(conv(x))), where `is_fused`."""
+    if is_worth_it(conv, x):
+        low, high = _ENDS[type(activation)]
+        weight, bias = folded(conv, norm)
+        return conv3x3_and_more(x, weight, bias, conv.padding[0], None, low, high)
     name, numbers = _ACTIVATIONS[type(activation)]
     return torch.ops.mkldnn._convolution_pointwise(*_inputs(conv, norm, x), name, numbers, "")
 
@@ -195,7 +212,11 @@ def fused(conv: nn.Conv2d, norm: nn.Module | None, activation: nn.Module, x: Ten
 def added(
     shortcut: Tensor, conv: nn.Conv2d, norm: nn.Module, activation: nn.Module, x: Tensor
 ) -> Tensor:
-    """activation(shortcut + norm(conv(x))), written over `shortcut`, where `is_fused`."""
+    """activation(shortcut + norm(conv(x))), perhaps written over `shortcut`, where `is_fused`."""
+    if is_worth_it(conv, x):
+        low, high = _ENDS[type(activation)]
+        weight, bias = folded(conv, norm)
+        return conv3x3_and_more(x, weight, bias, conv.padding[0], shortcut, low, high)
     name, numbers = _ACTIVATIONS[type(activation)]
     return torch.ops.mkldnn._convolution_pointwise_.binary(
         shortcut.to(_dtype_of(x)), *_inputs(conv, norm, x), "add", 1.0, name, numbers, ""
@@ -214,9 +235,13 @@ def _dtype_of(x: Tensor) -> torch.dtype:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether `module` is a convolution and nothing else."""
-    if type(module).forward not in (nn.Conv2d.forward, Conv2d.forward) or _is_hooked(module):
+    if type(module).forward not in _CONVOLUTIONS or _is_hooked(module):
         return False
-    return getattr(module, "norm", None) is None and getattr(module, "activation", None) is None
+    return _norm_of(module) is None and getattr(module, "activation", None) is None
+
+
+def _norm_of(conv: nn.Conv2d) -> nn.Module | None:
+    return getattr(conv, "norm", None)
 
 
 def _is_activation(module: nn.Module) -> bool:

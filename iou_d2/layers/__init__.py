@@ -1,4 +1,4 @@
-"""Layers with compiled operators: precise RoI pooling, deformable convolution, batch norm."""
+"""Layers with compiled operators: precise RoI pooling, convolutions, batch norm."""
 
 from .extension import HAS_EXTENSION
 from .prroi_pool import PrRoIPool, prroi_pool, prroi_pool_reference

@@ -9,13 +9,16 @@ import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock
+from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.utils import prune
 
+from iou_d2 import get_config
 from iou_d2.engine import folding
 from iou_d2.engine.build import as_configured, build_detector
 from iou_d2.engine.folding import FoldedSequential, fold_norms
 from iou_d2.engine.freeze import freeze
+from iou_d2.layers import HAS_EXTENSION
 from networks_to_fold import NETWORKS, Operators, backbone, error, folded, images, own_data, resnet
 
 
@@ -132,6 +135,36 @@ def test_norms_that_are_frozen_afterwards_are_folded():
         found = network["backbone"].res2(x)
     assert operators.counts(["batch_norm"]) == {"batch_norm": 0}
     torch.testing.assert_close(found.double(), plain(x.double()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not HAS_EXTENSION, reason="without the compiled operators")
+@pytest.mark.parametrize("name", ["quick/vfnet_own_data", "quick/faster_rcnn_own_data"])
+def test_operators_of_a_whole_detector(name, make_batch):
+    """Convolutions of FPN, RPN and heads and RoIAlign are compiled; losses and gradients agree with
+    the plain ones."""
+    cfg = get_config(name, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    torch.manual_seed(0)
+    plain = build_model(cfg).train()
+    batch, results = make_batch([3, 2], 2, side=256), []
+    for model in (plain, as_configured(copy.deepcopy(plain), cfg)):
+        torch.manual_seed(1)
+        with EventStorage(), Operators() as operators:
+            losses = model(batch)
+            sum(losses.values()).backward()
+        # In one, since those of biases before a batch norm are rounding alone.
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((losses, gradient, operators))
+    (losses, gradient, _), (found, of_found, operators) = results
+    for key, loss in losses.items():
+        assert found[key].item() == pytest.approx(loss.item(), rel=1e-3), key
+    # Of random weights it is 0.01 off beside float64, folded or not.
+    assert (of_found - gradient).norm() < 0.03 * gradient.norm()
+    convolutions = [f"iou_d2::conv3x3{of}" for of in ("", "_of_input", "_of_weight")]
+    assert min(map(operators.names.count, convolutions)) >= 3
+    has_rois = "faster_rcnn" in name
+    for operator in ("iou_d2::roi_align", "iou_d2::roi_align_backward"):
+        assert (operator in operators.names) == has_rois
+    assert not any("torchvision::roi_align" in operator for operator in operators.names)
 
 
 def test_what_is_built_for_a_cpu_is_folded_unless_it_is_compiled(monkeypatch):

@@ -15,11 +15,14 @@ from iou_d2.layers import HAS_EXTENSION
 NARROWER = {"AVX2": ["default"], "AVX512": ["default", "avx2"]}
 CODE = """
 import torch
+from torchvision import ops
 from torchvision.ops import deform_conv2d
 
 from iou_d2.layers import prroi_pool, prroi_pool_reference
 from iou_d2.layers.batch_norm import batch_norm
+from iou_d2.layers.conv3x3 import conv3x3
 from iou_d2.layers.deform_conv import deform_conv
+from iou_d2.layers.roi_align import roi_align
 
 torch.manual_seed(0)
 
@@ -58,6 +61,13 @@ for channels in (3, 16, 37):
     ours = lambda x: batch_norm(x.contiguous(memory_format=torch.channels_last), norm, 0, 1)
     theirs = lambda x: torch.nn.functional.batch_norm(x, None, None, training=True).clamp(0, 1)
     compared(ours, theirs, [torch.randn(2, channels, 24, 30)])
+plain = lambda x, w, b: torch.nn.functional.conv2d(x, w, b, padding=1)
+compared(conv3x3, plain, [torch.randn(2, 48, 9, 14), torch.randn(32, 48, 3, 3), torch.randn(32)])
+rois = torch.tensor([[0, 1.0, 2, 20, 13], [1, -3, 5, 28, 40]])
+last = lambda x: x.contiguous(memory_format=torch.channels_last)
+ours = lambda f: roi_align(last(f), rois, (3, 2), 0.5, 0, True)
+theirs = lambda f: ops.roi_align(f, rois.double(), (3, 2), 0.5, 0, True)
+compared(ours, theirs, [torch.randn(2, 48, 24, 30)])
 print(torch.backends.cpu.get_cpu_capability())
 """
 

@@ -18,7 +18,10 @@ from iou_d2.errors import InputError
 
 PAGES = [
     Path("README.md"),
-    *(Path("docs", name) for name in ("RESULTS.md", "POOLING.md", "ABLATIONS.md", "TRAINING.md")),
+    *(
+        Path("docs", f"{name}.md")
+        for name in ("RESULTS", "ABLATIONS", "BOX_LOSSES", "POOLING", "TRAINING", "UNITBOX")
+    ),
 ]
 
 

@@ -80,6 +80,13 @@ struct Simd : Registers<WIDTH> {
       for (int64_t k = 0; k < LANES; ++k) b.lane[k] = a.lane[k] - b.lane[k];
       return b;
     }
+    friend Pack operator-(Pack b) {
+      for (int64_t k = 0; k < LANES; ++k) b.lane[k] = -b.lane[k];
+      return b;
+    }
+    friend Pack operator+(Pack a, const Pack& b) {
+      return a += b;
+    }
   };
 #endif
 };

@@ -1,0 +1,105 @@
+"""Convolution of 3 x 3 weights by the compiled operator of iou_d2 and by PyTorch's.
+
+    OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/conv3x3.py [--rounds N]
+
+Maps are those of heads, FPN and stages of a ResNet-50 for an image of 480 x 640 px, of a VGG-16 for
+300 x 300 px, and of a small head for four images of 256 x 320 px, channels-last, float32. The two
+take turns. Prints PyTorch's median milliseconds of the output and of the gradients of input and
+weight together, the median ratio of a round with the lowest and highest, and the largest errors of
+both beside float64, as a share of the largest number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor
+
+from common import machine, seconds
+from iou_d2.engine.memory import keep_freed_memory
+from iou_d2.layers.conv3x3 import conv3x3
+
+# Images, channels, height, width, channels of the output.
+SHAPES = [
+    (1, 256, 120, 160, 256),
+    (1, 256, 60, 80, 256),
+    (1, 256, 30, 40, 256),
+    (1, 256, 15, 20, 256),
+    (1, 64, 120, 160, 64),
+    (1, 128, 60, 80, 128),
+    (1, 512, 15, 20, 512),
+    (1, 128, 150, 150, 128),
+    (1, 512, 38, 38, 512),
+    (4, 64, 32, 40, 64),
+    (4, 64, 16, 20, 64),
+]
+WAYS = {
+    "PyTorch": lambda x, weight: F.conv2d(x, weight, padding=1),
+    "iou_d2": conv3x3,
+}
+STEPS = ("output", "gradients")
+
+
+def steps_of(way: Callable, x: Tensor, weight: Tensor, grad: Tensor) -> list[Callable]:
+    """What computes the output and the gradients of input and weight, in tuples."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = way(x, weight)
+    return [
+        lambda: (way(x.detach(), weight.detach()),),
+        lambda: torch.autograd.grad(y, (x, weight), grad, retain_graph=True),
+    ]
+
+
+def share(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def row_of(shape: tuple[int, ...], rounds: int) -> list[str]:
+    n, c, height, width, d = shape
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (
+        torch.randn(size, generator=generator).to(memory_format=torch.channels_last)
+        for size in ((n, c, height, width), (d, c, 3, 3), (n, d, height, width))
+    )
+    exact = steps_of(WAYS["PyTorch"], x.double(), weight.double(), grad.double())
+    runs = {name: steps_of(way, x, weight, grad) for name, way in WAYS.items()}
+    errors = {
+        name: max(
+            share(*pair)
+            for step, wanted in zip(steps, exact, strict=True)
+            for pair in zip(step(), wanted(), strict=True)
+        )
+        for name, steps in runs.items()
+    }
+    row = [f"{n} x {c} x {height} x {width} to {d}"]
+    for step in range(len(STEPS)):
+        times = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, steps in runs.items():
+                times[name].append(1e3 * seconds(steps[step]))
+        ratios = [ours / theirs for theirs, ours in zip(*times.values(), strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+        row += [f"{statistics.median(times['PyTorch']):.2f}", spread]
+    return [*row, *(f"{error:.0e}" for error in errors.values())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    keep_freed_memory()
+    print(f"{machine('cpu')}, float32, median of {args.rounds} rounds")
+    headers = ["map", *(part for step in STEPS for part in (f"{step}, ms", "ratio"))]
+    rows = [row_of(shape, args.rounds) for shape in SHAPES]
+    print(tabulate(rows, [*headers, "error, PyTorch's", "error"], "pipe", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+// The tiles of a 3 x 3 convolution by Winograd's algorithm, and what moves them between maps and
+// slots, a block of tiles at a time.
+//
+// N images, C channels of the input, H x W its pixels, D channels of the output, h x w its pixels.
+// F is an algorithm of cpu_winograd.h.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu_winograd.h"
+
+namespace iou_d2::cpu {
+
+// Numbers in the slots of a block, of input and output together: 12 MB, few enough for the last
+// cache, enough for matrix products at full speed.
+constexpr int64_t BLOCK = 3 << 20;
+constexpr int64_t MANY = 64;  // tiles
+
+constexpr auto LAST = at::MemoryFormat::ChannelsLast;
+
+// The tiles of an output, and where they lie in it and in the input.
+template <typename F>
+struct Tiles {
+  int64_t N, H, W, padding, h, w, rows, columns;
+
+  Tiles(const at::Tensor& x, int64_t padding)
+      : N(x.size(0)),
+        H(x.size(2)),
+        W(x.size(3)),
+        padding(padding),
+        h(H + 2 * padding - 2),
+        w(W + 2 * padding - 2),
+        rows((h + F::TILE - 1) / F::TILE),
+        columns((w + F::TILE - 1) / F::TILE) {}
+
+  int64_t count() const {
+    return N * rows * columns;
+  }
+
+  // Pixels of the input that tile `t` sees, `none` outside.
+  template <typename T>
+  IOU_D2_INLINE void of_input(int64_t t, T* x, int64_t C, T* none, T** pixels) const {
+    pixels_of<F::SIDE>(t, x, H, W, padding, C, none, pixels);
+  }
+
+  // Pixels of the output in tile `t`, `none` outside.
+  template <typename T>
+  IOU_D2_INLINE void of_output(int64_t t, T* y, int64_t D, T* none, T** pixels) const {
+    pixels_of<F::TILE>(t, y, h, w, 0, D, none, pixels);
+  }
+
+ private:
+  template <int SIDE, typename T>
+  IOU_D2_INLINE void pixels_of(int64_t t, T* map, int64_t height, int64_t width, int64_t before,
+                               int64_t channels, T* none, T** pixels) const {
+    const int64_t n = t / (rows * columns), y0 = t / columns % rows * F::TILE - before,
+                  x0 = t % columns * F::TILE - before;
+    for (int64_t i = 0; i < SIDE; ++i) {
+      for (int64_t j = 0; j < SIDE; ++j) {
+        const int64_t y = y0 + i, x = x0 + j;
+        const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+        pixels[SIDE * i + j] = inside ? map + ((n * height + y) * width + x) * channels : none;
+      }
+    }
+  }
+};
+
+// Calls body(F()) with the algorithm for the output of `x`.
+template <typename Body>
+auto with_tiles(const at::Tensor& x, int64_t padding, const Body& body) {
+  TORCH_CHECK_VALUE(padding >= 0 && padding <= 2, "conv3x3: the padding must be 0, 1 or 2, got ",
+                    padding, ".");
+  const Tiles<F4> tiles(x, padding);
+  TORCH_CHECK_VALUE(tiles.h > 0 && tiles.w > 0, "conv3x3: an input of ", tiles.H, " x ", tiles.W,
+                    " pixels is too small for 3 x 3 weights with padding ", padding, ".");
+  return tiles.count() < MANY ? body(F2()) : body(F4());
+}
+
+// Tiles in the largest block.
+template <typename F>
+int64_t block_of(const Tiles<F>& tiles, int64_t channels) {
+  return std::min(tiles.count(), std::max<int64_t>(BLOCK / (F::SLOTS * channels), 1));
+}
+
+// Calls body(first tile, tiles) for blocks of nearly one size.
+template <typename F, typename Body>
+void for_blocks(const Tiles<F>& tiles, int64_t channels, const Body& body) {
+  const int64_t count = tiles.count(), most = std::max<int64_t>(block_of(tiles, channels), 1),
+                blocks = (count + most - 1) / most;
+  for (int64_t k = 0; k < blocks; ++k) {
+    const int64_t first = count * k / blocks;
+    body(first, count * (k + 1) / blocks - first);
+  }
+}
+
+// Calls body(k) for 0 <= k < count, in parts of at least `grain`.
+template <typename V, typename F>
+void in_parallel(int64_t count, int64_t grain, const F& body) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    V::run([&]() IOU_D2_INLINE_LAMBDA {
+      for (int64_t k = begin; k < end; ++k) body(k);
+    });
+  });
+}
+
+// Memory for a block of tiles, reused by the next.
+template <typename F>
+class Slots {
+ public:
+  Slots(int64_t tiles, int64_t channels, const at::TensorOptions& options)
+      : channels(channels), numbers(at::empty({F::SLOTS * tiles * channels}, options)) {}
+
+  // (slots, tiles, channels)
+  at::Tensor of(int64_t tiles) const {
+    return numbers.narrow(0, 0, F::SLOTS * tiles * channels).view({F::SLOTS, tiles, channels});
+  }
+
+ private:
+  int64_t channels;
+  at::Tensor numbers;
+};
+
+// (D, C, 3, 3) -> (slots, D, C)
+template <typename F, typename V>
+at::Tensor slots_of_weights(const at::Tensor& weight, bool turned) {
+  const int64_t D = weight.size(0), C = weight.size(1);
+  at::Tensor slots = at::empty({F::SLOTS, D, C}, weight.options(), at::MemoryFormat::Contiguous);
+  const float* from = weight.const_data_ptr<float>();
+  float* to = slots.mutable_data_ptr<float>();
+  in_parallel<V>(D, 4, [=](int64_t d) IOU_D2_INLINE_LAMBDA {
+    transform_weights<F, V>(from + 9 * C * d, C, to + C * d, D * C, turned);
+  });
+  return slots;
+}
+
+// Tiles [first, first + count) of the input, transformed.
+template <typename V, typename F>
+void fill_slots(const Tiles<F>& tiles, const float* x, int64_t C, int64_t first,
+                const at::Tensor& slots) {
+  const std::vector<float> zeros(C);
+  const float* none = zeros.data();
+  float* to = slots.mutable_data_ptr<float>();
+  const int64_t count = slots.size(1);
+  in_parallel<V>(count, 8, [=, &tiles](int64_t k) IOU_D2_INLINE_LAMBDA {
+    const float* pixels[F::SLOTS];
+    tiles.of_input(first + k, x, C, none, pixels);
+    transform_input<F, V>(pixels, C, to + C * k, C * count);
+  });
+}
+
+// y = clamp(x + bias + addend, low, high)
+struct Finish {
+  const float *bias, *addend;
+  float low, high;
+};
+
+// Writes tiles [first, first + count) of the output.
+template <typename V, typename F>
+void empty_slots(const Tiles<F>& tiles, const at::Tensor& slots, int64_t first,
+                 const Finish& finish, float* y) {
+  const int64_t count = slots.size(1), D = slots.size(2);
+  const float* from = slots.const_data_ptr<float>();
+  at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
+    std::vector<float> outside(D);
+    V::run([&]() IOU_D2_INLINE_LAMBDA {
+      for (int64_t k = begin; k < end; ++k) {
+        float* to[F::TILE * F::TILE];
+        tiles.of_output(first + k, y, D, outside.data(), to);
+        const auto write = [&](int pixel, int64_t c, const typename V::Pack& sum)
+            IOU_D2_INLINE_LAMBDA {
+          float* at = to[pixel] + c;
+          typename V::Pack value = sum;
+          if (finish.bias) value += pack<V>(finish.bias + c);
+          if (finish.addend && to[pixel] != outside.data())
+            value += pack<V>(finish.addend + (at - y));
+          pack<V>(at) = value;
+          for (int64_t lane = 0; lane < V::LANES; ++lane) {
+            const float z = at[lane] < finish.low ? finish.low : at[lane];
+            at[lane] = z > finish.high ? finish.high : z;
+          }
+        };
+        transform_output<F, V>(from + D * k, D * count, D, write);
+      }
+    });
+  });
+}
+
+}  // namespace iou_d2::cpu
