@@ -2,7 +2,7 @@
 #   make demo          train a detector, evaluate it, draw pictures into output/demo
 #   make test          run the tests
 #   make wheel-check   build the wheel, install it elsewhere and train there
-#   make zoo DATA=...  train what the tables of docs/RESULTS.md lack; hours, may be stopped
+#   make zoo DATA=...  train what the tables of the documents lack; hours, may be stopped
 #   make hostile       broken files, absurd tensors, kills: docs/ROBUSTNESS.md; under ten minutes
 #   make DETECTRON2=git demo    with upstream's main branch in place of Detectron2 0.5
 
