@@ -202,9 +202,7 @@ def is_fused(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> bool:
 def fused(conv: nn.Conv2d, norm: nn.Module | None, activation: nn.Module, x: Tensor) -> Tensor:
     """activation(norm(conv(x))), where `is_fused`."""
     if is_worth_it(conv, x):
-        low, high = _ENDS[type(activation)]
-        weight, bias = folded(conv, norm)
-        return conv3x3_and_more(x, weight, bias, conv.padding[0], None, low, high)
+        return _by_conv3x3(conv, norm, activation, x)
     name, numbers = _ACTIVATIONS[type(activation)]
     return torch.ops.mkldnn._convolution_pointwise(*_inputs(conv, norm, x), name, numbers, "")
 
@@ -214,13 +212,22 @@ def added(
 ) -> Tensor:
     """activation(shortcut + norm(conv(x))), perhaps written over `shortcut`, where `is_fused`."""
     if is_worth_it(conv, x):
-        low, high = _ENDS[type(activation)]
-        weight, bias = folded(conv, norm)
-        return conv3x3_and_more(x, weight, bias, conv.padding[0], shortcut, low, high)
+        return _by_conv3x3(conv, norm, activation, x, shortcut)
     name, numbers = _ACTIVATIONS[type(activation)]
     return torch.ops.mkldnn._convolution_pointwise_.binary(
         shortcut.to(_dtype_of(x)), *_inputs(conv, norm, x), "add", 1.0, name, numbers, ""
     )
+
+
+def _by_conv3x3(
+    conv: nn.Conv2d,
+    norm: nn.Module | None,
+    activation: nn.Module,
+    x: Tensor,
+    addend: Tensor | None = None,
+) -> Tensor:
+    ends = _ENDS[type(activation)]
+    return conv3x3_and_more(x, *folded(conv, norm), conv.padding[0], addend, *ends)
 
 
 def _inputs(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> tuple:
