@@ -10,7 +10,6 @@ outputs and of the weights' gradients beside float64, as a share of the largest 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from common import machine, seconds
+from common import machine, ratio_of, rounds_asked, seconds
 from iou_d2.engine.memory import keep_freed_memory
 from iou_d2.layers.batch_norm import batch_norm
 
@@ -74,9 +73,8 @@ def rows_of(shape: tuple[int, ...], rounds: int) -> list[list[str]]:
     for name, (forward, backward) in runs.items():
         row = ["x".join(map(str, shape)), name, f"{statistics.median(copies):.2f}"]
         for step in (0, 1):
-            ratios = [a / b for a, b in zip(times[name, step], times["PyTorch", step], strict=True)]
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-            row += [f"{statistics.median(times[name, step]):.2f}", spread]
+            ratio = ratio_of(times[name, step], times["PyTorch", step])
+            row += [f"{statistics.median(times[name, step]):.2f}", ratio]
         _, *found = backward()
         of_weights = max(map(share, found, exact_gradients()[1:]))
         rows.append([*row, f"{share(forward(), exact()):.0e}", f"{of_weights:.0e}"])
@@ -84,14 +82,10 @@ def rows_of(shape: tuple[int, ...], rounds: int) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
+    rounds = rounds_asked(__doc__, default=15)
     keep_freed_memory()
-    print(f"{machine('cpu')}, float32, median of {args.rounds} rounds")
-    rows = [row for shape in SHAPES for row in rows_of(shape, args.rounds)]
+    print(f"{machine('cpu')}, float32, median of {rounds} rounds")
+    rows = [row for shape in SHAPES for row in rows_of(shape, rounds)]
     headers = ["map", "", "copy, ms", "forward, ms", "ratio", "backward, ms", "ratio"]
     headers += ["error of outputs", "of weights' gradients"]
     print(tabulate(rows, headers, "pipe", disable_numparse=True))

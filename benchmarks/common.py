@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import platform
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,24 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     """The option --device, by default the GPU where there is one."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+
+
+def rounds_asked(doc: str, default: int) -> int:
+    """What --rounds, the one option of a benchmark with this docstring, says."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=default)
+    return parser.parse_args().rounds
+
+
+def ratio_of(ours: Sequence[float], theirs: Sequence[float], digits: int = 2) -> str:
+    """Such as "0.64 (0.60 - 0.71)", the median ratio of a round with the lowest and highest."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    median, *ends = (
+        f"{x:.{digits}f}" for x in (statistics.median(ratios), min(ratios), max(ratios))
+    )
+    return f"{median} ({' - '.join(ends)})"
 
 
 def build(config_file: str, device: str, overrides: Sequence[str] = ()) -> nn.Module:

@@ -11,7 +11,6 @@ both beside float64, as a share of the largest number.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from common import machine, seconds
+from common import machine, ratio_of, rounds_asked, seconds
 from iou_d2.engine.memory import keep_freed_memory
 from iou_d2.layers.conv3x3 import conv3x3
 
@@ -82,22 +81,17 @@ def row_of(shape: tuple[int, ...], rounds: int) -> list[str]:
         for _ in range(rounds):
             for name, steps in runs.items():
                 times[name].append(1e3 * seconds(steps[step]))
-        ratios = [ours / theirs for theirs, ours in zip(*times.values(), strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-        row += [f"{statistics.median(times['PyTorch']):.2f}", spread]
+        ratio = ratio_of(times["iou_d2"], times["PyTorch"])
+        row += [f"{statistics.median(times['PyTorch']):.2f}", ratio]
     return [*row, *(f"{error:.0e}" for error in errors.values())]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
+    rounds = rounds_asked(__doc__, default=15)
     keep_freed_memory()
-    print(f"{machine('cpu')}, float32, median of {args.rounds} rounds")
+    print(f"{machine('cpu')}, float32, median of {rounds} rounds")
     headers = ["map", *(part for step in STEPS for part in (f"{step}, ms", "ratio"))]
-    rows = [row_of(shape, args.rounds) for shape in SHAPES]
+    rows = [row_of(shape, rounds) for shape in SHAPES]
     print(tabulate(rows, [*headers, "error, PyTorch's", "error"], "pipe", disable_numparse=True))
 
 

@@ -10,7 +10,6 @@ lowest and highest.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torchvision import ops
 
-from common import machine, seconds
+from common import machine, ratio_of, rounds_asked, seconds
 from iou_d2.engine.memory import keep_freed_memory
 from iou_d2.layers.roi_align import roi_align
 
@@ -52,13 +51,9 @@ def steps_of(way: Callable, rois: Tensor, ratio: int) -> list[Callable]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
+    rounds = rounds_asked(__doc__, default=15)
     keep_freed_memory()
-    print(f"{machine('cpu')}, float32, median of {args.rounds} rounds")
+    print(f"{machine('cpu')}, float32, median of {rounds} rounds")
     rows = []
     for count, least, most, ratio in CASES:
         rois = random_rois(count, least, most)
@@ -66,11 +61,10 @@ def main() -> None:
         row = [f"{count} of {least}-{most} px", ratio * ratio or "one a feature pixel"]
         for step in (0, 1):
             times = {name: [] for name in WAYS}
-            for _ in range(args.rounds):
+            for _ in range(rounds):
                 for name in WAYS:
                     times[name].append(1e3 * seconds(steps[name][step]))
-            ratios = [ours / theirs for theirs, ours in zip(*times.values(), strict=True)]
-            spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})"
+            spread = ratio_of(times["iou_d2"], times["torchvision"], digits=3)
             row += [f"{statistics.median(times['torchvision']):.1f}", spread]
         rows.append(row)
     headers = ["RoIs", "samples a bin", "forward, ms", "ratio", "backward, ms", "ratio"]

@@ -52,13 +52,15 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("padding", [0, 1, 2])
-@pytest.mark.parametrize("shape", SHAPES)
+# One row or pixel alone makes no output without padding.
+CASES = [
+    (shape, padding) for shape in SHAPES for padding in (0, 1, 2) if padding or "one" not in shape
+]
+
+
+@pytest.mark.parametrize(("shape", "padding"), CASES)
 def test_values_and_gradients(shape, padding):
-    given = inputs(*SHAPES[shape])
-    if min(given[0].shape[2:]) + 2 * padding < 3:
-        pytest.skip("no output")
-    given = [x.requires_grad_() for x in given]
+    given = [x.requires_grad_() for x in inputs(*SHAPES[shape])]
     exact = [x.detach().double().requires_grad_() for x in given]
     y, wanted = conv3x3(*given, padding), F.conv2d(*exact, padding=padding)
     assert y.is_contiguous(memory_format=torch.channels_last)

@@ -93,12 +93,13 @@ def test_nothing_to_pool():
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("ratio", [0, 2])
-def test_rois_that_are_none_have_zeros_and_leave_the_others(number, ratio):
+@pytest.mark.parametrize("aligned", [True, False])
+def test_rois_that_are_none_leave_the_others(number, ratio, aligned):
     features, rois = maps(2, 16, 9, 11), boxes(5, 30, count=4)
-    wanted = roi_align(features, rois, (3, 3), SCALE, ratio, True)
+    wanted = roi_align(features, rois, (3, 3), SCALE, ratio, aligned)
     bad = rois.clone()
-    bad[1, 3] = number
-    found = roi_align(features.requires_grad_(), bad, (3, 3), SCALE, ratio, True)
+    bad[1, 1], bad[1, 3] = -number, number
+    found = roi_align(features.requires_grad_(), bad, (3, 3), SCALE, ratio, aligned)
     assert torch.equal(found[[0, 2, 3]], wanted[[0, 2, 3]])
     assert found[1].isfinite().all()
     found.sum().backward()
@@ -121,6 +122,7 @@ def test_numbers_that_are_not_finite_are_seen_by_the_bins_that_sample_them():
         (lambda f, r: (f.contiguous(), r), ValueError, "must be .* in channels-last"),
         (lambda f, r: (f[0], r), ValueError, "must be .* in channels-last, got shape .16, 9, 11"),
         (lambda f, r: (maps(1, 24, 9, 11), r), ValueError, "multiple of 16, got 24"),
+        (lambda f, r: (maps(2, 16, 0, 11), r), ValueError, "the feature map is empty"),
         (lambda f, r: (f, r[:, :4]), ValueError, r"of shape \(R, 5\), got \[4, 4\]"),
         (lambda f, r: (f, r.double()), TypeError, "rois are Double and features Float"),
         (lambda f, r: (f, r + 2), IndexError, r"rois\[0, 0\] = [23] is no index into a batch of 2"),
@@ -130,6 +132,17 @@ def test_numbers_that_are_not_finite_are_seen_by_the_bins_that_sample_them():
 def test_bad_inputs_are_refused(change, kind, text):
     with pytest.raises(kind, match=text):
         roi_align(*change(maps(2, 16, 9, 11), boxes(5, 30, count=4)), (3, 3), SCALE, 2, True)
+
+
+def test_bad_sizes_are_refused():
+    features, rois = maps(2, 16, 9, 11), boxes(5, 30, count=4)
+    with pytest.raises(ValueError, match="output size must be positive, got 0 x 3"):
+        roi_align(features, rois, (0, 3), SCALE, 2, True)
+    for size in ([2, 16, 9], [2, 32, 9, 11]):
+        with pytest.raises(ValueError, match="does not fit features of"):
+            torch.ops.iou_d2.roi_align_backward(
+                torch.zeros(4, 16, 3, 3), rois, size, SCALE, 2, True
+            )
 
 
 def test_modules_of_detectron2_take_it_where_they_can():

@@ -22,6 +22,7 @@ namespace iou_d2::cpu {
 namespace {
 
 constexpr int64_t BAND = 8;  // rows of the gradient that one thread writes
+constexpr double MOST = 1e9;  // samples along a side of a bin; a RoI that asks for more has none
 
 template <typename T>
 struct Tap {
@@ -41,7 +42,7 @@ struct Taps {
     const T bin = length / static_cast<T>(bins);
     const T count = ratio > 0 ? static_cast<T>(ratio) : std::ceil(bin);
     for (int64_t k = 0; k < bins; ++k) {
-      if (std::isfinite(start) && std::isfinite(bin) && count > 0)
+      if (std::isfinite(start) && std::isfinite(bin) && count > 0 && count < MOST)
         add_samples(start + static_cast<T>(k) * bin, bin, count, size, first[k]);
       first[k + 1] = static_cast<int64_t>(taps.size());
     }
@@ -166,6 +167,8 @@ void check(const at::Tensor& map, const at::Tensor& rois) {
   TORCH_CHECK_VALUE(map.dim() == 4 && map.is_contiguous(at::MemoryFormat::ChannelsLast),
                     "roi_align: features must be (N, C, H, W) in channels-last, got shape ",
                     map.sizes(), " and strides ", map.strides(), ".");
+  TORCH_CHECK_VALUE(map.size(2) > 0 && map.size(3) > 0, "roi_align: the feature map is empty: ",
+                    map.sizes(), ".");
   TORCH_CHECK_VALUE(map.size(1) % 16 == 0, "roi_align: channels must be a multiple of 16, got ",
                     map.size(1), ".");
   TORCH_CHECK_VALUE(rois.dim() == 2 && rois.size(1) == 5 && rois.is_contiguous(),
@@ -177,6 +180,8 @@ void check(const at::Tensor& map, const at::Tensor& rois) {
 at::Tensor roi_align_cpu(const at::Tensor& features, const at::Tensor& rois, double scale,
                          int64_t P, int64_t Q, int64_t ratio, bool aligned) {
   check(features, rois);
+  TORCH_CHECK_VALUE(P > 0 && Q > 0, "roi_align: the output size must be positive, got ", P, " x ",
+                    Q, ".");
   const int64_t N = features.size(0), C = features.size(1), H = features.size(2),
                 W = features.size(3), R = rois.size(0);
   at::Tensor output = at::empty({R, C, P, Q}, features.options(), at::MemoryFormat::Contiguous);
@@ -212,12 +217,13 @@ at::Tensor roi_align_cpu(const at::Tensor& features, const at::Tensor& rois, dou
 at::Tensor roi_align_backward_cpu(const at::Tensor& grad, const at::Tensor& rois,
                                   at::IntArrayRef size, double scale, int64_t ratio,
                                   bool aligned) {
-  const int64_t N = size[0], C = size[1], H = size[2], W = size[3], R = rois.size(0),
-                P = grad.size(2), Q = grad.size(3);
-  TORCH_CHECK_VALUE(grad.dim() == 4 && grad.size(0) == R && grad.size(1) == C &&
+  TORCH_CHECK_VALUE(size.size() == 4 && rois.dim() == 2 && grad.dim() == 4 &&
+                        grad.size(0) == rois.size(0) && grad.size(1) == size[1] &&
                         grad.is_contiguous() && grad.scalar_type() == rois.scalar_type(),
                     "roi_align: a gradient of shape ", grad.sizes(), " does not fit features of ",
                     size, " and rois of ", rois.sizes(), ".");
+  const int64_t N = size[0], C = size[1], H = size[2], W = size[3], R = rois.size(0),
+                P = grad.size(2), Q = grad.size(3);
   at::Tensor output = at::empty(size, grad.options(), at::MemoryFormat::ChannelsLast);
   check(output, rois);
   AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "roi_align_backward", [&] {
