@@ -34,7 +34,8 @@ def roi_align(
         aligned: moves RoIs by -0.5 feature pixels.
 
     Returns:
-        (R, C, *output_size); no RoIs make none. A RoI with a coordinate that is not finite has 0.
+        (R, C, *output_size); no RoIs make none. A RoI with a coordinate that is not finite, or of
+        1e9 samples a side of a bin, has 0.
 
     Raises:
         ValueError: other shapes or order of memory.
