@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000 python benchmarks/conv3x3.py [--rounds N]
 
 Maps are those of heads, FPN and stages of a ResNet-50 for an image of 480 x 640 px, of a VGG-16 for
-300 x 300 px, and of a small head for four images of 256 x 320 px, channels-last, float32. The two
-take turns. Prints PyTorch's median milliseconds of the output and of the gradients of input and
-weight together, the median ratio of a round with the lowest and highest, and the largest errors of
-both beside float64, as a share of the largest number.
+300 x 300 px with the class scores of SSD, and of a small head for four images of 256 x 320 px,
+channels-last, float32; five levels of a head are one row. The two take turns. Prints PyTorch's
+median milliseconds of the outputs and of the gradients of inputs and weight together, the median
+ratio of a round with the lowest and highest, and the largest errors of both beside float64, as a
+share of the largest number.
 """
 
 from __future__ import annotations
@@ -21,36 +22,41 @@ from torch import Tensor
 
 from common import machine, ratio_of, rounds_asked, seconds
 from iou_d2.engine.memory import keep_freed_memory
-from iou_d2.layers.conv3x3 import conv3x3
+from iou_d2.layers.conv3x3 import conv3x3_of_maps
 
-# Images, channels, height, width, channels of the output.
+# Images, channels, height and width of each map, channels of the output.
+PYRAMID = ((60, 80), (30, 40), (15, 20), (8, 10), (4, 5))
 SHAPES = [
-    (1, 256, 120, 160, 256),
-    (1, 256, 60, 80, 256),
-    (1, 256, 30, 40, 256),
-    (1, 256, 15, 20, 256),
-    (1, 64, 120, 160, 64),
-    (1, 128, 60, 80, 128),
-    (1, 512, 15, 20, 512),
-    (1, 128, 150, 150, 128),
-    (1, 512, 38, 38, 512),
-    (4, 64, 32, 40, 64),
-    (4, 64, 16, 20, 64),
+    (1, 256, PYRAMID, 256),
+    (1, 256, ((120, 160),), 256),
+    (1, 256, ((60, 80),), 256),
+    (1, 256, ((30, 40),), 256),
+    (1, 256, ((15, 20),), 256),
+    (1, 64, ((120, 160),), 64),
+    (1, 128, ((60, 80),), 128),
+    (1, 512, ((15, 20),), 512),
+    (1, 128, ((150, 150),), 128),
+    (1, 512, ((38, 38),), 512),
+    (1, 512, ((38, 38),), 324),
+    (4, 64, ((32, 40),), 64),
+    (4, 64, ((16, 20),), 64),
 ]
 WAYS = {
-    "PyTorch": lambda x, weight: F.conv2d(x, weight, padding=1),
-    "iou_d2": conv3x3,
+    "PyTorch": lambda xs, weight: [F.conv2d(x, weight, padding=1) for x in xs],
+    "iou_d2": conv3x3_of_maps,
 }
 STEPS = ("output", "gradients")
 
 
-def steps_of(way: Callable, x: Tensor, weight: Tensor, grad: Tensor) -> list[Callable]:
-    """What computes the output and the gradients of input and weight, in tuples."""
-    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    y = way(x, weight)
+def steps_of(
+    way: Callable, xs: list[Tensor], weight: Tensor, grads: list[Tensor]
+) -> list[Callable]:
+    """What computes the outputs and the gradients of inputs and weight."""
+    xs, weight = [x.clone().requires_grad_() for x in xs], weight.clone().requires_grad_()
+    ys = way(xs, weight)
     return [
-        lambda: (way(x.detach(), weight.detach()),),
-        lambda: torch.autograd.grad(y, (x, weight), grad, retain_graph=True),
+        lambda: way([x.detach() for x in xs], weight.detach()),
+        lambda: torch.autograd.grad(ys, (*xs, weight), grads, retain_graph=True),
     ]
 
 
@@ -58,15 +64,20 @@ def share(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).abs().max() / exact.abs().max()).item()
 
 
-def row_of(shape: tuple[int, ...], rounds: int) -> list[str]:
-    n, c, height, width, d = shape
+def row_of(shape: tuple, rounds: int) -> list[str]:
+    n, c, sizes, d = shape
     generator = torch.Generator().manual_seed(0)
-    x, weight, grad = (
-        torch.randn(size, generator=generator).to(memory_format=torch.channels_last)
-        for size in ((n, c, height, width), (d, c, 3, 3), (n, d, height, width))
+
+    def numbers(*size: int) -> Tensor:
+        x = torch.randn(size, generator=generator)
+        return x.to(memory_format=torch.channels_last)
+
+    xs, weight = [numbers(n, c, *size) for size in sizes], numbers(d, c, 3, 3)
+    grads = [numbers(n, d, *size) for size in sizes]
+    exact = steps_of(
+        WAYS["PyTorch"], [x.double() for x in xs], weight.double(), [x.double() for x in grads]
     )
-    exact = steps_of(WAYS["PyTorch"], x.double(), weight.double(), grad.double())
-    runs = {name: steps_of(way, x, weight, grad) for name, way in WAYS.items()}
+    runs = {name: steps_of(way, xs, weight, grads) for name, way in WAYS.items()}
     errors = {
         name: max(
             share(*pair)
@@ -75,7 +86,7 @@ def row_of(shape: tuple[int, ...], rounds: int) -> list[str]:
         )
         for name, steps in runs.items()
     }
-    row = [f"{n} x {c} x {height} x {width} to {d}"]
+    row = [f"{n} x {c} x {' + '.join(f'{h} x {w}' for h, w in sizes)} to {d}"]
     for step in range(len(STEPS)):
         times = {name: [] for name in runs}
         for _ in range(rounds):

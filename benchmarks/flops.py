@@ -35,8 +35,7 @@ def count_torchvision_backward(grad, x, weight, *_, out_val) -> int:
 
 
 def count_conv_and_more(x, weight, *_, out_val) -> int:
-    """Of the operators for a convolution with what follows it, as if it were a plain one: ours
-    takes fewer for 3x3 weights."""
+    """Of oneDNN's operators for a convolution with what follows it."""
     return 2 * out_val[:, 0].numel() * weight.numel()
 
 
@@ -44,18 +43,24 @@ def count_conv_onto(onto, x, weight, *_, out_val) -> int:
     return 2 * out_val[:, 0].numel() * weight.numel()
 
 
-def count_conv3x3_of_input(grad, weight, padding, *, out_val) -> int:
-    return 2 * grad[:, 0].numel() * weight.numel()
+def count_conv3x3(xs, weight, *_, out_val) -> int:
+    """Of the convolutions of maps that share weights, as if they were plain ones: ours take fewer
+    products."""
+    return 2 * sum(y[:, 0].numel() for y in out_val) * weight.numel()
 
 
-def count_conv3x3_of_weight(grad, x, padding, *, out_val) -> int:
-    return 2 * grad[:, 0].numel() * out_val.numel()
+def count_conv3x3_of_input(grads, weight, padding, *, out_val) -> int:
+    return 2 * sum(grad[:, 0].numel() for grad in grads) * weight.numel()
+
+
+def count_conv3x3_of_weight(grads, xs, padding, *, out_val) -> int:
+    return 2 * sum(grad[:, 0].numel() for grad in grads) * out_val.numel()
 
 
 OUR_COUNTS = {
     torch.ops.mkldnn._convolution_pointwise: count_conv_and_more,
     torch.ops.mkldnn._convolution_pointwise_: count_conv_onto,
-    torch.ops.iou_d2.conv3x3: count_conv_and_more,
+    torch.ops.iou_d2.conv3x3: count_conv3x3,
     torch.ops.iou_d2.conv3x3_of_input: count_conv3x3_of_input,
     torch.ops.iou_d2.conv3x3_of_weight: count_conv3x3_of_weight,
     torch.ops.iou_d2.deform_conv: count_deform_conv,

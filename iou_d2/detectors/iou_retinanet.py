@@ -15,17 +15,18 @@ import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
+
+from iou_d2.layers.over_maps import over_maps
 
 from .dense import reduce_mean
 from .iou_awareness import IoUAwareness, build_iou_awareness
 from .retinanet import AnchorPrediction, BoxLossRetinaNet, Positives
-from .retinanet_parts import Share, build_head
+from .retinanet_parts import AllLevelsHead, Share, build_head
 
 
-class IoUAwareRetinaNetHead(RetinaNetHead):
-    """RetinaNetHead and the IoU conv, `iou_pred`, on the last feature of the box tower."""
+class IoUAwareRetinaNetHead(AllLevelsHead):
+    """AllLevelsHead and the IoU conv, `iou_pred`, on the last feature of the box tower."""
 
     @configurable
     def __init__(
@@ -34,7 +35,7 @@ class IoUAwareRetinaNetHead(RetinaNetHead):
         """
         Args:
             iou_tower: whether the IoU conv reads a tower of its own, `iou_subnet`.
-            kwargs: those of RetinaNetHead.
+            kwargs: those of AllLevelsHead.
         """
         super().__init__(num_anchors=num_anchors, conv_dims=conv_dims, **kwargs)
         self.iou_pred = nn.Conv2d(conv_dims[-1], num_anchors, kernel_size=3, padding=1)
@@ -50,14 +51,13 @@ class IoUAwareRetinaNetHead(RetinaNetHead):
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """L features (N, C, H, W) -> L class logits (N, AK, H, W), L deltas (N, 4A, H, W) and
         L IoU logits (N, A, H, W)."""
-        logits, deltas, iou_logits = [], [], []
-        for feature in features:
-            box_feature = self.bbox_subnet(feature)
-            logits.append(self.cls_score(self.cls_subnet(feature)))
-            deltas.append(self.bbox_pred(box_feature))
-            iou_feature = box_feature if self.iou_subnet is None else self.iou_subnet(feature)
-            iou_logits.append(self.iou_pred(iou_feature))
-        return logits, deltas, iou_logits
+        logits = over_maps(self.cls_score, over_maps(self.cls_subnet, features))
+        box_features = over_maps(self.bbox_subnet, features)
+        iou_features = box_features
+        if self.iou_subnet is not None:
+            iou_features = over_maps(self.iou_subnet, features)
+        deltas = over_maps(self.bbox_pred, box_features)
+        return logits, deltas, over_maps(self.iou_pred, iou_features)
 
 
 def like_tower(tower: nn.Sequential) -> nn.Sequential:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from iou_d2.errors import InputError
 from iou_d2.layers.deform_conv import ModulatedDeformConv
+from iou_d2.layers.over_maps import over_maps
 from iou_d2.ops.box_codec import AnchorDeltas, BoxCodec, ExpDistances, ReluDistances
 
 from .dense import part_named
@@ -163,14 +164,14 @@ class TwoTowerHead(nn.Module, ABC):
 
     def forward(self, features: list[Tensor]) -> list[PointPrediction]:
         """L features (N, C, H, W) -> L predictions."""
-        return [
-            self.predict(self.cls_tower(feature), self.box_tower(feature), level)
-            for level, feature in enumerate(features)
-        ]
+        cls_features = over_maps(self.cls_tower, features)
+        return self.predict(cls_features, over_maps(self.box_tower, features))
 
     @abstractmethod
-    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
-        """What the outputs of the towers, (N, C, H, W), say of one level: each head has its own."""
+    def predict(
+        self, cls_features: list[Tensor], box_features: list[Tensor]
+    ) -> list[PointPrediction]:
+        """What the outputs of the towers, L of (N, C, H, W), say of each level."""
 
 
 @POINT_HEAD_REGISTRY.register()
@@ -211,11 +212,18 @@ class PointHead(TwoTowerHead):
             "learn_scales": cfg.MODEL.POINT_DETECTOR.LEVEL_SCALES,
         }
 
-    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
+    def predict(
+        self, cls_features: list[Tensor], box_features: list[Tensor]
+    ) -> list[PointPrediction]:
+        raw = over_maps(self.box_pred, box_features)
+        distances = [self.distances(x, level) for level, x in enumerate(raw)]
+        logits = over_maps(self.cls_pred, cls_features)
+        return [PointPrediction(*said) for said in zip(logits, zip(distances))]
+
+    def distances(self, raw: Tensor, level: int) -> Tensor:
+        """What the output of the box convolution, (N, 4, H, W), means on a level."""
         scales = self.delta_scales if self.box_scales is None else self.box_scales
-        scale = 1.0 if scales is None else scales[level]
-        distances = self.box_codec(self.box_pred(box_feature), scale, level)
-        return PointPrediction(self.cls_pred(cls_feature), (distances,))
+        return self.box_codec(raw, 1.0 if scales is None else scales[level], level)
 
 
 @POINT_HEAD_REGISTRY.register()
@@ -244,7 +252,10 @@ class QualityHead(PointHead):
             "quality_on_box_tower": part_named(towers, cfg.MODEL.POINT_DETECTOR.QUALITY_TOWER, key),
         }
 
-    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
-        said = super().predict(cls_feature, box_feature, level)
-        feature = box_feature if self.quality_on_box_tower else cls_feature
-        return PointPrediction(said.logits, said.distances, self.quality_pred(feature))
+    def predict(
+        self, cls_features: list[Tensor], box_features: list[Tensor]
+    ) -> list[PointPrediction]:
+        said = super().predict(cls_features, box_features)
+        features = box_features if self.quality_on_box_tower else cls_features
+        qualities = over_maps(self.quality_pred, features)
+        return [x._replace(quality_logits=quality) for x, quality in zip(said, qualities)]

@@ -18,7 +18,7 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead, permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.retinanet import permute_to_N_HWA_K
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from .retinanet_parts import (
     ASSIGNERS,
     BEFORE_NMS,
     NORMALIZERS,
+    AllLevelsHead,
     AnchorMatcher,
     BeforeNMS,
     Normalizer,
@@ -134,7 +135,7 @@ class BoxLossRetinaNet(PyramidDetector):
         key = "MODEL.RETINANET"
         return {
             **arguments,
-            "head": build_head(RetinaNetHead, cfg, shapes),
+            "head": build_head(AllLevelsHead, cfg, shapes),
             "head_in_features": node.IN_FEATURES,
             "nms": build_dense_nms(cfg),
             "num_classes": node.NUM_CLASSES,

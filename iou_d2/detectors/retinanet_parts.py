@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
 from iou_d2.errors import InputError
+from iou_d2.layers.over_maps import over_maps
 
 # IoUs (M, R) of objects and anchors -> the object of each anchor (R,), and (R,) 1 for positive, 0
 # for background, -1 for neither.
@@ -145,6 +146,15 @@ BEFORE_NMS: dict[str, BeforeNMS] = {
     "clipped": clipped,
     "clipped_with_area": clipped_with_area,
 }
+
+
+class AllLevelsHead(RetinaNetHead):
+    """Detectron2's RetinaNetHead, each of whose layers takes all levels at once."""
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], ...]:
+        """L features (N, C, H, W) -> L class logits (N, AK, H, W) and L deltas (N, 4A, H, W)."""
+        logits = over_maps(self.cls_score, over_maps(self.cls_subnet, features))
+        return logits, over_maps(self.bbox_pred, over_maps(self.bbox_subnet, features))
 
 
 def build_head(kind: type[RetinaNetHead], cfg, shapes) -> RetinaNetHead:

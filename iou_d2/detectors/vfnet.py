@@ -19,6 +19,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from iou_d2.layers.deform_conv import deform_conv, is_compiled_for
+from iou_d2.layers.over_maps import over_maps
 from iou_d2.ops.box_codec import exp_distances
 
 from .dense import part_named
@@ -176,20 +177,26 @@ class StarHead(TwoTowerHead):
             "make_star": star_maker(cfg.MODEL.POINT_DETECTOR),
         }
 
-    def predict(self, cls_feature: Tensor, box_feature: Tensor, level: int) -> PointPrediction:
-        initial = exp_distances(
-            self.initial_pred(self.initial_conv(box_feature)),
-            self.initial_scales[level],
-            self.units[level],
-        )
-        offsets = star_offsets(initial / self.strides[level])
-        logits = self.cls_pred(F.relu(self.cls_star(cls_feature, offsets)))
-        return PointPrediction(logits, self.stages(box_feature, initial, offsets, level))
+    def predict(
+        self, cls_features: list[Tensor], box_features: list[Tensor]
+    ) -> list[PointPrediction]:
+        raw = over_maps(self.initial_pred, over_maps(self.initial_conv, box_features))
+        initial = [
+            exp_distances(x, scale, unit)
+            for x, scale, unit in zip(raw, self.initial_scales, self.units)
+        ]
+        offsets = [star_offsets(x / stride) for x, stride in zip(initial, self.strides)]
+        seen = [F.relu(self.cls_star(*each)) for each in zip(cls_features, offsets)]
+        logits = over_maps(self.cls_pred, seen)
+        return [
+            PointPrediction(said, self.stages(*each, level))
+            for level, (said, *each) in enumerate(zip(logits, box_features, initial, offsets))
+        ]
 
     def stages(
         self, box_feature: Tensor, initial: Tensor, offsets: Tensor, level: int
     ) -> tuple[Tensor, ...]:
-        """Distances of all stages."""
+        """Distances of all stages of a level."""
         return (initial,)
 
 

@@ -8,12 +8,14 @@ of date, and gradients reach w.
 Where no gradient is asked for, oneDNN also applies the ReLU and adds the shortcut of a residual
 block before it writes the map.
 
-Convolutions with 3 x 3 weights and stride 1 go by Winograd's algorithm where that is faster.
+Convolutions with 3 x 3 weights and stride 1 go by Winograd's algorithm where that is faster; those
+of the levels of a pyramid that share weights do so together, if `over_maps` asks for them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -21,7 +23,14 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import Tensor, nn
 
 from iou_d2.layers.batch_norm import batch_norm, is_compiled_for
-from iou_d2.layers.conv3x3 import conv3x3, conv3x3_and_more, is_worth_it, suits
+from iou_d2.layers.conv3x3 import (
+    MULTIPLE,
+    conv3x3_and_more,
+    conv3x3_of_maps,
+    is_worth_it,
+    suits,
+)
+from iou_d2.layers.over_maps import is_hooked, over_maps
 
 from .precision import cpu_has_bfloat16
 
@@ -64,15 +73,17 @@ class FoldedConv2d:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, D, h, w)."""
+        return self.of_maps([x])[0]
+
+    def of_maps(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """That of each map."""
         conv, norm = self.conv, _norm_of(self.conv)
         activation = getattr(conv, "activation", None)
         if norm is None or only_scales(norm):
-            x = convolved(conv, norm, x)
+            xs = convolved(conv, norm, xs)
         else:
-            x = convolved(conv, None, x)
-            is_compiled = is_compiled_for(norm, x) and not _is_hooked(norm)
-            x = batch_norm(x, norm) if is_compiled else norm(x)
-        return x if activation is None else activation(x)
+            xs = [_normed(norm, x) for x in convolved(conv, None, xs)]
+        return xs if activation is None else [activation(x) for x in xs]
 
 
 class FoldedSequential:
@@ -83,21 +94,26 @@ class FoldedSequential:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, D, h, w)."""
+        return self.of_maps([x])[0]
+
+    def of_maps(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """That of each map."""
         layers = list(self.layers)
         while layers:
             layer = layers.pop(0)
             if _is_plain(layer):
                 norm = layers.pop(0) if layers and only_scales(layers[0]) else None
-                if layers and _is_activation(layers[0]) and is_fused(layer, norm, x):
-                    x = fused(layer, norm, layers.pop(0), x)
+                if layers and _is_activation(layers[0]) and is_fused(layer, norm, xs):
+                    xs = fused(layer, norm, layers.pop(0), xs)
                 else:
-                    x = layer(x) if norm is None else convolved(layer, norm, x)
-            elif is_compiled_for(layer, x) and not _is_hooked(layer):
+                    xs = convolved(layer, norm, xs)
+            elif all(is_compiled_for(layer, x) for x in xs) and not is_hooked(layer):
                 clamps = layers and _is_activation(layers[0])
-                x = batch_norm(x, layer, *(_ENDS[type(layers.pop(0))] if clamps else ()))
+                ends = _ENDS[type(layers.pop(0))] if clamps else ()
+                xs = [batch_norm(x, layer, *ends) for x in xs]
             else:
-                x = layer(x)
-        return x
+                xs = over_maps(layer, xs)
+        return xs
 
 
 class FoldedBlock:
@@ -118,7 +134,7 @@ class FoldedBlock:
             type(conv).forward is Conv2d.forward
             and conv.activation is None
             and only_scales(conv.norm)
-            and is_fused(conv, conv.norm, x)
+            and is_fused(conv, conv.norm, [x])
             for conv in self.block.children()
         )
 
@@ -131,7 +147,7 @@ class FoldedBlock:
             output = x.clone() if keeps_input else x
         *convs, last = (conv for conv in self.block.children() if conv is not shortcut)
         for conv in convs:
-            x = fused(conv, conv.norm, relu, x)
+            (x,) = fused(conv, conv.norm, relu, [x])
         return added(output, last, last.norm, relu, x)
 
 
@@ -145,7 +161,7 @@ class FoldedStage:
         """(N, C, H, W) -> (N, D, h, w)."""
         is_own = False
         for block in self.blocks:
-            is_fused = block.forward.is_fused(x) and not _is_hooked(block)
+            is_fused = block.forward.is_fused(x) and not is_hooked(block)
             x = block.forward.fused(x, keeps_input=not is_own) if is_fused else block(x)
             is_own = is_fused
         return x
@@ -153,7 +169,7 @@ class FoldedStage:
 
 def only_scales(norm: nn.Module | None) -> bool:
     """Whether `norm` maps each channel x to s x + t with an s and t that do not depend on x."""
-    if norm is None or _is_hooked(norm):
+    if norm is None or is_hooked(norm):
         return False
     if isinstance(norm, FrozenBatchNorm2d):
         return True
@@ -171,16 +187,17 @@ def folded(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor | No
     return conv.weight * scale[:, None, None, None], bias
 
 
-def convolved(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> Tensor:
-    """norm(conv(x)), of a norm that `only_scales`, without what else a Conv2d of Detectron2 has."""
+def convolved(conv: nn.Conv2d, norm: nn.Module | None, xs: Sequence[Tensor]) -> list[Tensor]:
+    """norm(conv(x)) of each map, of a norm that `only_scales`, without what else a Conv2d of
+    Detectron2 has."""
     weight, bias = folded(conv, norm)
-    if is_worth_it(conv, x):
-        return conv3x3(x, weight, bias, conv.padding[0])
-    return conv._conv_forward(x, weight, bias)
+    if is_worth_it(conv, xs):
+        return conv3x3_of_maps(xs, weight, bias, conv.padding[0])
+    return [conv._conv_forward(x, weight, bias) for x in xs]
 
 
-def is_fused(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> bool:
-    """Whether `conv` of `x` can be computed together with `norm` and an activation.
+def is_fused(conv: nn.Conv2d, norm: nn.Module | None, xs: Sequence[Tensor]) -> bool:
+    """Whether `conv` of each map can be computed together with `norm` and an activation.
 
     Not where a gradient is asked for, since oneDNN's operators have none, and not in a graph that
     is to run elsewhere, where they may not be.
@@ -188,46 +205,57 @@ def is_fused(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> bool:
     parts = [conv] if norm is None else [conv, norm]
     return (
         _HAS_ONEDNN
-        and x.device.type == "cpu"
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and (_dtype_of(x) == torch.float32 or _dtype_of(x) == torch.bfloat16 and cpu_has_bfloat16())
+        and all(_is_fused_for(x) for x in xs)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
-        and not any(map(_is_hooked, parts))
-        and not (torch.is_grad_enabled() and (x.requires_grad or any(map(_learns, parts))))
+        and not any(map(is_hooked, parts))
+        and not (torch.is_grad_enabled() and any(map(_learns, parts)))
         and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
     )
 
 
-def fused(conv: nn.Conv2d, norm: nn.Module | None, activation: nn.Module, x: Tensor) -> Tensor:
-    """activation(norm(conv(x))), where `is_fused`."""
-    if is_worth_it(conv, x):
-        return _by_conv3x3(conv, norm, activation, x)
+def _is_fused_for(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and (_dtype_of(x) == torch.float32 or _dtype_of(x) == torch.bfloat16 and cpu_has_bfloat16())
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )
+
+
+def fused(
+    conv: nn.Conv2d, norm: nn.Module | None, activation: nn.Module, xs: Sequence[Tensor]
+) -> list[Tensor]:
+    """activation(norm(conv(x))) of each map, where `is_fused`."""
+    if _takes_conv3x3(conv, xs):
+        weight, bias = folded(conv, norm)
+        return conv3x3_and_more(xs, weight, bias, conv.padding[0], (), *_ENDS[type(activation)])
     name, numbers = _ACTIVATIONS[type(activation)]
-    return torch.ops.mkldnn._convolution_pointwise(*_inputs(conv, norm, x), name, numbers, "")
+    operator = torch.ops.mkldnn._convolution_pointwise
+    return [operator(*_inputs(conv, norm, x), name, numbers, "") for x in xs]
 
 
 def added(
     shortcut: Tensor, conv: nn.Conv2d, norm: nn.Module, activation: nn.Module, x: Tensor
 ) -> Tensor:
     """activation(shortcut + norm(conv(x))), perhaps written over `shortcut`, where `is_fused`."""
-    if is_worth_it(conv, x):
-        return _by_conv3x3(conv, norm, activation, x, shortcut)
+    if _takes_conv3x3(conv, [x]):
+        (weight, bias), ends = folded(conv, norm), _ENDS[type(activation)]
+        return conv3x3_and_more([x], weight, bias, conv.padding[0], [shortcut], *ends)[0]
     name, numbers = _ACTIVATIONS[type(activation)]
     return torch.ops.mkldnn._convolution_pointwise_.binary(
         shortcut.to(_dtype_of(x)), *_inputs(conv, norm, x), "add", 1.0, name, numbers, ""
     )
 
 
-def _by_conv3x3(
-    conv: nn.Conv2d,
-    norm: nn.Module | None,
-    activation: nn.Module,
-    x: Tensor,
-    addend: Tensor | None = None,
-) -> Tensor:
-    ends = _ENDS[type(activation)]
-    return conv3x3_and_more(x, *folded(conv, norm), conv.padding[0], addend, *ends)
+def _takes_conv3x3(conv: nn.Conv2d, xs: Sequence[Tensor]) -> bool:
+    """Whether `conv3x3_and_more` is for `conv` of `xs`."""
+    return conv.out_channels % MULTIPLE == 0 and is_worth_it(conv, xs)
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    is_compiled = is_compiled_for(norm, x) and not is_hooked(norm)
+    return batch_norm(x, norm) if is_compiled else norm(x)
 
 
 def _inputs(conv: nn.Conv2d, norm: nn.Module | None, x: Tensor) -> tuple:
@@ -242,7 +270,7 @@ def _dtype_of(x: Tensor) -> torch.dtype:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether `module` is a convolution and nothing else."""
-    if type(module).forward not in _CONVOLUTIONS or _is_hooked(module):
+    if type(module).forward not in _CONVOLUTIONS or is_hooked(module):
         return False
     return _norm_of(module) is None and getattr(module, "activation", None) is None
 
@@ -252,13 +280,8 @@ def _norm_of(conv: nn.Conv2d) -> nn.Module | None:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    return type(module) in _ENDS and not _is_hooked(module)
+    return type(module) in _ENDS and not is_hooked(module)
 
 
 def _learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return any((*hooks, module._backward_pre_hooks))

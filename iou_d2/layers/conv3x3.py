@@ -10,8 +10,10 @@ sees it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -23,57 +25,76 @@ LEAST_PIXELS, LEAST_CHANNELS = 256, 64
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 1) -> Tensor:
-    """The convolution of F.conv2d, in float32 on the CPU.
+    """The convolution of F.conv2d, in float32 on the CPU: `conv3x3_of_maps` of one map."""
+    return conv3x3_of_maps([x], weight, bias, padding)[0]
+
+
+def conv3x3_of_maps(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, padding: int = 1
+) -> list[Tensor]:
+    """The convolutions of maps that share weights, which are transformed once, in float32 on the
+    CPU.
 
     Args:
-        x: (N, C, H, W).
-        weight: (D, C, 3, 3). C and D are multiples of 16.
+        xs: at least one map (N, C, H, W), whose N, H and W may differ.
+        weight: (D, C, 3, 3). C is a multiple of 16.
         bias: (D,).
         padding: 0, 1 or 2.
 
     Returns:
-        (N, D, H + 2 padding - 2, W + 2 padding - 2), channels-last; no images make none.
+        (N, D, H + 2 padding - 2, W + 2 padding - 2) of each, channels-last; no images make none.
 
     Raises:
         ValueError: other shapes.
         TypeError: not float32.
         RuntimeError: on a second derivative.
     """
-    return _Conv3x3.apply(_last(x), _last(weight), bias, padding)
+    return list(_Conv3x3.apply(_last(weight), bias, padding, *map(_last, xs)))
 
 
 @torch.no_grad()
 def conv3x3_and_more(
-    x: Tensor,
+    xs: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None = None,
     padding: int = 1,
-    addend: Tensor | None = None,
+    addends: Sequence[Tensor] = (),
     low: float = -math.inf,
     high: float = math.inf,
-) -> Tensor:
-    """(conv3x3(x) + addend).clamp(low, high) without gradients; arguments are those of `conv3x3`.
+) -> list[Tensor]:
+    """(conv3x3(x) + addend).clamp(low, high) of each map without gradients.
 
     Args:
-        addend: of the output's shape.
+        xs, weight, bias, padding: those of `conv3x3_of_maps`, but D is a multiple of 16.
+        addends: one of its output's shape for each map, or none.
         low, high: 0 and 6 of a ReLU6, 0 and infinity of a ReLU.
     """
-    addend = None if addend is None else _last(addend)
-    return torch.ops.iou_d2.conv3x3(_last(x), _last(weight), bias, addend, padding, low, high)
+    addends = list(map(_last, addends))
+    return torch.ops.iou_d2.conv3x3(
+        list(map(_last, xs)), _last(weight), bias, addends, padding, low, high
+    )
 
 
-def is_worth_it(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether `conv3x3` takes what `conv` does with `x`, and is likely to be faster."""
+def is_worth_it(conv: nn.Conv2d, xs: Sequence[Tensor]) -> bool:
+    """Whether `conv3x3_of_maps` takes what `conv` does with `xs`, and is likely to be faster."""
     return (
         suits(conv)
         and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
-        and x.device.type == "cpu"
-        and x.dtype == conv.weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and x.dim() == 4
+        and conv.weight.dtype == torch.float32
         # The order that maps are to have: those of pooled boxes come in another one.
         and conv.weight.is_contiguous(memory_format=torch.channels_last)
-        and x.numel() >= LEAST_PIXELS * x.shape[1]
+        and all(_is_for(conv, x) for x in xs)
+        and sum(x.numel() for x in xs) >= LEAST_PIXELS * conv.in_channels
+    )
+
+
+def _is_for(conv: nn.Conv2d, x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.dim() == 4
+        and x.shape[1] == conv.in_channels
         and min(x.shape[2:]) + 2 * conv.padding[0] >= 3
     )
 
@@ -89,7 +110,7 @@ def suits(conv: nn.Conv2d) -> bool:
         and conv.padding_mode == "zeros"
         and conv.groups == 1
         and min(channels) >= LEAST_CHANNELS
-        and all(number % MULTIPLE == 0 for number in channels)
+        and conv.in_channels % MULTIPLE == 0
     )
 
 
@@ -99,45 +120,56 @@ def _last(x: Tensor) -> Tensor:
 
 
 class _Conv3x3(torch.autograd.Function):
+    """The operators, of which weights and gradients are widened to the channels that they take."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, padding):
-        ctx.save_for_backward(x, weight)
-        ctx.padding = padding
-        return torch.ops.iou_d2.conv3x3(x, weight, bias, None, padding, -math.inf, math.inf)
+    def forward(ctx, weight, bias, padding, *xs):
+        channels = len(weight)
+        ctx.padding, ctx.missing = padding, -channels % MULTIPLE
+        if ctx.missing:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, ctx.missing))
+            bias = None if bias is None else F.pad(bias, (0, ctx.missing))
+        ctx.save_for_backward(weight, *xs)
+        ends = (-math.inf, math.inf)
+        ys = torch.ops.iou_d2.conv3x3(list(xs), weight, bias, [], padding, *ends)
+        return tuple(y[:, :channels] for y in ys) if ctx.missing else tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-        grad = _last(grad)
+    def backward(ctx, *grads):
+        weight, *xs = ctx.saved_tensors
+        of_weight, of_bias, _, *of_xs = ctx.needs_input_grad
+        wide = [_last(F.pad(g, (0, 0, 0, 0, 0, ctx.missing)) if ctx.missing else g) for g in grads]
+        asked = [grad for grad, is_asked in zip(wide, of_xs) if is_asked]
+        operators, channels = torch.ops.iou_d2, grads[0].shape[1]
+        made = iter(operators.conv3x3_of_input(asked, weight, ctx.padding) if asked else ())
         return (
-            torch.ops.iou_d2.conv3x3_of_input(grad, weight, ctx.padding) if of_x else None,
-            torch.ops.iou_d2.conv3x3_of_weight(grad, x, ctx.padding) if of_weight else None,
-            grad.sum((0, 2, 3)) if of_bias else None,
+            operators.conv3x3_of_weight(wide, xs, ctx.padding)[:channels] if of_weight else None,
+            sum(grad.sum((0, 2, 3)) for grad in grads) if of_bias else None,
             None,
+            *(next(made) if is_asked else None for is_asked in of_xs),
         )
 
 
-def _fake_forward(x, weight, bias, addend, padding, low, high):
+def _fake_forward(xs, weight, bias, addends, padding, low, high):
+    return [_fake_map(x, weight.shape[0], 2 * padding - 2) for x in xs]
+
+
+def _fake_of_input(grads, weight, padding):
+    return [_fake_map(grad, weight.shape[1], 2 - 2 * padding) for grad in grads]
+
+
+def _fake_of_weight(grads, xs, padding):
+    shape = (grads[0].shape[1], xs[0].shape[1], 3, 3)
+    return torch.empty(
+        shape, dtype=xs[0].dtype, device=xs[0].device, memory_format=torch.channels_last
+    )
+
+
+def _fake_map(x: Tensor, channels: int, larger: int) -> Tensor:
     n, _, height, width = x.shape
-    shape = (n, weight.shape[0], height + 2 * padding - 2, width + 2 * padding - 2)
+    shape = (n, channels, height + larger, width + larger)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _fake_of_input(grad, weight, padding):
-    n, _, height, width = grad.shape
-    shape = (n, weight.shape[1], height - 2 * padding + 2, width - 2 * padding + 2)
-    return torch.empty(
-        shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last
-    )
-
-
-def _fake_of_weight(grad, x, padding):
-    shape = (grad.shape[1], x.shape[1], 3, 3)
-    return torch.empty(
-        shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last
-    )
 
 
 if HAS_EXTENSION:

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from iou_d2.layers import HAS_EXTENSION
-from iou_d2.layers.conv3x3 import conv3x3, conv3x3_and_more, is_worth_it, suits
+from iou_d2.layers.conv3x3 import (
+    conv3x3,
+    conv3x3_and_more,
+    conv3x3_of_maps,
+    is_worth_it,
+    suits,
+)
 
 pytestmark = pytest.mark.skipif(not HAS_EXTENSION, reason="without the compiled operators")
 
@@ -49,6 +55,8 @@ SHAPES = {
     "large, one row": (1, 16, 1, 401, 16),
     "blocks": (2, 512, 31, 37, 256),
     "many tiles": (1, 16, 150, 200, 16),
+    "three channels out": (2, 64, 9, 8, 3),
+    "no multiple of 16 out": (1, 64, 33, 37, 50),
 }
 
 
@@ -63,12 +71,49 @@ def test_values_and_gradients(shape, padding):
     given = [x.requires_grad_() for x in inputs(*SHAPES[shape])]
     exact = [x.detach().double().requires_grad_() for x in given]
     y, wanted = conv3x3(*given, padding), F.conv2d(*exact, padding=padding)
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert y.is_contiguous(memory_format=torch.channels_last) or len(given[2]) % 16
     assert error(y, wanted) < ROUNDING
     grad = numbers(*y.shape, seed=2)
     found = torch.autograd.grad(y, given, grad)
     for a, want in zip(found, torch.autograd.grad(wanted, exact, grad.double()), strict=True):
         assert error(a, want) < ROUNDING
+
+
+# Maps that go by the algorithm of large ones since they do so together, and by that of small ones.
+PYRAMIDS = {
+    "large": [(2, 64, 40, 32), (2, 64, 20, 17), (2, 64, 5, 4), (2, 64, 1, 1)],
+    "small": [(1, 64, 5, 6), (3, 64, 2, 3)],
+    "one without images": [(2, 64, 9, 8), (0, 64, 5, 4), (1, 64, 3, 3)],
+}
+
+
+@pytest.mark.parametrize("shapes", PYRAMIDS.values(), ids=PYRAMIDS)
+@pytest.mark.parametrize("channels", [64, 36])
+def test_maps_that_share_weights(shapes, channels):
+    """Values, gradients of each map, and that of the weights, to which all maps add."""
+    xs = [numbers(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    _, *shared = inputs(1, 64, 1, 1, channels)
+    given = [x.requires_grad_() for x in (*xs, *shared)]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    ys = conv3x3_of_maps(xs, *shared)
+    wanted = [F.conv2d(x, *exact[-2:], padding=1) for x in exact[:-2]]
+    grads = [numbers(*y.shape, seed=9) for y in ys]
+    found = torch.autograd.grad(ys, given, grads)
+    right = torch.autograd.grad(wanted, exact, [grad.double() for grad in grads])
+    for a, want in zip((*ys, *found), (*wanted, *right), strict=True):
+        assert a.shape == want.shape
+        assert want.numel() == 0 or error(a, want) < ROUNDING
+
+
+def test_a_map_without_a_gradient_among_others():
+    xs, (_, weight, _) = [numbers(1, 64, n, n) for n in (9, 5)], inputs(1, 64, 1, 1, 32)
+    first, _ = conv3x3_of_maps([xs[0], xs[1].requires_grad_()], weight.requires_grad_())
+    first.sum().backward()
+    assert xs[0].grad is None
+    assert xs[1].grad.abs().max() == 0
+    exact = weight.detach().double().requires_grad_()
+    F.conv2d(xs[0].double(), exact, padding=1).sum().backward()
+    assert error(weight.grad, exact.grad) < ROUNDING
 
 
 @pytest.mark.parametrize("learns", range(3))
@@ -105,10 +150,10 @@ def test_sums_and_ends(ends, adds, size):
     before = None if addend is None else addend.clone()
     exact = F.conv2d(*(t.double() for t in (x, weight, bias)), padding=1)
     exact = (exact + (0 if addend is None else addend.double())).clamp(*ends)
-    found = conv3x3_and_more(x, weight, bias, 1, addend, *ends)
+    (found,) = conv3x3_and_more([x], weight, bias, 1, [addend] if adds else (), *ends)
     assert (found.double() - exact).abs().max() < 1e-5
     assert addend is None or torch.equal(addend, before)
-    y = conv3x3_and_more(x, weight.requires_grad_())
+    (y,) = conv3x3_and_more([x], weight.requires_grad_())
     assert not y.requires_grad
     assert error(y, F.conv2d(x.double(), weight.double(), padding=1).detach()) < ROUNDING
 
@@ -151,7 +196,6 @@ def test_large_and_small_numbers(side):
         (lambda x, w, b: (x, w.half(), b, 1), TypeError, "the weight must be float32, got Half"),
         (lambda x, w, b: (x[:, :24], w, b, 1), ValueError, "of x must be a multiple of 16, got 24"),
         (lambda x, w, b: (x[:, :32], w, b, 1), ValueError, "x has 32 channels and the weight is"),
-        (lambda x, w, b: (x, w[:20], b, 1), ValueError, "a D that is a multiple of 16"),
         (lambda x, w, b: (x, w[..., :2], b, 1), ValueError, r"the weight must be \(D, C, 3, 3\)"),
         (lambda x, w, b: (x, w, b[:16], 1), ValueError, r"bias must have shape \[32\], got \[16\]"),
         (lambda x, w, b: (x, w, b.double(), 1), TypeError, "bias must be contiguous float32"),
@@ -167,11 +211,19 @@ def test_bad_inputs_are_refused(change, kind, text):
 def test_bad_addends_and_gradients_are_refused():
     x, weight, bias = inputs(1, 64, 9, 8, 32)
     with pytest.raises(ValueError, match=r"the addend must have shape \[1, 32, 9, 8\]"):
-        conv3x3_and_more(x, weight, bias, 1, numbers(1, 32, 9, 7))
+        conv3x3_and_more([x], weight, bias, 1, [numbers(1, 32, 9, 7)])
+    with pytest.raises(ValueError, match="there are 1 maps of the addend for 2 of x"):
+        conv3x3_and_more([x, x], weight, bias, 1, [numbers(1, 32, 9, 8)])
+    with pytest.raises(ValueError, match="a D that is a multiple of 16"):
+        conv3x3_and_more([x], weight[:20], bias[:20])
     with pytest.raises(ValueError, match=r"the gradient must have shape \[1, 32, 9, 8\]"):
-        torch.ops.iou_d2.conv3x3_of_weight(numbers(1, 32, 8, 8), x, 1)
+        torch.ops.iou_d2.conv3x3_of_weight([numbers(1, 32, 8, 8)], [x], 1)
     with pytest.raises(ValueError, match="the gradient has 64 channels and the weight makes 32"):
-        torch.ops.iou_d2.conv3x3_of_input(x, weight, 1)
+        torch.ops.iou_d2.conv3x3_of_input([x], weight, 1)
+    with pytest.raises(ValueError, match="there is no map of x"):
+        conv3x3_of_maps([], weight)
+    with pytest.raises(ValueError, match="all of x must have the 64 channels of the first, got 32"):
+        conv3x3_of_maps([x, x[:, :32]], weight)
     grad = torch.autograd.grad(conv3x3(x.requires_grad_(), weight).square().sum(), x)[0]
     assert not grad.requires_grad
 
@@ -181,10 +233,10 @@ def test_what_it_is_for():
         return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
     conv, x = nn.Conv2d(64, 80, 3, padding=1), map_of(1, 64, 16, 16)
-    assert not is_worth_it(conv, x)
+    assert not is_worth_it(conv, [x])
     conv.to(memory_format=torch.channels_last)
-    assert is_worth_it(conv, x)
-    assert is_worth_it(conv, torch.zeros(1, 64, 16, 16))
+    assert is_worth_it(conv, [x])
+    assert is_worth_it(conv, [torch.zeros(1, 64, 16, 16)])
     for other in (
         map_of(1, 64, 16, 15),
         map_of(1, 64, 16, 16, dtype=torch.bfloat16),
@@ -192,11 +244,15 @@ def test_what_it_is_for():
         map_of(1, 64, 16, 16)[0],
         map_of(0, 64, 16, 16),
     ):
-        assert not is_worth_it(conv, other)
+        assert not is_worth_it(conv, [other])
+    # Levels that are large enough together.
+    assert is_worth_it(conv, [map_of(1, 64, 12, 16), map_of(1, 64, 8, 8)])
+    assert not is_worth_it(conv, [map_of(1, 64, 12, 16), map_of(1, 64, 8, 7)])
+    assert not is_worth_it(conv, [x, map_of(1, 64, 8, 8, dtype=torch.float64)])
     narrow = nn.Conv2d(64, 64, 3).to(memory_format=torch.channels_last)
-    assert not is_worth_it(narrow, map_of(1, 64, 2, 200))
+    assert not is_worth_it(narrow, [map_of(1, 64, 2, 200)])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not is_worth_it(conv, x)
+        assert not is_worth_it(conv, [x])
     for arguments in (
         {"stride": 2},
         {"dilation": 2},
@@ -207,5 +263,5 @@ def test_what_it_is_for():
         {"padding": 1, "padding_mode": "reflect"},
     ):
         assert not suits(nn.Conv2d(64, 64, 3, **arguments))
-    for arguments in ((32, 64, 3), (64, 72, 3), (64, 64, 1), (64, 64, (3, 1))):
+    for arguments in ((32, 64, 3), (72, 64, 3), (64, 36, 3), (64, 64, 1), (64, 64, (3, 1))):
         assert not suits(nn.Conv2d(*arguments))

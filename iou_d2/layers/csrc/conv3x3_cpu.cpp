@@ -2,15 +2,15 @@
 // Winograd's algorithm: F(4x4, 3x3), which takes a quarter of the products, of maps with many
 // tiles, else F(2x2, 3x3), which takes four ninths and transforms weights in less time.
 //
-// The tiles of all images are numbered through and taken in blocks: transform, one matrix product
-// for each slot, transform back. In the gradients the same transforms are turned around.
+// The tiles of all images, of one map or of several that share weights, are numbered through and
+// taken in blocks: transform, one matrix product for each slot, transform back. In the gradients the
+// same transforms are turned around.
 //
 // The letters are those of cpu_conv3x3.h.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -46,25 +46,52 @@ void require_shape(const at::Tensor& t, at::IntArrayRef sizes, const char* name)
                     t.sizes(), ".");
 }
 
-// The output of `x` for weights in slots, (slots, C, D).
+// Maps that share weights.
+void require_all(at::TensorList ts, const char* name) {
+  TORCH_CHECK_VALUE(!ts.empty(), "conv3x3: there is no map of ", name, ".");
+  for (const at::Tensor& t : ts) {
+    require(t, name);
+    TORCH_CHECK_VALUE(t.size(1) == ts[0].size(1), "conv3x3: all of ", name, " must have the ",
+                      ts[0].size(1), " channels of the first, got ", t.size(1), ".");
+  }
+}
+
+// That `ts` have `channels` channels and the shapes of the outputs for `xs` else.
 template <typename F>
-at::Tensor convolved(const at::Tensor& x, const at::Tensor& weights, int64_t padding,
-                     const Finish& finish) {
-  const Tiles<F> tiles(x, padding);
+void require_outputs(at::TensorList ts, at::TensorList xs, const Tiles<F>& tiles,
+                     int64_t channels, const char* name) {
+  TORCH_CHECK_VALUE(ts.size() == xs.size(), "conv3x3: there are ", ts.size(), " maps of ", name,
+                    " for ", xs.size(), " of x.");
+  for (size_t k = 0; k < xs.size(); ++k) {
+    require(ts[k], name);
+    require_shape(ts[k], {xs[k].size(0), channels, tiles[k].h, tiles[k].w}, name);
+  }
+}
+
+// The outputs of `xs` for weights in slots, (slots, C, D).
+template <typename F>
+std::vector<at::Tensor> convolved(at::TensorList xs, const at::Tensor& weights, int64_t padding,
+                                  const Finish& finish) {
+  const Tiles<F> tiles(xs, padding);
   const int64_t C = weights.size(1), D = weights.size(2);
-  at::Tensor y = at::empty({tiles.N, D, tiles.h, tiles.w}, x.options(), LAST);
-  const Slots<F> inputs(block_of(tiles, C + D), C, x.options());
-  const Slots<F> outputs(block_of(tiles, C + D), D, x.options());
+  std::vector<at::Tensor> ys;
+  for (size_t k = 0; k < xs.size(); ++k) {
+    ys.push_back(at::empty({xs[k].size(0), D, tiles[k].h, tiles[k].w}, xs[k].options(), LAST));
+  }
+  const auto from = starts_of<const float>(xs);
+  const auto to = starts_of<float>(ys);
+  const Slots<F> inputs(block_of(tiles, C + D), C, xs[0].options());
+  const Slots<F> outputs(block_of(tiles, C + D), D, xs[0].options());
   with_widest<float>([&](auto simd) {
     using V = decltype(simd);
     for_blocks(tiles, C + D, [&](int64_t first, int64_t count) {
       at::Tensor seen = inputs.of(count), made = outputs.of(count);
-      fill_slots<V>(tiles, x.const_data_ptr<float>(), C, first, seen);
+      fill_slots<V>(tiles, from, C, first, seen);
       at::bmm_out(made, seen, weights);
-      empty_slots<V>(tiles, made, first, finish, y.mutable_data_ptr<float>());
+      empty_slots<V>(tiles, made, first, finish, to);
     });
   });
-  return y;
+  return ys;
 }
 
 template <typename F>
@@ -76,73 +103,86 @@ at::Tensor weights_in_slots(const at::Tensor& weight, bool turned) {
   return slots;
 }
 
-// clamp(convolution of x + bias + addend, low, high)
-at::Tensor conv3x3_cpu(const at::Tensor& x, const at::Tensor& weight,
-                       const std::optional<at::Tensor>& bias,
-                       const std::optional<at::Tensor>& addend, int64_t padding, double low,
-                       double high) {
-  require(x, "x");
+// clamp(convolution of x + bias + addend, low, high) of each x, which may have an addend or not.
+std::vector<at::Tensor> conv3x3_cpu(at::TensorList xs, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias, at::TensorList addends,
+                                    int64_t padding, double low, double high) {
+  require_all(xs, "x");
   require_weight(weight);
   const int64_t D = weight.size(0);
-  TORCH_CHECK_VALUE(x.size(1) == weight.size(1), "conv3x3: x has ", x.size(1),
+  TORCH_CHECK_VALUE(xs[0].size(1) == weight.size(1), "conv3x3: x has ", xs[0].size(1),
                     " channels and the weight is for ", weight.size(1), ".");
   if (bias) {
     require_shape(*bias, {D}, "the bias");
     TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat && bias->is_contiguous(),
                      "conv3x3: the bias must be contiguous float32.");
   }
-  const Finish finish{bias ? bias->const_data_ptr<float>() : nullptr,
-                      addend ? addend->const_data_ptr<float>() : nullptr,
-                      static_cast<float>(low), static_cast<float>(high)};
-  return with_tiles(x, padding, [&](auto algorithm) {
+  return with_tiles(xs, padding, [&](auto algorithm) {
     using F = decltype(algorithm);
-    if (addend) {
-      const Tiles<F> tiles(x, padding);
-      require(*addend, "the addend");
-      require_shape(*addend, {tiles.N, D, tiles.h, tiles.w}, "the addend");
+    if (!addends.empty()) {
+      require_outputs(addends, xs, Tiles<F>(xs, padding), D, "the addend");
     }
-    return convolved<F>(x, weights_in_slots<F>(weight, false).transpose(1, 2), padding, finish);
+    const Finish finish{bias ? bias->const_data_ptr<float>() : nullptr,
+                        starts_of<const float>(addends), static_cast<float>(low),
+                        static_cast<float>(high)};
+    return convolved<F>(xs, weights_in_slots<F>(weight, false).transpose(1, 2), padding, finish);
   });
 }
 
-// The gradient of x: the convolution of that of y with weights that are turned by 180 degrees.
-at::Tensor conv3x3_of_input(const at::Tensor& grad, const at::Tensor& weight, int64_t padding) {
-  require(grad, "the gradient");
+// The gradient of each x: the convolution of that of y with weights turned by 180 degrees.
+std::vector<at::Tensor> conv3x3_of_input(at::TensorList grads, const at::Tensor& weight,
+                                         int64_t padding) {
+  require_all(grads, "the gradient");
   require_weight(weight);
-  TORCH_CHECK_VALUE(grad.size(1) == weight.size(0), "conv3x3: the gradient has ", grad.size(1),
-                    " channels and the weight makes ", weight.size(0), ".");
+  TORCH_CHECK_VALUE(grads[0].size(1) == weight.size(0), "conv3x3: the gradient has ",
+                    grads[0].size(1), " channels and the weight makes ", weight.size(0), ".");
   const float most = std::numeric_limits<float>::infinity();
-  return with_tiles(grad, 2 - padding, [&](auto algorithm) {
+  return with_tiles(grads, 2 - padding, [&](auto algorithm) {
     using F = decltype(algorithm);
-    const Finish finish{nullptr, nullptr, -most, most};
-    return convolved<F>(grad, weights_in_slots<F>(weight, true), 2 - padding, finish);
+    const Finish finish{nullptr, {}, -most, most};
+    return convolved<F>(grads, weights_in_slots<F>(weight, true), 2 - padding, finish);
   });
 }
 
-// The gradient of the weight, (D, C, 3, 3).
+// Tiles [first, first + count) of the gradients of the outputs, transformed.
+template <typename V, typename F>
+void fill_slots_of_gradients(const Tiles<F>& tiles, const std::vector<const float*>& grads,
+                             int64_t D, int64_t first, const at::Tensor& slots) {
+  const std::vector<float> zeros(D);
+  const float* none = zeros.data();
+  float* to = slots.mutable_data_ptr<float>();
+  const int64_t count = slots.size(1);
+  in_parallel<V>(count, 8, [=, &tiles, &grads](int64_t k) IOU_D2_INLINE_LAMBDA {
+    const float* pixels[F::TILE * F::TILE];
+    const int64_t map = tiles.map_of(first + k);
+    tiles.of_output(first + k, tiles[map], grads[map], D, none, pixels);
+    transform_gradient<F, V>(pixels, D, to + D * k, D * count);
+  });
+}
+
+// The gradient of the weight, (D, C, 3, 3), which all maps share.
 template <typename F>
-at::Tensor of_weight(const at::Tensor& grad, const at::Tensor& x, int64_t padding) {
-  const Tiles<F> tiles(x, padding);
-  const int64_t C = x.size(1), D = grad.size(1);
-  require_shape(grad, {tiles.N, D, tiles.h, tiles.w}, "the gradient");
-  const Slots<F> inputs(block_of(tiles, C + D), C, x.options());
-  const Slots<F> outputs(block_of(tiles, C + D), D, x.options());
-  at::Tensor sums = at::zeros({F::SLOTS, D, C}, x.options());
-  at::Tensor weight = at::empty({D, C, 3, 3}, x.options(), LAST);
+at::Tensor of_weight(at::TensorList grads, at::TensorList xs, int64_t padding) {
+  const Tiles<F> tiles(xs, padding);
+  const int64_t C = xs[0].size(1), D = grads[0].size(1);
+  require_outputs(grads, xs, tiles, D, "the gradient");
+  const auto from = starts_of<const float>(xs), from_grads = starts_of<const float>(grads);
+  const Slots<F> inputs(block_of(tiles, C + D), C, xs[0].options());
+  const Slots<F> outputs(block_of(tiles, C + D), D, xs[0].options());
+  at::Tensor sums = at::empty({F::SLOTS, D, C}, xs[0].options());
+  if (tiles.count() == 0) sums.zero_();
+  at::Tensor weight = at::empty({D, C, 3, 3}, xs[0].options(), LAST);
   with_widest<float>([&](auto simd) {
     using V = decltype(simd);
     for_blocks(tiles, C + D, [&](int64_t first, int64_t count) {
       at::Tensor seen = inputs.of(count), made = outputs.of(count);
-      fill_slots<V>(tiles, x.const_data_ptr<float>(), C, first, seen);
-      const std::vector<float> zeros(D);
-      const float *from = grad.const_data_ptr<float>(), *none = zeros.data();
-      float* to = made.mutable_data_ptr<float>();
-      in_parallel<V>(count, 8, [=, &tiles](int64_t k) IOU_D2_INLINE_LAMBDA {
-        const float* pixels[F::TILE * F::TILE];
-        tiles.of_output(first + k, from, D, none, pixels);
-        transform_gradient<F, V>(pixels, D, to + D * k, D * count);
-      });
-      at::baddbmm_out(sums, sums, made.transpose(1, 2), seen);
+      fill_slots<V>(tiles, from, C, first, seen);
+      fill_slots_of_gradients<V>(tiles, from_grads, D, first, made);
+      if (first == 0) {
+        at::bmm_out(sums, made.transpose(1, 2), seen);
+      } else {
+        at::baddbmm_out(sums, sums, made.transpose(1, 2), seen);
+      }
     });
     const float* from = sums.const_data_ptr<float>();
     float* to = weight.mutable_data_ptr<float>();
@@ -153,11 +193,11 @@ at::Tensor of_weight(const at::Tensor& grad, const at::Tensor& x, int64_t paddin
   return weight;
 }
 
-at::Tensor conv3x3_of_weight(const at::Tensor& grad, const at::Tensor& x, int64_t padding) {
-  require(grad, "the gradient");
-  require(x, "x");
-  return with_tiles(x, padding, [&](auto algorithm) {
-    return of_weight<decltype(algorithm)>(grad, x, padding);
+at::Tensor conv3x3_of_weight(at::TensorList grads, at::TensorList xs, int64_t padding) {
+  require_all(grads, "the gradient");
+  require_all(xs, "x");
+  return with_tiles(xs, padding, [&](auto algorithm) {
+    return of_weight<decltype(algorithm)>(grads, xs, padding);
   });
 }
 
@@ -166,10 +206,10 @@ at::Tensor conv3x3_of_weight(const at::Tensor& grad, const at::Tensor& x, int64_
 
 TORCH_LIBRARY_FRAGMENT(iou_d2, m) {
   m.def(
-      "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, int padding, float low, "
-      "float high) -> Tensor");
-  m.def("conv3x3_of_input(Tensor grad, Tensor weight, int padding) -> Tensor");
-  m.def("conv3x3_of_weight(Tensor grad, Tensor x, int padding) -> Tensor");
+      "conv3x3(Tensor[] xs, Tensor weight, Tensor? bias, Tensor[] addends, int padding, float low, "
+      "float high) -> Tensor[]");
+  m.def("conv3x3_of_input(Tensor[] grads, Tensor weight, int padding) -> Tensor[]");
+  m.def("conv3x3_of_weight(Tensor[] grads, Tensor[] xs, int padding) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(iou_d2, CPU, m) {

@@ -1,7 +1,7 @@
 // The tiles of a 3 x 3 convolution by Winograd's algorithm, and what moves them between maps and
 // slots, a block of tiles at a time.
 //
-// N images, C channels of the input, H x W its pixels, D channels of the output, h x w its pixels.
+// C channels of the input, H x W pixels of one of its maps, D channels of the output, h x w pixels.
 // F is an algorithm of cpu_winograd.h.
 #pragma once
 
@@ -10,6 +10,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu_winograd.h"
@@ -23,61 +24,98 @@ constexpr int64_t MANY = 64;  // tiles
 
 constexpr auto LAST = at::MemoryFormat::ChannelsLast;
 
-// The tiles of an output, and where they lie in it and in the input.
-template <typename F>
-struct Tiles {
-  int64_t N, H, W, padding, h, w, rows, columns;
+// A map of the input and the output that is made of it, and its tiles.
+struct Map {
+  int64_t H, W, h, w, rows, columns;
+  int64_t first, last;  // tiles of all maps, of which `last` is not one of this map
+};
 
-  Tiles(const at::Tensor& x, int64_t padding)
-      : N(x.size(0)),
-        H(x.size(2)),
-        W(x.size(3)),
-        padding(padding),
-        h(H + 2 * padding - 2),
-        w(W + 2 * padding - 2),
-        rows((h + F::TILE - 1) / F::TILE),
-        columns((w + F::TILE - 1) / F::TILE) {}
+// The tiles of the outputs of maps that share weights, and where they lie in them and in the maps.
+template <typename F>
+class Tiles {
+ public:
+  Tiles(at::TensorList xs, int64_t padding) : padding(padding) {
+    for (const at::Tensor& x : xs) {
+      const int64_t H = x.size(2), W = x.size(3), h = H + 2 * padding - 2, w = W + 2 * padding - 2,
+                    rows = (h + F::TILE - 1) / F::TILE, columns = (w + F::TILE - 1) / F::TILE;
+      maps.push_back({H, W, h, w, rows, columns, count(), count() + x.size(0) * rows * columns});
+    }
+  }
 
   int64_t count() const {
-    return N * rows * columns;
+    return maps.empty() ? 0 : maps.back().last;
   }
 
-  // Pixels of the input that tile `t` sees, `none` outside.
-  template <typename T>
-  IOU_D2_INLINE void of_input(int64_t t, T* x, int64_t C, T* none, T** pixels) const {
-    pixels_of<F::SIDE>(t, x, H, W, padding, C, none, pixels);
+  const Map& operator[](int64_t map) const {
+    return maps[map];
   }
 
-  // Pixels of the output in tile `t`, `none` outside.
+  // The map of tile `t`.
+  IOU_D2_INLINE int64_t map_of(int64_t t) const {
+    int64_t map = 0;
+    while (t >= maps[map].last) ++map;
+    return map;
+  }
+
+  // Pixels of its map `x` that tile `t` sees, `none` outside.
   template <typename T>
-  IOU_D2_INLINE void of_output(int64_t t, T* y, int64_t D, T* none, T** pixels) const {
-    pixels_of<F::TILE>(t, y, h, w, 0, D, none, pixels);
+  IOU_D2_INLINE void of_input(int64_t t, const Map& map, T* x, int64_t C, T* none,
+                              T** pixels) const {
+    pixels_of<F::SIDE>(t, map, x, map.H, map.W, padding, C, none, pixels);
+  }
+
+  // Pixels of its output `y` in tile `t`, `none` outside.
+  template <typename T>
+  IOU_D2_INLINE void of_output(int64_t t, const Map& map, T* y, int64_t D, T* none,
+                               T** pixels) const {
+    pixels_of<F::TILE>(t, map, y, map.h, map.w, 0, D, none, pixels);
   }
 
  private:
+  int64_t padding;
+  std::vector<Map> maps;
+
   template <int SIDE, typename T>
-  IOU_D2_INLINE void pixels_of(int64_t t, T* map, int64_t height, int64_t width, int64_t before,
-                               int64_t channels, T* none, T** pixels) const {
-    const int64_t n = t / (rows * columns), y0 = t / columns % rows * F::TILE - before,
-                  x0 = t % columns * F::TILE - before;
+  IOU_D2_INLINE void pixels_of(int64_t t, const Map& map, T* at, int64_t height, int64_t width,
+                               int64_t before, int64_t channels, T* none, T** pixels) const {
+    const int64_t k = t - map.first, n = k / (map.rows * map.columns),
+                  y0 = k / map.columns % map.rows * F::TILE - before,
+                  x0 = k % map.columns * F::TILE - before;
     for (int64_t i = 0; i < SIDE; ++i) {
       for (int64_t j = 0; j < SIDE; ++j) {
         const int64_t y = y0 + i, x = x0 + j;
         const bool inside = y >= 0 && y < height && x >= 0 && x < width;
-        pixels[SIDE * i + j] = inside ? map + ((n * height + y) * width + x) * channels : none;
+        pixels[SIDE * i + j] = inside ? at + ((n * height + y) * width + x) * channels : none;
       }
     }
   }
 };
 
-// Calls body(F()) with the algorithm for the output of `x`.
+// Where the numbers of each map begin.
+template <typename T>
+std::vector<T*> starts_of(at::TensorList tensors) {
+  std::vector<T*> starts;
+  for (const at::Tensor& t : tensors) {
+    if constexpr (std::is_const_v<T>) {
+      starts.push_back(t.const_data_ptr<float>());
+    } else {
+      starts.push_back(t.mutable_data_ptr<float>());
+    }
+  }
+  return starts;
+}
+
+// Calls body(F()) with the algorithm for the outputs of `xs`.
 template <typename Body>
-auto with_tiles(const at::Tensor& x, int64_t padding, const Body& body) {
+auto with_tiles(at::TensorList xs, int64_t padding, const Body& body) {
   TORCH_CHECK_VALUE(padding >= 0 && padding <= 2, "conv3x3: the padding must be 0, 1 or 2, got ",
                     padding, ".");
-  const Tiles<F4> tiles(x, padding);
-  TORCH_CHECK_VALUE(tiles.h > 0 && tiles.w > 0, "conv3x3: an input of ", tiles.H, " x ", tiles.W,
-                    " pixels is too small for 3 x 3 weights with padding ", padding, ".");
+  const Tiles<F4> tiles(xs, padding);
+  for (size_t k = 0; k < xs.size(); ++k) {
+    const Map& map = tiles[k];
+    TORCH_CHECK_VALUE(map.h > 0 && map.w > 0, "conv3x3: an input of ", map.H, " x ", map.W,
+                      " pixels is too small for 3 x 3 weights with padding ", padding, ".");
+  }
   return tiles.count() < MANY ? body(F2()) : body(F4());
 }
 
@@ -138,31 +176,33 @@ at::Tensor slots_of_weights(const at::Tensor& weight, bool turned) {
   return slots;
 }
 
-// Tiles [first, first + count) of the input, transformed.
+// Tiles [first, first + count) of the maps `xs`, transformed.
 template <typename V, typename F>
-void fill_slots(const Tiles<F>& tiles, const float* x, int64_t C, int64_t first,
-                const at::Tensor& slots) {
+void fill_slots(const Tiles<F>& tiles, const std::vector<const float*>& xs, int64_t C,
+                int64_t first, const at::Tensor& slots) {
   const std::vector<float> zeros(C);
   const float* none = zeros.data();
   float* to = slots.mutable_data_ptr<float>();
   const int64_t count = slots.size(1);
-  in_parallel<V>(count, 8, [=, &tiles](int64_t k) IOU_D2_INLINE_LAMBDA {
+  in_parallel<V>(count, 8, [=, &tiles, &xs](int64_t k) IOU_D2_INLINE_LAMBDA {
     const float* pixels[F::SLOTS];
-    tiles.of_input(first + k, x, C, none, pixels);
+    const int64_t map = tiles.map_of(first + k);
+    tiles.of_input(first + k, tiles[map], xs[map], C, none, pixels);
     transform_input<F, V>(pixels, C, to + C * k, C * count);
   });
 }
 
 // y = clamp(x + bias + addend, low, high)
 struct Finish {
-  const float *bias, *addend;
+  const float* bias;                  // or none
+  std::vector<const float*> addends;  // of each map, or of none
   float low, high;
 };
 
-// Writes tiles [first, first + count) of the output.
+// Writes tiles [first, first + count) of the outputs `ys`.
 template <typename V, typename F>
 void empty_slots(const Tiles<F>& tiles, const at::Tensor& slots, int64_t first,
-                 const Finish& finish, float* y) {
+                 const Finish& finish, const std::vector<float*>& ys) {
   const int64_t count = slots.size(1), D = slots.size(2);
   const float* from = slots.const_data_ptr<float>();
   at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
@@ -170,14 +210,16 @@ void empty_slots(const Tiles<F>& tiles, const at::Tensor& slots, int64_t first,
     V::run([&]() IOU_D2_INLINE_LAMBDA {
       for (int64_t k = begin; k < end; ++k) {
         float* to[F::TILE * F::TILE];
-        tiles.of_output(first + k, y, D, outside.data(), to);
+        const int64_t map = tiles.map_of(first + k);
+        const float* addend = finish.addends.empty() ? nullptr : finish.addends[map];
+        float* y = ys[map];
+        tiles.of_output(first + k, tiles[map], y, D, outside.data(), to);
         const auto write = [&](int pixel, int64_t c, const typename V::Pack& sum)
             IOU_D2_INLINE_LAMBDA {
           float* at = to[pixel] + c;
           typename V::Pack value = sum;
           if (finish.bias) value += pack<V>(finish.bias + c);
-          if (finish.addend && to[pixel] != outside.data())
-            value += pack<V>(finish.addend + (at - y));
+          if (addend && to[pixel] != outside.data()) value += pack<V>(addend + (at - y));
           pack<V>(at) = value;
           for (int64_t lane = 0; lane < V::LANES; ++lane) {
             const float z = at[lane] < finish.low ? finish.low : at[lane];
