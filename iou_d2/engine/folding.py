@@ -227,7 +227,7 @@ def fused(
     conv: nn.Conv2d, norm: nn.Module | None, activation: nn.Module, xs: Sequence[Tensor]
 ) -> list[Tensor]:
     """activation(norm(conv(x))) of each map, where `is_fused`."""
-    if _takes_conv3x3(conv, xs):
+    if is_worth_it(conv, xs):
         weight, bias = folded(conv, norm)
         return conv3x3_and_more(xs, weight, bias, conv.padding[0], (), *_ENDS[type(activation)])
     name, numbers = _ACTIVATIONS[type(activation)]
@@ -239,18 +239,13 @@ def added(
     shortcut: Tensor, conv: nn.Conv2d, norm: nn.Module, activation: nn.Module, x: Tensor
 ) -> Tensor:
     """activation(shortcut + norm(conv(x))), perhaps written over `shortcut`, where `is_fused`."""
-    if _takes_conv3x3(conv, [x]):
+    if conv.out_channels % MULTIPLE == 0 and is_worth_it(conv, [x]):
         (weight, bias), ends = folded(conv, norm), _ENDS[type(activation)]
         return conv3x3_and_more([x], weight, bias, conv.padding[0], [shortcut], *ends)[0]
     name, numbers = _ACTIVATIONS[type(activation)]
     return torch.ops.mkldnn._convolution_pointwise_.binary(
         shortcut.to(_dtype_of(x)), *_inputs(conv, norm, x), "add", 1.0, name, numbers, ""
     )
-
-
-def _takes_conv3x3(conv: nn.Conv2d, xs: Sequence[Tensor]) -> bool:
-    """Whether `conv3x3_and_more` is for `conv` of `xs`."""
-    return conv.out_channels % MULTIPLE == 0 and is_worth_it(conv, xs)
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ def conv3x3_and_more(
     """(conv3x3(x) + addend).clamp(low, high) of each map without gradients.
 
     Args:
-        xs, weight, bias, padding: those of `conv3x3_of_maps`, but D is a multiple of 16.
-        addends: one of its output's shape for each map, or none.
+        xs, weight, bias, padding: those of `conv3x3_of_maps`.
+        addends: one of its output's shape for each map, or none. With them D is a multiple of 16.
         low, high: 0 and 6 of a ReLU6, 0 and infinity of a ReLU.
     """
     addends = list(map(_last, addends))
@@ -120,28 +120,21 @@ def _last(x: Tensor) -> Tensor:
 
 
 class _Conv3x3(torch.autograd.Function):
-    """The operators, of which weights and gradients are widened to the channels that they take."""
-
     @staticmethod
     def forward(ctx, weight, bias, padding, *xs):
-        channels = len(weight)
-        ctx.padding, ctx.missing = padding, -channels % MULTIPLE
-        if ctx.missing:
-            weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, ctx.missing))
-            bias = None if bias is None else F.pad(bias, (0, ctx.missing))
         ctx.save_for_backward(weight, *xs)
+        ctx.padding = padding
         ends = (-math.inf, math.inf)
-        ys = torch.ops.iou_d2.conv3x3(list(xs), weight, bias, [], padding, *ends)
-        return tuple(y[:, :channels] for y in ys) if ctx.missing else tuple(ys)
+        return tuple(torch.ops.iou_d2.conv3x3(list(xs), weight, bias, [], padding, *ends))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         weight, *xs = ctx.saved_tensors
         of_weight, of_bias, _, *of_xs = ctx.needs_input_grad
-        wide = [_last(F.pad(g, (0, 0, 0, 0, 0, ctx.missing)) if ctx.missing else g) for g in grads]
+        wide = [_last(_widened(grad)) for grad in grads]
         asked = [grad for grad, is_asked in zip(wide, of_xs) if is_asked]
-        operators, channels = torch.ops.iou_d2, grads[0].shape[1]
+        operators, channels = torch.ops.iou_d2, len(weight)
         made = iter(operators.conv3x3_of_input(asked, weight, ctx.padding) if asked else ())
         return (
             operators.conv3x3_of_weight(wide, xs, ctx.padding)[:channels] if of_weight else None,
@@ -151,8 +144,16 @@ class _Conv3x3(torch.autograd.Function):
         )
 
 
+def _widened(grad: Tensor) -> Tensor:
+    """A gradient of the channels that the operators take, (N, D + some zeros, h, w)."""
+    missing = -grad.shape[1] % MULTIPLE
+    return F.pad(grad, (0, 0, 0, 0, 0, missing)) if missing else grad
+
+
 def _fake_forward(xs, weight, bias, addends, padding, low, high):
-    return [_fake_map(x, weight.shape[0], 2 * padding - 2) for x in xs]
+    channels = weight.shape[0]
+    wide = [_fake_map(x, channels + -channels % MULTIPLE, 2 * padding - 2) for x in xs]
+    return [y[:, :channels] for y in wide]
 
 
 def _fake_of_input(grads, weight, padding):

@@ -153,9 +153,32 @@ def test_sums_and_ends(ends, adds, size):
     (found,) = conv3x3_and_more([x], weight, bias, 1, [addend] if adds else (), *ends)
     assert (found.double() - exact).abs().max() < 1e-5
     assert addend is None or torch.equal(addend, before)
+    (narrow,) = conv3x3_and_more([x], weight[:20], bias[:20], 1, (), *ends)
+    if not adds:
+        assert (narrow.double() - exact[:, :20]).abs().max() < 1e-5
     (y,) = conv3x3_and_more([x], weight.requires_grad_())
     assert not y.requires_grad
     assert error(y, F.conv2d(x.double(), weight.double(), padding=1).detach()) < ROUNDING
+
+
+@pytest.mark.parametrize("channels", [32, 36])
+def test_outputs_may_be_changed_in_place(channels):
+    given = [x.requires_grad_() for x in inputs(2, 64, 9, 8, channels)]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    conv3x3(*given).relu_().square().sum().backward()
+    F.conv2d(*exact, padding=1).relu().square().sum().backward()
+    for x, want in zip(given, exact, strict=True):
+        assert error(x.grad, want.grad) < ROUNDING
+
+
+@pytest.mark.parametrize("channels", [32, 36])
+def test_opcheck(channels):
+    x, weight, bias = inputs(2, 64, 9, 8, channels)
+    grad = numbers(2, 48 if channels == 36 else 32, 9, 8)
+    ops, small = torch.ops.iou_d2, numbers(1, 64, 5, 4)
+    torch.library.opcheck(ops.conv3x3.default, ([x, small], weight, bias, [], 1, 0.0, math.inf))
+    torch.library.opcheck(ops.conv3x3_of_input.default, ([grad], weight, 1))
+    torch.library.opcheck(ops.conv3x3_of_weight.default, ([grad], [x], 1))
 
 
 def test_no_images():
@@ -214,8 +237,8 @@ def test_bad_addends_and_gradients_are_refused():
         conv3x3_and_more([x], weight, bias, 1, [numbers(1, 32, 9, 7)])
     with pytest.raises(ValueError, match="there are 1 maps of the addend for 2 of x"):
         conv3x3_and_more([x, x], weight, bias, 1, [numbers(1, 32, 9, 8)])
-    with pytest.raises(ValueError, match="a D that is a multiple of 16"):
-        conv3x3_and_more([x], weight[:20], bias[:20])
+    with pytest.raises(ValueError, match="channels of the addend must be a multiple of 16, got 20"):
+        conv3x3_and_more([x], weight[:20], bias[:20], 1, [numbers(1, 20, 9, 8)])
     with pytest.raises(ValueError, match=r"the gradient must have shape \[1, 32, 9, 8\]"):
         torch.ops.iou_d2.conv3x3_of_weight([numbers(1, 32, 8, 8)], [x], 1)
     with pytest.raises(ValueError, match="the gradient has 64 channels and the weight makes 32"):

@@ -7,9 +7,11 @@
 // same transforms are turned around.
 //
 // The letters are those of cpu_conv3x3.h.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -21,8 +23,6 @@
 
 namespace iou_d2::cpu {
 namespace {
-
-constexpr int64_t MULTIPLE = 16;  // of channels, which every vector divides
 
 void require(const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 4 && t.is_contiguous(LAST), "conv3x3: ", name,
@@ -36,9 +36,8 @@ void require(const at::Tensor& t, const char* name) {
 
 void require_weight(const at::Tensor& weight) {
   require(weight, "the weight");
-  TORCH_CHECK_VALUE(weight.size(0) % MULTIPLE == 0 && weight.size(2) == 3 && weight.size(3) == 3,
-                    "conv3x3: the weight must be (D, C, 3, 3) with a D that is a multiple of ",
-                    MULTIPLE, ", got shape ", weight.sizes(), ".");
+  TORCH_CHECK_VALUE(weight.size(0) > 0 && weight.size(2) == 3 && weight.size(3) == 3,
+                    "conv3x3: the weight must be (D, C, 3, 3), got shape ", weight.sizes(), ".");
 }
 
 void require_shape(const at::Tensor& t, at::IntArrayRef sizes, const char* name) {
@@ -68,7 +67,7 @@ void require_outputs(at::TensorList ts, at::TensorList xs, const Tiles<F>& tiles
   }
 }
 
-// The outputs of `xs` for weights in slots, (slots, C, D).
+// The outputs of `xs` for weights in slots, (slots, C, D), a D that is a multiple.
 template <typename F>
 std::vector<at::Tensor> convolved(at::TensorList xs, const at::Tensor& weights, int64_t padding,
                                   const Finish& finish) {
@@ -103,7 +102,8 @@ at::Tensor weights_in_slots(const at::Tensor& weight, bool turned) {
   return slots;
 }
 
-// clamp(convolution of x + bias + addend, low, high) of each x, which may have an addend or not.
+// clamp(convolution of x + bias + addend, low, high) of each x, which may have an addend or not, if
+// the channels of the output are a multiple.
 std::vector<at::Tensor> conv3x3_cpu(at::TensorList xs, const at::Tensor& weight,
                                     const std::optional<at::Tensor>& bias, at::TensorList addends,
                                     int64_t padding, double low, double high) {
@@ -117,24 +117,34 @@ std::vector<at::Tensor> conv3x3_cpu(at::TensorList xs, const at::Tensor& weight,
     TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat && bias->is_contiguous(),
                      "conv3x3: the bias must be contiguous float32.");
   }
-  return with_tiles(xs, padding, [&](auto algorithm) {
+  const int64_t missing = widened(D) - D;
+  const std::optional<at::Tensor> wide_bias =
+      bias && missing ? at::constant_pad_nd(*bias, {0, missing}) : bias;
+  std::vector<at::Tensor> ys = with_tiles(xs, padding, [&](auto algorithm) {
     using F = decltype(algorithm);
     if (!addends.empty()) {
       require_outputs(addends, xs, Tiles<F>(xs, padding), D, "the addend");
     }
-    const Finish finish{bias ? bias->const_data_ptr<float>() : nullptr,
+    const Finish finish{wide_bias ? wide_bias->const_data_ptr<float>() : nullptr,
                         starts_of<const float>(addends), static_cast<float>(low),
                         static_cast<float>(high)};
     return convolved<F>(xs, weights_in_slots<F>(weight, false).transpose(1, 2), padding, finish);
   });
+  if (missing) {
+    // No views for autograd, which would forbid to change them in place.
+    const at::AutoDispatchBelowADInplaceOrView unseen;
+    for (at::Tensor& y : ys) y = y.narrow(1, 0, D);
+  }
+  return ys;
 }
 
-// The gradient of each x: the convolution of that of y with weights turned by 180 degrees.
+// The gradient of each x: the convolution of that of y, of widened channels, with weights turned by
+// 180 degrees.
 std::vector<at::Tensor> conv3x3_of_input(at::TensorList grads, const at::Tensor& weight,
                                          int64_t padding) {
   require_all(grads, "the gradient");
   require_weight(weight);
-  TORCH_CHECK_VALUE(grads[0].size(1) == weight.size(0), "conv3x3: the gradient has ",
+  TORCH_CHECK_VALUE(grads[0].size(1) == widened(weight.size(0)), "conv3x3: the gradient has ",
                     grads[0].size(1), " channels and the weight makes ", weight.size(0), ".");
   const float most = std::numeric_limits<float>::infinity();
   return with_tiles(grads, 2 - padding, [&](auto algorithm) {

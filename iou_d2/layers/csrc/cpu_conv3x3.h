@@ -21,6 +21,7 @@ namespace iou_d2::cpu {
 // cache, enough for matrix products at full speed.
 constexpr int64_t BLOCK = 3 << 20;
 constexpr int64_t MANY = 64;  // tiles
+constexpr int64_t MULTIPLE = 16;  // of channels, which every vector divides
 
 constexpr auto LAST = at::MemoryFormat::ChannelsLast;
 
@@ -163,16 +164,22 @@ class Slots {
   at::Tensor numbers;
 };
 
-// (D, C, 3, 3) -> (slots, D, C)
+// `channels` and as many more as make a multiple.
+inline int64_t widened(int64_t channels) {
+  return (channels + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
+}
+
+// (D, C, 3, 3) -> (slots, widened D, C), with zeros behind D.
 template <typename F, typename V>
 at::Tensor slots_of_weights(const at::Tensor& weight, bool turned) {
-  const int64_t D = weight.size(0), C = weight.size(1);
-  at::Tensor slots = at::empty({F::SLOTS, D, C}, weight.options(), at::MemoryFormat::Contiguous);
+  const int64_t D = weight.size(0), C = weight.size(1), wide = widened(D);
+  at::Tensor slots = at::empty({F::SLOTS, wide, C}, weight.options(), at::MemoryFormat::Contiguous);
   const float* from = weight.const_data_ptr<float>();
   float* to = slots.mutable_data_ptr<float>();
   in_parallel<V>(D, 4, [=](int64_t d) IOU_D2_INLINE_LAMBDA {
-    transform_weights<F, V>(from + 9 * C * d, C, to + C * d, D * C, turned);
+    transform_weights<F, V>(from + 9 * C * d, C, to + C * d, wide * C, turned);
   });
+  slots.narrow(1, D, wide - D).zero_();
   return slots;
 }
 
