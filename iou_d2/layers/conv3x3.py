@@ -42,7 +42,8 @@ def conv3x3_of_maps(
         padding: 0, 1 or 2.
 
     Returns:
-        (N, D, H + 2 padding - 2, W + 2 padding - 2) of each, channels-last; no images make none.
+        (N, D, H + 2 padding - 2, W + 2 padding - 2) of each, channels-last, and the first D
+        channels of more where D is no multiple of 16; no images make none.
 
     Raises:
         ValueError: other shapes.
