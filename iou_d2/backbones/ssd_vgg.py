@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
@@ -108,9 +108,11 @@ class SSDVGG16(Backbone):
         self.vgg = VGG16(list(_VGG_FEATURES.values()), freeze_at=freeze_at, ceil_mode=True)
         kernel, stride, padding = variant.pool5
         self.pool5 = nn.MaxPool2d(kernel, stride, padding, ceil_mode=True)
-        dilation = variant.fc6_dilation
-        self.fc6 = nn.Conv2d(512, FC_CHANNELS, 3, padding=dilation, dilation=dilation)
-        self.fc7 = nn.Conv2d(FC_CHANNELS, FC_CHANNELS, 1)
+        dilation, relu = variant.fc6_dilation, nn.ReLU(inplace=True)
+        self.fc6 = Conv2d(
+            *(512, FC_CHANNELS, 3), padding=dilation, dilation=dilation, activation=relu
+        )
+        self.fc7 = Conv2d(FC_CHANNELS, FC_CHANNELS, 1, activation=relu)
         shapes = {"conv4_3": ShapeSpec(channels=512, stride=8)}
         shapes["conv5_3"] = ShapeSpec(channels=512, stride=16)
         shapes["fc7"] = ShapeSpec(channels=FC_CHANNELS, stride=16 * stride)
@@ -145,8 +147,7 @@ class SSDVGG16(Backbone):
         """
         found = self.vgg(images)
         features = {name: found[of_vgg] for name, of_vgg in _VGG_FEATURES.items()}
-        x = self.fc6(self.pool5(features["conv5_3"])).relu_()
-        features["fc7"] = x = self.fc7(x).relu_()
+        features["fc7"] = x = self.fc7(self.fc6(self.pool5(features["conv5_3"])))
         for name, stage in self.extra.items():
             features[name] = x = stage(_at_least(x, stage[2]))
         for name, norm in self.norms.items():

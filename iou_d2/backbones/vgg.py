@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from detectron2.layers import ShapeSpec
+from collections import OrderedDict
+
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
-from torchvision.models.vgg import cfgs, make_layers
 
 from iou_d2.errors import InputError
 
 _CHANNELS = (64, 128, 256, 512, 512)
+_CONVOLUTIONS = (2, 2, 3, 3, 3)  # of each stage
 # Name of a feature -> what it is: all that the backbone can put out.
 _SHAPES = {
     f"{layer}{stage}": ShapeSpec(channels=channels, stride=2 ** (stage - (layer == "conv")))
@@ -43,19 +45,17 @@ class VGG16(Backbone):
                 f"but it is {list(out_features)}."
             )
         self._out_features = list(out_features)
-        ends = [index for index, layer in enumerate(cfgs["D"], start=1) if layer == "M"]
         stages = max(int(name[-1]) for name in out_features)
-        self.features = make_layers(cfgs["D"][: ends[stages - 1]])
+        self.features = _layers(stages, ceil_mode)
         stage = 1
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 stage += 1
-                layer.ceil_mode = ceil_mode
-            if isinstance(layer, nn.Conv2d):
-                # As torchvision does outside of make_layers.
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
-                layer.requires_grad_(stage > freeze_at)
+                continue
+            # As torchvision does.
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+            layer.requires_grad_(stage > freeze_at)
 
     @property
     def size_divisibility(self) -> int:
@@ -78,6 +78,19 @@ class VGG16(Backbone):
             features[f"pool{stage}"] = x = layer(x)
             stage += 1
         return {name: features[name] for name in self._out_features}
+
+
+def _layers(stages: int, ceil_mode: bool) -> nn.Sequential:
+    """The first stages. Names are torchvision's numbers, among which a ReLU has one of its own."""
+    layers, channels, number = OrderedDict(), 3, 0
+    for width, convolutions in zip(_CHANNELS[:stages], _CONVOLUTIONS):
+        for _ in range(convolutions):
+            relu = nn.ReLU(inplace=True)
+            layers[str(number)] = Conv2d(channels, width, 3, padding=1, activation=relu)
+            channels, number = width, number + 2
+        layers[str(number)] = nn.MaxPool2d(2, ceil_mode=ceil_mode)
+        number += 1
+    return nn.Sequential(layers)
 
 
 @BACKBONE_REGISTRY.register()

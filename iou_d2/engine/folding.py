@@ -15,7 +15,7 @@ of the levels of a pyramid that share weights do so together, if `over_maps` ask
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -50,15 +50,15 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
 def fold_norms(model: nn.Module) -> None:
     """Let the convolutions of `model` do the work of norms and activations from now on, in place.
 
-    These are Detectron2's Conv2d with a norm, its residual blocks, what is in an nn.Sequential, and
-    what `conv3x3` is for; all else stays, and so does what has a hook of its own. Outputs agree but
-    for rounding, names and tensors stay as they are.
+    These are Detectron2's Conv2d with a norm or an activation, its residual blocks, what is in an
+    nn.Sequential, and what `conv3x3` is for; all else stays, and so does what has a hook of its
+    own. Outputs agree but for rounding, names and tensors stay as they are.
     """
     for module in model.modules():
         forward = type(module).forward
         if forward in _BLOCKS:
             module.forward = FoldedBlock(module)
-        elif forward in _CONVOLUTIONS and (_norm_of(module) is not None or suits(module)):
+        elif forward in _CONVOLUTIONS and (_is_followed(module) or suits(module)):
             module.forward = FoldedConv2d(module)
         elif forward is nn.Sequential.forward and len(module) > 0:
             is_stage = all(type(layer).forward in _BLOCKS for layer in module)
@@ -77,12 +77,13 @@ class FoldedConv2d:
 
     def of_maps(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """That of each map."""
-        conv, norm = self.conv, _norm_of(self.conv)
-        activation = getattr(conv, "activation", None)
-        if norm is None or only_scales(norm):
-            xs = convolved(conv, norm, xs)
-        else:
-            xs = [_normed(norm, x) for x in convolved(conv, None, xs)]
+        conv, norm, activation = self.conv, _norm_of(self.conv), _activation_of(self.conv)
+        folds = norm is None or only_scales(norm)
+        if folds and _is_activation(activation) and is_fused(conv, norm, xs):
+            return fused(conv, norm, activation, xs)
+        xs = convolved(conv, norm if folds else None, xs)
+        if not folds:
+            xs = [_normed(norm, x) for x in xs]
         return xs if activation is None else [activation(x) for x in xs]
 
 
@@ -265,13 +266,21 @@ def _dtype_of(x: Tensor) -> torch.dtype:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether `module` is a convolution and nothing else."""
-    if type(module).forward not in _CONVOLUTIONS or is_hooked(module):
-        return False
-    return _norm_of(module) is None and getattr(module, "activation", None) is None
+    is_convolution = type(module).forward in _CONVOLUTIONS and not is_hooked(module)
+    return is_convolution and not _is_followed(module)
+
+
+def _is_followed(conv: nn.Conv2d) -> bool:
+    """Whether `conv` is Detectron2's with a norm or an activation of its own."""
+    return _norm_of(conv) is not None or _activation_of(conv) is not None
 
 
 def _norm_of(conv: nn.Conv2d) -> nn.Module | None:
     return getattr(conv, "norm", None)
+
+
+def _activation_of(conv: nn.Conv2d) -> Callable[[Tensor], Tensor] | None:
+    return getattr(conv, "activation", None)
 
 
 def _is_activation(module: nn.Module) -> bool:

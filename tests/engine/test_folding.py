@@ -139,6 +139,8 @@ def test_training_with_batch_norm_is_as_exact_as_unfolded(name, layout):
             lambda: build_model(own_data()).backbone.bottom_up.eval(),
             {"aten::convolution": 17, "_convolution_pointwise": 34},
         ),
+        # Each of the 23 convolutions of SSD's VGG-16 has a ReLU behind it.
+        (NETWORKS["VGG-16"], {"_convolution_pointwise": 17, "conv3x3": 6}),
     ],
 )
 @torch.no_grad()
