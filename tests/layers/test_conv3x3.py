@@ -57,6 +57,7 @@ SHAPES = {
     "many tiles": (1, 16, 150, 200, 16),
     "three channels out": (2, 64, 9, 8, 3),
     "no multiple of 16 out": (1, 64, 33, 37, 50),
+    "many tiles, no multiple of 16 out": (1, 64, 45, 61, 50),
 }
 
 

@@ -67,12 +67,20 @@ void require_outputs(at::TensorList ts, at::TensorList xs, const Tiles<F>& tiles
   }
 }
 
-// The outputs of `xs` for weights in slots, (slots, C, D), a D that is a multiple.
+// Weights in slots, (slots, C, widened D), or (slots, widened D, C) if they are `turned`.
+template <typename F, typename V>
+at::Tensor weights_for(const Tiles<F>& tiles, const at::Tensor& weight, bool turned) {
+  if (turned) return slots_of_weights<F, V>(weight, true);
+  if (tiles.count() >= WORTH_TRANSPOSING) return transposed_slots_of_weights<F, V>(weight);
+  return slots_of_weights<F, V>(weight, false).transpose(1, 2);
+}
+
+// The outputs of `xs`, of widened channels, or of gradients for weights that are `turned`.
 template <typename F>
-std::vector<at::Tensor> convolved(at::TensorList xs, const at::Tensor& weights, int64_t padding,
-                                  const Finish& finish) {
+std::vector<at::Tensor> convolved(at::TensorList xs, const at::Tensor& weight, bool turned,
+                                  int64_t padding, const Finish& finish) {
   const Tiles<F> tiles(xs, padding);
-  const int64_t C = weights.size(1), D = weights.size(2);
+  const int64_t C = xs[0].size(1), D = turned ? weight.size(1) : widened(weight.size(0));
   std::vector<at::Tensor> ys;
   for (size_t k = 0; k < xs.size(); ++k) {
     ys.push_back(at::empty({xs[k].size(0), D, tiles[k].h, tiles[k].w}, xs[k].options(), LAST));
@@ -83,6 +91,7 @@ std::vector<at::Tensor> convolved(at::TensorList xs, const at::Tensor& weights, 
   const Slots<F> outputs(block_of(tiles, C + D), D, xs[0].options());
   with_widest<float>([&](auto simd) {
     using V = decltype(simd);
+    const at::Tensor weights = weights_for<F, V>(tiles, weight, turned);
     for_blocks(tiles, C + D, [&](int64_t first, int64_t count) {
       at::Tensor seen = inputs.of(count), made = outputs.of(count);
       fill_slots<V>(tiles, from, C, first, seen);
@@ -91,15 +100,6 @@ std::vector<at::Tensor> convolved(at::TensorList xs, const at::Tensor& weights, 
     });
   });
   return ys;
-}
-
-template <typename F>
-at::Tensor weights_in_slots(const at::Tensor& weight, bool turned) {
-  at::Tensor slots;
-  with_widest<float>([&](auto simd) {
-    slots = slots_of_weights<F, decltype(simd)>(weight, turned);
-  });
-  return slots;
 }
 
 // clamp(convolution of x + bias + addend, low, high) of each x, which may have an addend or not, if
@@ -128,7 +128,7 @@ std::vector<at::Tensor> conv3x3_cpu(at::TensorList xs, const at::Tensor& weight,
     const Finish finish{wide_bias ? wide_bias->const_data_ptr<float>() : nullptr,
                         starts_of<const float>(addends), static_cast<float>(low),
                         static_cast<float>(high)};
-    return convolved<F>(xs, weights_in_slots<F>(weight, false).transpose(1, 2), padding, finish);
+    return convolved<F>(xs, weight, false, padding, finish);
   });
   if (missing) {
     // No views for autograd, which would forbid to change them in place.
@@ -150,7 +150,7 @@ std::vector<at::Tensor> conv3x3_of_input(at::TensorList grads, const at::Tensor&
   return with_tiles(grads, 2 - padding, [&](auto algorithm) {
     using F = decltype(algorithm);
     const Finish finish{nullptr, {}, -most, most};
-    return convolved<F>(grads, weights_in_slots<F>(weight, true), 2 - padding, finish);
+    return convolved<F>(grads, weight, true, 2 - padding, finish);
   });
 }
 

@@ -20,7 +20,8 @@ namespace iou_d2::cpu {
 // Numbers in the slots of a block, of input and output together: 12 MB, few enough for the last
 // cache, enough for matrix products at full speed.
 constexpr int64_t BLOCK = 3 << 20;
-constexpr int64_t MANY = 64;  // tiles
+// Tiles from which on F4 takes less time than F2, and with which weights are worth transposing.
+constexpr int64_t MANY = 64, WORTH_TRANSPOSING = 128;
 constexpr int64_t MULTIPLE = 16;  // of channels, which every vector divides
 
 constexpr auto LAST = at::MemoryFormat::ChannelsLast;
@@ -169,17 +170,56 @@ inline int64_t widened(int64_t channels) {
   return (channels + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
 }
 
-// (D, C, 3, 3) -> (slots, widened D, C), with zeros behind D.
+// to[column * to_row + k] = from[k * from_row + column] of MULTIPLE columns and `count` rows.
+IOU_D2_INLINE void transpose(const float* from, int64_t from_row, int64_t count, float* to,
+                             int64_t to_row) {
+  for (int64_t column = 0; column < MULTIPLE; ++column) {
+    for (int64_t k = 0; k < count; ++k) to[column * to_row + k] = from[k * from_row + column];
+  }
+}
+
+// (D, C, 3, 3) -> (slots, widened D, C), of the weights turned by 180 degrees if `turned`, with
+// zeros behind D.
 template <typename F, typename V>
 at::Tensor slots_of_weights(const at::Tensor& weight, bool turned) {
   const int64_t D = weight.size(0), C = weight.size(1), wide = widened(D);
+  const int64_t first = turned ? 8 * C : 0, step = turned ? -C : C;
   at::Tensor slots = at::empty({F::SLOTS, wide, C}, weight.options(), at::MemoryFormat::Contiguous);
-  const float* from = weight.const_data_ptr<float>();
+  const float* from = weight.const_data_ptr<float>() + first;
   float* to = slots.mutable_data_ptr<float>();
   in_parallel<V>(D, 4, [=](int64_t d) IOU_D2_INLINE_LAMBDA {
-    transform_weights<F, V>(from + 9 * C * d, C, to + C * d, wide * C, turned);
+    transform_weights<F, V>(from + 9 * C * d, step, C, to + C * d, wide * C);
   });
   slots.narrow(1, D, wide - D).zero_();
+  return slots;
+}
+
+// (D, C, 3, 3) -> (slots, C, widened D), with zeros behind D. This takes longer, and the matrix
+// products of many tiles less time.
+template <typename F, typename V>
+at::Tensor transposed_slots_of_weights(const at::Tensor& weight) {
+  const int64_t D = weight.size(0), C = weight.size(1), wide = widened(D);
+  const int64_t row = wide + MULTIPLE;  // Rows of a power of two would share few sets of the cache.
+  at::Tensor slots = at::empty({F::SLOTS, C, wide}, weight.options(), at::MemoryFormat::Contiguous);
+  const float* from = weight.const_data_ptr<float>();
+  float* to = slots.mutable_data_ptr<float>();
+  at::parallel_for(0, C / MULTIPLE, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> transposed(MULTIPLE * 9 * row);
+    float* rows = transposed.data();
+    V::run([=]() IOU_D2_INLINE_LAMBDA {
+      for (int64_t c = MULTIPLE * begin; c < MULTIPLE * end; c += MULTIPLE) {
+        for (int64_t d = 0; d < D; d += MULTIPLE) {
+          const int64_t count = std::min(MULTIPLE, D - d);
+          for (int64_t k = 0; k < 9; ++k) {
+            transpose(from + (9 * d + k) * C + c, 9 * C, count, rows + k * row + d, 9 * row);
+          }
+        }
+        for (int64_t i = 0; i < MULTIPLE; ++i) {
+          transform_weights<F, V>(rows + 9 * row * i, row, wide, to + (c + i) * wide, C * wide);
+        }
+      }
+    });
+  });
   return slots;
 }
 

@@ -148,17 +148,15 @@ IOU_D2_INLINE void transform_input(const float* const* d, int64_t C, float* slot
   }
 }
 
-// Of the weights g[3 * row + column], which are turned by 180 degrees before if `turned`.
+// Of the weights, that of row i and column j of the nine at g + (3 * i + j) * step.
 template <typename F, typename V>
-IOU_D2_INLINE void transform_weights(const float* g, int64_t C, float* slots, int64_t stride,
-                                     bool turned) {
+IOU_D2_INLINE void transform_weights(const float* g, int64_t step, int64_t C, float* slots,
+                                     int64_t stride) {
   using P = typename V::Pack;
-  const float* first = turned ? g + 8 * C : g;
-  const int64_t step = turned ? -C : C;
   for (int64_t c = 0; c < C; c += V::LANES) {
     on_both_axes<P, 3, F::SIDE>(
         [](const P* x, P* y) IOU_D2_INLINE_LAMBDA { F::weights(x, y); },
-        [=](int i, int j) IOU_D2_INLINE_LAMBDA { return pack<V>(first + (3 * i + j) * step + c); },
+        [=](int i, int j) IOU_D2_INLINE_LAMBDA { return pack<V>(g + (3 * i + j) * step + c); },
         [=](int i, int j, const P& value) IOU_D2_INLINE_LAMBDA {
           pack<V>(slots + (F::SIDE * i + j) * stride + c) = value;
         });
