@@ -3,8 +3,8 @@
 // tiles, else F(2x2, 3x3), which takes four ninths and transforms weights in less time.
 //
 // The tiles of all images, of one map or of several that share weights, are numbered through and
-// taken in blocks: transform, one matrix product for each slot, transform back. In the gradients the
-// same transforms are turned around.
+// taken in blocks: transform, one matrix product for each slot, transform back. In the gradients
+// the same transforms are turned around.
 //
 // The letters are those of cpu_conv3x3.h.
 #include <ATen/core/LegacyTypeDispatch.h>
