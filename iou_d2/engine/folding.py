@@ -206,12 +206,12 @@ def is_fused(conv: nn.Conv2d, norm: nn.Module | None, xs: Sequence[Tensor]) -> b
     parts = [conv] if norm is None else [conv, norm]
     return (
         _HAS_ONEDNN
-        and all(_is_fused_for(x) for x in xs)
+        and not (torch.is_grad_enabled() and any(map(_learns, parts)))
+        and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and not any(map(is_hooked, parts))
-        and not (torch.is_grad_enabled() and any(map(_learns, parts)))
-        and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+        and all(_is_fused_for(x) for x in xs)
     )
 
 
