@@ -52,6 +52,7 @@ test: $(VENV)/built
 DATA ?= $(or $(DETECTRON2_DATASETS),datasets)
 zoo: $(VENV)/built
 	$(PYTHON) -m iou_d2 zoo train --data $(DATA)
+	$(PYTHON) -m iou_d2 zoo pair
 	$(PYTHON) -m iou_d2 zoo write
 
 # What fails lies in output/hostile/failures, with the command that repeats it.

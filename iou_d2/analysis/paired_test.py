@@ -3,12 +3,14 @@
 The paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 16): images
 are drawn anew with replacement, the same ones for both detectors, and AP is counted on each draw.
 It says how much the difference hangs on the test images; nothing of other seeds of the training.
+Of trainings with several seeds it is the mean difference that is drawn anew.
 
 Shapes: T = 10 IoU thresholds, D detections of a class, I images, B draws.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,8 @@ import numpy as np
 from .average_precision import IOU_THRESHOLDS
 from .matched_precision import falling_order, image_numbers, interpolated_precision
 from .matching import FOUND, IGNORED, match_detections
+
+METRICS = ("AP", "AP50", "AP75")
 
 
 class Difference(NamedTuple):
@@ -42,33 +46,51 @@ class _Class(NamedTuple):
 
 def paired_bootstrap(
     ground_truth: dict,
-    first: list[dict],
-    second: list[dict],
+    pairs: Sequence[tuple[list[dict], list[dict]]],
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """AP, AP50 and AP75 of `second` minus those of `first`, both COCO detections on all images.
+    """AP, AP50 and AP75 of the second detector of a pair minus those of the first, both COCO
+    detections on all images; the mean over the pairs, for which the same images are drawn.
 
     All NaN without objects. A draw without any object, which only tiny sets have, is left out.
+
+    Raises ValueError: a detection of an unknown image or category, no pair, or fewer than one draw.
+    """
+    drawn = [
+        tuple(drawn_metrics(ground_truth, results, draws, seed) for results in pair)
+        for pair in pairs
+    ]
+    return paired_test(drawn)
+
+
+def drawn_metrics(
+    ground_truth: dict, results: list[dict], draws: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """(1 + B, 3) AP, AP50 and AP75 of a detector in percent, first on the images as they are, then
+    on each draw of them; NaN without objects. One seed draws the same images for all detectors.
 
     Raises ValueError: a detection of an unknown image or category, or fewer than one draw.
     """
     if draws < 1:
         raise ValueError(f"The bootstrap takes at least one draw, not {draws}.")
-    both = [_classes(ground_truth, results) for results in (first, second)]
+    classes = _classes(ground_truth, results)
     images = len(ground_truth["images"])
-    rng = np.random.default_rng(seed)
+    weights = [np.ones(images), *_draw(np.random.default_rng(seed), images, draws)]
+    return np.stack([_metrics(classes, weight) for weight in weights])
 
-    def difference(weight: np.ndarray) -> np.ndarray:
-        return np.subtract(*(_metrics(classes, weight) for classes in reversed(both)))
 
-    values = difference(np.ones(images))
-    drawn = np.array([difference(w) for w in _draw(rng, images, draws)]).reshape(-1, 3)
+def paired_test(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Difference]:
+    """`paired_bootstrap` of what `drawn_metrics` gives for each detector.
+
+    Raises ValueError: no pair.
+    """
+    if not pairs:
+        raise ValueError("The bootstrap takes at least one pair of detectors.")
+    value, *drawn = np.mean([second - first for first, second in pairs], axis=0)
+    drawn = np.reshape(drawn, (-1, 3))
     drawn = drawn[np.isfinite(drawn).all(axis=1)]
-    return {
-        name: _summary(value, column)
-        for name, value, column in zip(("AP", "AP50", "AP75"), values.tolist(), drawn.T)
-    }
+    return {name: _summary(*both) for name, *both in zip(METRICS, value.tolist(), drawn.T)}
 
 
 def _draw(rng: np.random.Generator, images: int, draws: int):

@@ -1,4 +1,4 @@
-"""`iou-d2 zoo`: trains the runs behind the documents' tables, and writes those tables."""
+"""`iou-d2 zoo`: trains the runs behind the documents' tables, tests them, and writes the tables."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from threading import Event
 
 import torch
 
+from iou_d2.commands.paired_runs import pair
 from iou_d2.commands.parsers.zoo import parse_args
 from iou_d2.data.cleaning import write_text
 from iou_d2.errors import InputError
@@ -223,4 +224,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    {"train": train, "write": write, "keep": keep_run}[args.part](args)
+    {"train": train, "pair": pair, "write": write, "keep": keep_run}[args.part](args)

@@ -153,7 +153,7 @@ def compare(measures: Sequence[Measures | None], draws: int) -> list[dict[str, D
             tests.append(None)
         else:
             truth = _with_classes_of(other.truth, first.truth)
-            tests.append(paired_bootstrap(truth, first.results, other.results, draws))
+            tests.append(paired_bootstrap(truth, [(first.results, other.results)], draws))
     return tests
 
 

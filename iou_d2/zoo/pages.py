@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from iou_d2.errors import InputError
 
+from .paired import Comparison, comparisons, kept_test
 from .plan import BASE, MODEL, Dataset, Plan, Row, Table
 from .records import kept, path_of
 
@@ -21,8 +22,10 @@ Written by `iou-d2 zoo write` from the records in `docs/runs`; `make zoo DATA=..
 no record yet. DATA is the folder of the sets, as docs/runs/zoo.yaml has them. Figures are means
 over the seeds, ± their standard deviation; r is Pearson's correlation of the score with the true
 IoU; minutes are of one run, start and evaluation included, which may have shared its machine with
-others. Rows of several tables may be of the same runs. Where the runs of a table were made on
-several devices, a column names those of each row."""
+others. Rows of several tables may be of the same runs. A gain is over the run of the same seed.
+"95 % over images" is of the paired bootstrap of `iou-d2 zoo pair`: the test images are drawn anew,
+the same ones for a row and its baseline and for all seeds, and the mean gain is counted on each
+draw. Where the runs of a table were made on several devices, a column names those of each row."""
 _MARKED = re.compile(r"(<!-- runs: (?P<table>\S+) -->\n).*?(<!-- end of runs -->)", re.DOTALL)
 
 
@@ -42,23 +45,29 @@ def with_tables(page: str, plan: Plan) -> str:
 
 
 def tables_of(name: str, plan: Plan) -> str:
-    """A table for each set, of the rows that have a record. Where not all are of one device, a last
-    column says of which."""
+    """A table for each set, of the rows that have a record. Where a row has a baseline there are
+    its gain in AP and, once tests are kept, the interval of that over the test images; where not
+    all are of one device, a last column says of which."""
     table = plan.tables[name]
+    compared = {(one.dataset, one.row): one for one in comparisons(plan) if one.table == name}
+    tests = {key: test for key, one in compared.items() if (test := kept_test(plan, one))}
     names_devices = len(devices_of(records_of(name, plan))) > 1
     headers = [*table.metrics, "r", "minutes"]
-    headers += ["gain in AP"] if table.baseline else []
+    headers += ["gain in AP"] if compared else []
+    headers += ["95 % over images"] if tests else []
     headers += ["device"] if names_devices else []
     parts = []
     for dataset in table.sets:
-        by_seed = {row: _by_seed(plan, name, dataset, row) for row in table.rows}
         rows = []
-        for row, records in by_seed.items():
+        for row, about in table.rows.items():
+            runs = [plan.run(name, dataset, row, seed) for seed in table.seeds]
+            records = [record for run in runs if (record := kept(plan, run)) is not None]
             if not records:
                 continue
-            cells = [table.rows[row].name, *figures(list(records.values()), table.metrics)]
-            cells += [gain(records, by_seed[table.baseline])] if table.baseline else []
-            cells += ["; ".join(devices_of(list(records.values())))] if names_devices else []
+            cells = [about.name, *figures(records, table.metrics)]
+            cells += [gain(plan, compared.get((dataset, row)))] if compared else []
+            cells += [interval(tests.get((dataset, row)))] if tests else []
+            cells += ["; ".join(devices_of(records))] if names_devices else []
             rows.append(cells)
         if rows:
             names = [dataset.replace("_", " "), *headers]
@@ -66,26 +75,23 @@ def tables_of(name: str, plan: Plan) -> str:
     return "\n\n".join(parts) if parts else "No run of this table has a record yet."
 
 
-def _by_seed(plan: Plan, table: str, dataset: str, row: str) -> dict[int, dict]:
-    """The records of a row on a set."""
-    runs = [plan.run(table, dataset, row, seed) for seed in plan.tables[table].seeds]
-    return {run.seed: record for run in runs if (record := kept(plan, run)) is not None}
-
-
-def gain(records: Mapping[int, Mapping], baseline: Mapping[int, Mapping]) -> str:
+def gain(plan: Plan, comparison: Comparison | None) -> str:
     """By how much the AP of a row is over that of its baseline with the same seed: the mean and the
-    standard deviation over the seeds that both have. Empty for the baseline itself, a dash
-    where one has no AP."""
-    if records == baseline:
+    standard deviation over the seeds that both have, and which row that is, where it is not the
+    table's. Empty without a baseline, a dash where one has no AP."""
+    if comparison is None:
         return ""
-    gains = [_gain(record, baseline[seed]) for seed, record in records.items() if seed in baseline]
-    return spread(gains, 1, "+") if gains else "-"
+    gains = list(comparison.gains(plan).values())
+    text = spread(gains, 1, "+") if gains else "-"
+    table = plan.tables[comparison.table]
+    if comparison.baseline == table.baseline:
+        return text
+    return f"{text} over {table.rows[comparison.baseline].name}"
 
 
-def _gain(record: Mapping, baseline: Mapping) -> float | None:
-    """None where one of them has no AP, as on a set without objects."""
-    ap, before = (one["results"]["bbox/AP"] for one in (record, baseline))
-    return None if ap is None or before is None else ap - before
+def interval(test: Mapping | None) -> str:
+    """The middle 95 % of the gain over draws of the test images; empty without a test."""
+    return "" if test is None else f"{test['AP']['low']:+.1f} to {test['AP']['high']:+.1f}"
 
 
 def records_of(name: str, plan: Plan) -> list[dict]:

@@ -41,6 +41,7 @@ class Row:
         overrides: KEY VALUE pairs that make this row.
         starts_from: an earlier row, whose model this one is trained from.
         evaluates: an earlier row, whose model is evaluated with these overrides.
+        baseline: a row that this one is held against, in place of the table's.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Row:
     overrides: Mapping[str, str] = field(default_factory=dict)
     starts_from: str | None = None
     evaluates: str | None = None
+    baseline: str | None = None
 
     @property
     def base(self) -> str | None:
@@ -129,7 +131,8 @@ class Table:
     """
     Attributes:
         metrics: of boxes, the columns of the table on pages.
-        baseline: a row; one more column has the gain in AP over it, seed by seed.
+        baseline: the row that the others are held against: a column has the gain in AP over it,
+            seed by seed, and one how much that hangs on the test images.
     """
 
     title: str
@@ -139,6 +142,11 @@ class Table:
     overrides: Mapping[str, str] = field(default_factory=dict)
     metrics: Sequence[str] = ("AP", "AP50", "AP75", "AP90")
     baseline: str | None = None
+
+    def baseline_of(self, row: str) -> str | None:
+        """What a row is held against; None for the baseline itself, and where there is none."""
+        baseline = self.rows[row].baseline or self.baseline
+        return None if baseline == row else baseline
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,8 @@ def _check_rows(where: str, table: Table) -> None:
                 f"{where}, row {name}: a row has a `config`, from which it is trained, or says by "
                 "`evaluates` which row it evaluates."
             )
+        if row.baseline is not None and row.baseline not in table.rows:
+            raise InputError(f"{where}, row {name} is held against {row.baseline}, no row of it.")
         if row.base is not None and row.base not in earlier:
             raise InputError(f"{where}, row {name} goes on from {row.base}, no row before it.")
         earlier.add(name)

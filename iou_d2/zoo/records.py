@@ -70,7 +70,7 @@ def keep(plan: Plan, run: Run, folder: Path) -> Path:
         InputError: the file is damaged, or the run has not finished or is of other settings than
             the plan's.
     """
-    source = folder / (FILE_OF_EVALUATION if run.is_evaluation else FILE)
+    source = _source(run, folder)
     if not source.is_file():
         raise MissingFileError(f"{folder} holds no {source.name}: it is no run.")
     record = _read(source)
@@ -98,15 +98,31 @@ def keep(plan: Plan, run: Run, folder: Path) -> Path:
 
 
 def agrees(plan: Plan, run: Run, folder: Path) -> bool:
-    """Whether `folder` holds the training that the record of `run` is of, by its results; also
-    where there is no record, but not where what the folder says of itself is damaged."""
-    record, source = kept(plan, run), folder / FILE
+    """Whether `folder` holds the run that the record of `run` is of, by its results; also where
+    there is no record, but not where what the folder says of itself is damaged."""
+    record = kept(plan, run)
     if record is None:
         return True
     try:
-        return _rounded(_read(source)["results"]) == record["results"]
+        return _rounded(_read(_source(run, folder))["results"]) == record["results"]
     except InputError:
         return False
+
+
+def recorded_in(plan: Plan, run: Run, output: Path) -> Path | None:
+    """The folder of the run that the record of `run` is of, its own or that of one that may stand
+    for it; None where there is none.
+
+    Args:
+        output: of the folders of runs, each under its name.
+    """
+    folders = [output / name for name in plan.alike(run)]
+    return next((folder for folder in folders if agrees(plan, run, folder)), None)
+
+
+def _source(run: Run, folder: Path) -> Path:
+    """What a run says of itself."""
+    return folder / (FILE_OF_EVALUATION if run.is_evaluation else FILE)
 
 
 def _read(source: Path) -> dict:

@@ -117,7 +117,7 @@ def test_a_box_whose_area_coco_does_not_count_is_no_error(box):
     truth, results = scene([[10, 10, 30, 30]], [(0.95, box), (0.9, [10, 10, 30, 30])])
     evaluation, *_ = official(truth, results)
     assert evaluation.eval["precision"][0, :, 0, 0, -1].mean() == pytest.approx(1)
-    assert paired_bootstrap(truth, [], results, draws=1)["AP"].value == pytest.approx(100)
+    assert paired_bootstrap(truth, [([], results)], draws=1)["AP"].value == pytest.approx(100)
     table = weigh_errors(truth, results, find_errors(truth, results))
     assert table.ap50 == pytest.approx(100) and sum(table.count.values()) == 0
 

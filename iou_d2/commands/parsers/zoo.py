@@ -1,7 +1,8 @@
-"""Train the runs behind the documents' tables, and write those tables.
+"""Train the runs behind the documents' tables, test them in pairs, and write those tables.
 
     iou-d2 zoo train --data DATA        # what has no record yet; may be stopped and started again
     iou-d2 zoo train --data DATA --jobs 8 --threads 1    # eight at a time
+    iou-d2 zoo pair                     # how far a row's gain hangs on the test images
     iou-d2 zoo write                    # MODEL_ZOO.md, and the tables on the pages
     iou-d2 zoo keep own_data/nuclei/vfnet-seed1 output/x    # a run that was trained by hand
 
@@ -40,6 +41,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=0, help="of each run; 0: what the machine has")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     add("--gpus", type=int, default=0, choices=(0, 1), help="of each run; 0 is the CPU")
+    add = parts.add_parser("pair", help="paired bootstrap of rows and their baselines").add_argument
+    add("--only", nargs="*", default=[], metavar="PATTERN", help="of names: 'own_data/*/vfnet'")
+    add("--output", type=Path, default=Path("output/zoo"), help="of `iou-d2 zoo train`")
+    add("--draws", type=int, default=1000, help="of the test images")
     add = parts.add_parser("write", help="write MODEL_ZOO.md and the tables of pages").add_argument
     add("--pages", nargs="*", type=Path, default=PAGES)
     add("--model-zoo", type=Path, default=Path("MODEL_ZOO.md"))
@@ -49,4 +54,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.part == "train" and args.jobs < 1:
         raise InputError(f"--jobs is at least 1, but it is {args.jobs}.")
+    if args.part == "pair" and args.draws < 1:
+        raise InputError(f"--draws is at least 1, but it is {args.draws}.")
     return args
