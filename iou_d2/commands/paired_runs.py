@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,6 @@ from iou_d2.errors import InputError
 from iou_d2.zoo import (
     Comparison,
     Plan,
-    Run,
     comparisons,
     keep_test,
     kept_test,
@@ -30,13 +29,16 @@ from iou_d2.zoo import (
 
 
 def pair(args: argparse.Namespace) -> None:
-    """Test each chosen row whose records have no test yet, where the runs of these are there."""
+    """Test each chosen row of which more seeds are there than are in its test."""
     plan = read_plan(args.plan, args.records)
     for comparison in chosen(plan, args.only):
-        if kept_test(plan, comparison) is not None:
+        tested = kept_test(plan, comparison) or {"seeds": []}
+        if len(tested["seeds"]) == len(comparison.pairs(plan)) > 0:
             continue
         try:
-            print(pair_row(plan, comparison, args.output, args.draws), flush=True)
+            folders = folders_of(plan, comparison, args.output)
+            if len(folders) > len(tested["seeds"]):
+                print(pair_row(plan, comparison, folders, args.draws), flush=True)
         except InputError as error:
             print(f"{comparison.name} is left out: {error}", flush=True)
 
@@ -55,36 +57,46 @@ def chosen(plan: Plan, patterns: Sequence[str]) -> list[Comparison]:
     return found
 
 
-def pair_row(plan: Plan, comparison: Comparison, output: Path, draws: int) -> str:
-    """Keep the test of a row, and put it into words.
+def folders_of(plan: Plan, comparison: Comparison, output: Path) -> dict[int, tuple[Path, Path]]:
+    """Seed -> the folders of its runs, of those that are both under `output`.
 
-    Raises InputError: a run whose record is kept is not under `output`, or holds no results.
+    Raises InputError: there is no such seed; names the first run that is missing.
     """
     pairs = comparison.pairs(plan)
     if not pairs:
         raise InputError("no seed has a record of it and of its baseline.")
-    folders = [[recorded(plan, run, output) for run in runs] for runs in pairs.values()]
-    drawn = [[drawn_of(folder, draws) for folder in both] for both in folders]
+    folders = {
+        seed: tuple(recorded_in(plan, run, output) for run in runs) for seed, runs in pairs.items()
+    }
+    there = {seed: both for seed, both in folders.items() if None not in both}
+    if not there:
+        seed = min(folders)
+        run = pairs[seed][folders[seed].index(None)]
+        raise InputError(f"the run that {path_of(plan, run)} is of is not under {output}.")
+    return there
+
+
+def pair_row(
+    plan: Plan, comparison: Comparison, folders: Mapping[int, tuple[Path, Path]], draws: int
+) -> str:
+    """Keep the test of a row, and put it into words. `folders`: see `folders_of`.
+
+    Raises InputError: a run holds no results, or those of other images or objects.
+    """
+    drawn = [[drawn_of(folder, draws) for folder in both] for both in folders.values()]
     truth = drawn[0][0].truth
     for both in drawn:
         if not all(same_truth(truth, one.truth) for one in both):
             raise InputError("its runs were evaluated on different images or objects.")
     differences = paired_test([tuple(one.metrics for one in both) for both in drawn])
+    about = {"seeds": list(folders), "images": len(truth["images"]), "draws": draws}
     figures = {metric: as_figures(one) for metric, one in differences.items()}
-    keep_test(plan, comparison, {"images": len(truth["images"]), "draws": draws, **figures})
+    keep_test(plan, comparison, {**about, **figures})
     ap = differences["AP"]
     return (
-        f"{comparison.name}, seeds {', '.join(map(str, pairs))}: AP {ap.value:+.1f} over "
+        f"{comparison.name}, seeds {', '.join(map(str, folders))}: AP {ap.value:+.1f} over "
         f"{comparison.baseline}, {ap.low:+.1f} to {ap.high:+.1f} over the images."
     )
-
-
-def recorded(plan: Plan, run: Run, output: Path) -> Path:
-    """The folder of the run that a record is of. Raises InputError: it is not under `output`."""
-    folder = recorded_in(plan, run, output)
-    if folder is None:
-        raise InputError(f"the run that {path_of(plan, run)} is of is not under {output}.")
-    return folder
 
 
 class Drawn(NamedTuple):

@@ -25,7 +25,8 @@ IoU; minutes are of one run, start and evaluation included, which may have share
 others. Rows of several tables may be of the same runs. A gain is over the run of the same seed.
 "95 % over images" is of the paired bootstrap of `iou-d2 zoo pair`: the test images are drawn anew,
 the same ones for a row and its baseline and for all seeds, and the mean gain is counted on each
-draw. Where the runs of a table were made on several devices, a column names those of each row."""
+draw; it says how many seeds are in it, where not all are. Where the runs of a table were made on
+several devices, a column names those of each row."""
 _MARKED = re.compile(r"(<!-- runs: (?P<table>\S+) -->\n).*?(<!-- end of runs -->)", re.DOTALL)
 
 
@@ -66,7 +67,7 @@ def tables_of(name: str, plan: Plan) -> str:
                 continue
             cells = [about.name, *figures(records, table.metrics)]
             cells += [gain(plan, compared.get((dataset, row)))] if compared else []
-            cells += [interval(tests.get((dataset, row)))] if tests else []
+            cells += [interval(tests.get((dataset, row)), len(records))] if tests else []
             cells += ["; ".join(devices_of(records))] if names_devices else []
             rows.append(cells)
         if rows:
@@ -89,9 +90,14 @@ def gain(plan: Plan, comparison: Comparison | None) -> str:
     return f"{text} over {table.rows[comparison.baseline].name}"
 
 
-def interval(test: Mapping | None) -> str:
-    """The middle 95 % of the gain over draws of the test images; empty without a test."""
-    return "" if test is None else f"{test['AP']['low']:+.1f} to {test['AP']['high']:+.1f}"
+def interval(test: Mapping | None, seeds: int) -> str:
+    """The middle 95 % of the gain over draws of the test images, and of how many of the seeds it
+    is, where not of all; empty without a test."""
+    if test is None:
+        return ""
+    text = f"{test['AP']['low']:+.1f} to {test['AP']['high']:+.1f}"
+    tested = len(test["seeds"])
+    return text if tested == seeds else f"{text} ({tested} of {seeds} seeds)"
 
 
 def records_of(name: str, plan: Plan) -> list[dict]:

@@ -72,13 +72,12 @@ def keep_test(plan: Plan, comparison: Comparison, test: Mapping) -> Path:
     """Keep a test in `plan.records`.
 
     Args:
-        test: "images" and "draws", how many; "AP", "AP50", "AP75": "difference", "low", "high" and
-            "p" of each, see `Difference`.
+        test: "seeds", of which pairs it is; "images" and "draws", how many; "AP", "AP50", "AP75":
+            "difference", "low", "high" and "p" of each, see `Difference`.
 
     Raises InputError: the difference in AP is not that of the records.
     """
-    about = {"baseline": comparison.baseline, "seeds": sorted(comparison.pairs(plan))}
-    test = {**about, **test}
+    test = {"baseline": comparison.baseline, **test}
     if not _is_of_records(plan, comparison, test):
         raise InputError(
             f"the difference in AP is {test['AP']['difference']:.4f} by the results, but another "
@@ -92,7 +91,8 @@ def keep_test(plan: Plan, comparison: Comparison, test: Mapping) -> Path:
 
 
 def kept_test(plan: Plan, comparison: Comparison) -> dict | None:
-    """The test of a row; None where there is none yet, or no longer one of its records."""
+    """The test of a row, which may be of some of its seeds; None where there is none yet, or no
+    longer one of its records."""
     for folder in (plan.records, plan.path.parent):
         path = folder / comparison.table / comparison.dataset / FILE
         test = _read(path).get(comparison.row) if path.is_file() else None
@@ -115,8 +115,9 @@ def _read(path: Path) -> dict:
 
 def _is_of_records(plan: Plan, comparison: Comparison, test: Mapping) -> bool:
     gains = comparison.gains(plan)
-    if test["baseline"] != comparison.baseline or test["seeds"] != sorted(gains):
+    if test["baseline"] != comparison.baseline or not set(test["seeds"]) <= gains.keys():
         return False
-    if any(gain is None for gain in gains.values()):
+    tested = [gains[seed] for seed in test["seeds"]]
+    if not tested or None in tested:
         return False
-    return math.isclose(test["AP"]["difference"], mean(gains.values()), abs_tol=ROUNDING)
+    return math.isclose(test["AP"]["difference"], mean(tested), abs_tol=ROUNDING)

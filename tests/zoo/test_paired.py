@@ -24,8 +24,9 @@ def figures(difference: float) -> dict[str, float]:
     return {"difference": difference, "low": difference - 1, "high": difference + 2, "p": 0.5}
 
 
-def a_test(ap: float) -> dict:
-    return {"images": 9, "draws": 10, **{m: figures(ap) for m in ("AP", "AP50", "AP75")}}
+def a_test(ap: float, seeds: tuple[int, ...] = (1, 2)) -> dict:
+    about = {"seeds": list(seeds), "images": 9, "draws": 10}
+    return {**about, **{metric: figures(ap) for metric in ("AP", "AP50", "AP75")}}
 
 
 @pytest.fixture
@@ -74,13 +75,14 @@ def test_a_test_of_other_results_than_the_records_is_not_kept(plan, comparison, 
     assert not list(plan.path.parent.rglob("paired.json"))
 
 
-def test_a_test_of_fewer_seeds_than_there_are_by_now_no_longer_stands(plan, comparison, tmp_path):
-    keep_runs(plan, tmp_path, {"plain": (40.0,), "other": (42.0,)})
-    keep_test(plan, comparison, a_test(2.0))
-    keep_runs(plan, tmp_path, {"plain": (40.0, 40.0), "other": (42.0,)})
-    assert kept_test(plan, comparison) is not None
-    keep_runs(plan, tmp_path, {"plain": (40.0, 40.0), "other": (42.0, 42.0)})
-    assert kept_test(plan, comparison) is None
+def test_a_test_may_be_of_some_seeds_and_of_none_without_a_record(plan, comparison, tmp_path):
+    keep_runs(plan, tmp_path, {"plain": (40.0, 40.0), "other": (42.0, 43.0)})
+    for seeds, gain in (((2,), 3.0), ((1,), 2.0), ((1, 2), 2.5)):
+        keep_test(plan, comparison, a_test(gain, seeds))
+        assert kept_test(plan, comparison)["seeds"] == list(seeds)
+    for seeds in ((1, 3), ()):
+        with pytest.raises(InputError, match="another one by the records"):
+            keep_test(plan, comparison, a_test(2.0, seeds))
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"other": 1}', '{"other": {"baseline": "plain"}}'])
@@ -104,6 +106,8 @@ def test_the_page_has_the_gain_whom_it_is_over_and_its_interval(plan, comparison
     assert cells("cells")[-2:] == ["gain in AP", "95 % over images"]
     assert cells("Other")[-2:] == ["+1.5 ± 0.7 over Plain", "+0.5 to +3.5"]
     assert cells("Plain")[-2:] == ["", ""]
+    keep_test(plan, comparison, a_test(2.0, (1,)))
+    assert cells("Other")[-1] == "+1.0 to +4.0 (1 of 2 seeds)"
 
 
 @pytest.fixture
@@ -153,11 +157,19 @@ def test_runs_that_are_not_there_leave_a_row_out(plan, comparison, results, tmp_
     del results[tmp_path / "out" / missing.name]
     pair(plan, tmp_path, "--only", "losses/cells/*")
     assert f"{missing.name} holds no results." in capsys.readouterr().out
+    assert kept_test(plan, comparison) is None
     (tmp_path / "out" / missing.name / "run.json").unlink()
     pair(plan, tmp_path, "--only", "losses/cells/*")
+    assert "losses/cells/other, seeds 1: AP" in capsys.readouterr().out
+    assert kept_test(plan, comparison)["seeds"] == [1]
+    pair(plan, tmp_path, "--only", "losses/cells/*")
+    assert capsys.readouterr().out == ""
+    other = plan.run("losses", "cells", "other", 1)
+    (tmp_path / "out" / other.name / "run.json").write_text("{}")
+    pair(plan, tmp_path, "--only", "losses/cells/*")
     said = capsys.readouterr().out
-    assert f"the run that {plan.path.parent / missing.name}.json is of is not under" in said
-    assert kept_test(plan, comparison) is None
+    assert f"the run that {plan.path.parent / other.name}.json is of is not under" in said
+    assert kept_test(plan, comparison)["seeds"] == [1]
 
 
 def test_wrong_words_are_told(plan, tmp_path):
