@@ -83,7 +83,9 @@ def gain(plan: Plan, comparison: Comparison | None) -> str:
     if comparison is None:
         return ""
     gains = list(comparison.gains(plan).values())
-    text = spread(gains, 1, "+") if gains else "-"
+    if not gains or None in gains:
+        return "-"
+    text = spread(gains, 1, "+")
     table = plan.tables[comparison.table]
     if comparison.baseline == table.baseline:
         return text
